@@ -1,0 +1,26 @@
+"""Seeds that cannot leak: training and evaluation draw from disjoint halves by construction."""
+
+import hashlib
+
+from vla_dist.core.errors import ConfigError
+
+_HALF = 2**31
+_LANES = 2**10
+
+
+def training_seed(run_seed: int, worker_index: int, episode_index: int) -> int:
+    """A seed below 2**31; distinct workers of a run own distinct residues."""
+    if not 0 <= worker_index < _LANES:
+        raise ConfigError(f"worker_index {worker_index} must be within 0..{_LANES - 1}")
+    base = int.from_bytes(hashlib.sha256(f"train/{run_seed}/{episode_index}".encode()).digest()[:4], "big")
+    return (base % (_HALF // _LANES)) * _LANES + worker_index
+
+
+def evaluation_seed(suite_seed: int, episode_index: int) -> int:
+    """A seed of 2**31 or more: no training episode can have it. Equal arguments give paired episodes."""
+    base = int.from_bytes(hashlib.sha256(f"eval/{suite_seed}/{episode_index}".encode()).digest()[:4], "big")
+    return _HALF + base % _HALF
+
+
+def is_evaluation_seed(seed: int) -> bool:
+    return seed >= _HALF
