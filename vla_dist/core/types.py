@@ -5,7 +5,6 @@ Dimensions: B batch, K context steps, T segment steps, H chunk horizon, A action
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,9 +19,6 @@ SOURCES: tuple[Source, ...] = get_args(Source)
 Fallback = Literal["hold", "decelerate", "zero", "local_policy"]
 FALLBACKS: tuple[Fallback, ...] = get_args(Fallback)
 
-_NO_IMAGES: Mapping[str, Array] = MappingProxyType({})
-_NO_INFO: Mapping[str, Any] = MappingProxyType({})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Observation:
@@ -32,7 +28,7 @@ class Observation:
     """(P,) float32, raw units of the spec."""
     instruction: str = ""
     """The task in words."""
-    images: Mapping[str, Array] = field(default=_NO_IMAGES)
+    images: Mapping[str, Array] = field(default_factory=dict)
     """camera name -> (H, W, 3) uint8 RGB."""
     previous_action: Array | None = None
     """(A,) float32 that was truly executed since the last observation; None: the one the policy returned."""
@@ -51,7 +47,7 @@ class Step:
     """The task ended by itself (success or failure)."""
     truncated: bool = False
     """The time limit ended the episode."""
-    info: Mapping[str, Any] = field(default=_NO_INFO)
+    info: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def success(self) -> bool:
@@ -111,7 +107,7 @@ class Segment:
     """(T,) float32, raw."""
     interventions: Array
     """(T,) bool, a person had taken over."""
-    images: Mapping[str, Array] = field(default=_NO_IMAGES)
+    images: Mapping[str, Array] = field(default_factory=dict)
     """camera name -> (T, H, W, 3) uint8."""
 
     def __post_init__(self) -> None:
@@ -170,7 +166,7 @@ class Batch:
     instructions: tuple[str, ...]
     tasks: tuple[str, ...]
     sources: tuple[Source, ...]
-    images: Mapping[str, Array] = field(default=_NO_IMAGES)
+    images: Mapping[str, Array] = field(default_factory=dict)
     """camera name -> (B, K, H, W, 3) uint8."""
     ages_s: Array | None = None
     """(B,) float64, seconds since each window's segment was stored, by the server's clock."""

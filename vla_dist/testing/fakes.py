@@ -66,9 +66,7 @@ class FakeEnv:
         self._steps = self.spec.max_episode_steps
 
     def _observation(self) -> Observation:
-        images = {
-            c.name: np.full((c.height, c.width, 3), self._steps % 256, np.uint8) for c in self.spec.cameras
-        }
+        images = {c.name: np.full((c.height, c.width, 3), self._steps % 256, np.uint8) for c in self.spec.cameras}
         return Observation(proprio=self._proprio.copy(), instruction=self._instruction, images=images)
 
 
@@ -140,7 +138,5 @@ def make_segment(
         target_actions=rng.uniform(-1, 1, (num_steps, spec.action_dim)).astype(np.float32),
         rewards=np.arange(first, first + num_steps, dtype=np.float32),
         interventions=np.zeros(num_steps, bool),
-        images={
-            c.name: rng.integers(0, 256, (num_steps, c.height, c.width, 3), dtype=np.uint8) for c in spec.cameras
-        },
+        images={c.name: rng.integers(0, 256, (num_steps, c.height, c.width, 3), dtype=np.uint8) for c in spec.cameras},
     )
