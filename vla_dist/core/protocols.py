@@ -17,7 +17,7 @@ and the learner's::
     version = registry.publish(artifact, channel="stable")
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -133,6 +133,14 @@ class ReplayTable(Protocol):
 
     def sample(self, num_windows: int, *, timeout_s: float) -> Batch:
         """Raises ReplayWait when the limiter refuses for ``timeout_s``; its message holds the numbers."""
+        ...
+
+    def has_episode(self, episode_id: str) -> bool:
+        """Whether the table ever took that episode whole, evicted or not."""
+        ...
+
+    def episodes(self, limit: int | None = None) -> Iterator[list[Segment]]:
+        """Complete episodes, oldest first, each as its segments in order."""
         ...
 
     def stats(self) -> TableStats: ...

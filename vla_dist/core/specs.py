@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from vla_dist.core.errors import ConfigError, ContractMismatch
 
@@ -162,16 +162,16 @@ def _dimension(fields: dict[str, Any]) -> Dimension:
 def _finite(value: Any) -> Any:
     """JSON has no infinity: None stands for an open bound."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: _finite(v) for k, v in cast("dict[str, Any]", value).items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [_finite(v) for v in cast("list[Any]", value)]
     return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def _list_differences(key: str, mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str]:
     if len(mine) != len(theirs):
         return [f"{key} has {len(mine)} entries against {len(theirs)}"]
-    found = []
+    found: list[str] = []
     for index, (left, right) in enumerate(zip(mine, theirs, strict=True)):
         found += [
             f"{key}[{index}].{field} {left[field]!r} against {right[field]!r}"

@@ -28,7 +28,7 @@ class Observation:
     """(P,) float32, raw units of the spec."""
     instruction: str = ""
     """The task in words."""
-    images: Mapping[str, Array] = field(default_factory=dict)
+    images: Mapping[str, Array] = field(default_factory=dict[str, Array])
     """camera name -> (H, W, 3) uint8 RGB."""
     previous_action: Array | None = None
     """(A,) float32 that was truly executed since the last observation; None: the one the policy returned."""
@@ -47,7 +47,7 @@ class Step:
     """The task ended by itself (success or failure)."""
     truncated: bool = False
     """The time limit ended the episode."""
-    info: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def success(self) -> bool:
@@ -107,7 +107,7 @@ class Segment:
     """(T,) float32, raw."""
     interventions: Array
     """(T,) bool, a person had taken over."""
-    images: Mapping[str, Array] = field(default_factory=dict)
+    images: Mapping[str, Array] = field(default_factory=dict[str, Array])
     """camera name -> (T, H, W, 3) uint8."""
 
     def __post_init__(self) -> None:
@@ -166,7 +166,7 @@ class Batch:
     instructions: tuple[str, ...]
     tasks: tuple[str, ...]
     sources: tuple[Source, ...]
-    images: Mapping[str, Array] = field(default_factory=dict)
+    images: Mapping[str, Array] = field(default_factory=dict[str, Array])
     """camera name -> (B, K, H, W, 3) uint8."""
     ages_s: Array | None = None
     """(B,) float64, seconds since each window's segment was stored, by the server's clock."""
@@ -221,7 +221,7 @@ class PolicyManifest:
     """Assigned by the registry, 1, 2, 3, ..."""
     parent: int = 0
     """Version it was trained from; 0 for none."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     tensors_sha256: str = ""
     num_bytes: int = 0
     created_unix_s: float = 0.0

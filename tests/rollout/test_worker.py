@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+
+from vla_dist.core.errors import ConfigError, ReplayWait
+from vla_dist.core.seeding import is_evaluation_seed
+from vla_dist.rollout.behaviour import NoisyExpert
+from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
+from vla_dist.testing.fakes import FakeEnv, make_spec
+
+SPEC = make_spec()
+
+
+class ForwardExpert:
+    """Always ahead."""
+
+    def reset(self, *, task, seed):
+        assert not is_evaluation_seed(seed)
+
+    def act(self, observation):
+        return np.full(SPEC.action_dim, 0.5, np.float32)
+
+
+class ListTable:
+    """Keeps segments in a list; refuses when told to."""
+
+    def __init__(self):
+        self.segments = []
+        self.refuse = 0
+
+    def append(self, segment, *, timeout_s):
+        if self.refuse:
+            self.refuse -= 1
+            raise ReplayWait("full; wait")
+        self.segments.append(segment)
+        return "inserted"
+
+    def has_episode(self, episode_id):
+        return any(s.episode_id == episode_id and s.is_last for s in self.segments)
+
+
+def make_worker(table, *, worker_index=0, tasks=("go", "run"), **changes):
+    settings = {"run_id": "r", "tasks": tasks, "episodes_per_task": 2, "noise_scales": (0.3,), "segment_steps": 8}
+    config = RolloutConfig(**{**settings, **changes})
+    behaviour = NoisyExpert(ForwardExpert(), SPEC, noise_scales=config.noise_scales)
+    return RolloutWorker(FakeEnv(SPEC, tasks), behaviour, table, config, worker_index=worker_index)
+
+
+def drain(worker):
+    for _ in range(50):
+        metrics = worker.step()
+        if metrics["done"]:
+            return metrics
+    raise AssertionError("the worker never finished its share")
+
+
+def signature(segments):
+    return [(s.episode_id, s.segment_index, s.task, s.proprio.tobytes(), s.actions.tobytes()) for s in segments]
+
+
+def test_the_quota_is_met_per_task_and_labels_stay_clean():
+    table = ListTable()
+    metrics = drain(make_worker(table))
+    last = [s for s in table.segments if s.is_last]
+    assert sorted(s.task for s in last) == ["go", "go", "run", "run"]
+    assert metrics["episodes"] == 4
+    assert metrics["steps"] == sum(s.length for s in table.segments)
+    first = table.segments[0]
+    np.testing.assert_array_equal(first.target_actions[: first.length], 0.5)
+    assert np.abs(first.actions[: first.length] - 0.5).max() > 0.01
+    assert np.abs(first.actions).max() <= 1.0
+
+
+def test_shares_of_workers_are_disjoint_and_add_up():
+    table = ListTable()
+    for index in range(3):
+        drain(make_worker(table, worker_index=index, num_workers=3))
+    last = [s for s in table.segments if s.is_last]
+    assert sorted(s.task for s in last) == ["go", "go", "run", "run"]
+    assert len({s.episode_id for s in last}) == 4
+
+
+def test_a_refused_append_keeps_the_segment_and_goes_on_later():
+    table = ListTable()
+    table.refuse = 1
+    worker = make_worker(table)
+    assert worker.step()["waited"] == 1.0
+    assert table.segments == []
+    drain(worker)
+    reference = ListTable()
+    drain(make_worker(reference))
+    assert signature(table.segments) == signature(reference.segments)
+
+
+def test_a_killed_worker_repeats_nothing_that_is_complete_and_nothing_is_missing():
+    reference = ListTable()
+    drain(make_worker(reference))
+    table = ListTable()
+    first = make_worker(table)
+    first.step()
+    first.step()
+    drain(make_worker(table))
+    assert signature(table.segments) == signature(reference.segments)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tasks": ()}, "at least one task"),
+        ({"num_workers": 0}, "1..1024"),
+        ({"episodes_per_task": 0}, "at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(change, words):
+    with pytest.raises(ConfigError, match=words):
+        RolloutConfig(**{"run_id": "r", "tasks": ("go",), **change})
+
+
+def test_noise_on_discrete_actions_stays_one_hot():
+    spec = make_spec(action_dim=4)
+    spec = type(spec)(
+        name="d",
+        proprio=spec.proprio,
+        action=spec.action,
+        control_hz=1,
+        max_episode_steps=5,
+        action_kind="discrete",
+    )
+
+    class First(ForwardExpert):
+        def act(self, observation):
+            return np.eye(4, dtype=np.float32)[0]
+
+    behaviour = NoisyExpert(First(), spec, noise_scales=(0.5,))
+    behaviour.begin(task="go", seed=1)
+    actions = [behaviour.act(None) for _ in range(200)]
+    executed = np.array([a for a, _ in actions])
+    assert (executed.sum(axis=1) == 1).all()
+    assert 0.4 < executed[:, 0].mean() < 0.85
+    assert all(label[0] == 1 for _, label in actions)

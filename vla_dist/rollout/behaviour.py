@@ -1,0 +1,97 @@
+"""Who chooses the action in a rollout: a scripted expert with noise, or the newest version of a policy."""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from vla_dist.core.errors import ConfigError
+from vla_dist.core.protocols import Expert, Policy, PolicyLoader, PolicyRegistry
+from vla_dist.core.specs import EnvSpec
+from vla_dist.core.types import Array, Observation, Source
+
+
+class Behaviour(Protocol):
+    """Acts through one episode at a time."""
+
+    source: Source
+    policy_version: int
+    """Of the running episode; 0 for an expert."""
+
+    def begin(self, *, task: str, seed: int) -> None:
+        """Start an episode; all randomness of the episode follows from ``seed``."""
+        ...
+
+    def act(self, observation: Observation) -> tuple[Array, Array | None]:
+        """The (A,) action to execute, and the (A,) action to imitate where a teacher knows it."""
+        ...
+
+
+class NoisyExpert:
+    """A scripted expert whose executed action is disturbed while its clean action is kept as the label.
+
+    Each episode draws one noise scale, so that a data set holds clean, clumsy and slow episodes of every task and
+    the label shows the way back from states that the expert alone would never visit (DART, Laskey et al. 2017,
+    https://arxiv.org/abs/1703.09327).
+    """
+
+    source: Source = "expert"
+    policy_version = 0
+
+    def __init__(self, expert: Expert, spec: EnvSpec, *, noise_scales: tuple[float, ...] = (0.0,)) -> None:
+        if not noise_scales or min(noise_scales) < 0:
+            raise ConfigError(f"noise_scales {noise_scales} must be one or more numbers of at least 0")
+        self._expert = expert
+        self._spec = spec
+        self._noise_scales = noise_scales
+        self._low = np.array([d.low for d in spec.action], np.float32)
+        self._high = np.array([d.high for d in spec.action], np.float32)
+
+    def begin(self, *, task: str, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._scale = self._noise_scales[self._rng.integers(len(self._noise_scales))]
+        self._expert.reset(task=task, seed=seed)
+
+    def act(self, observation: Observation) -> tuple[Array, Array | None]:
+        clean = self._expert.act(observation)
+        if self._spec.action_kind == "discrete":
+            return self._discrete(clean), clean
+        noise = self._rng.normal(0.0, self._scale, clean.shape).astype(np.float32) if self._scale else 0.0
+        return np.clip(clean + noise, self._low, self._high), clean
+
+    def _discrete(self, clean: Array) -> Array:
+        """With the scale as probability, another choice drawn uniformly."""
+        if self._rng.random() >= self._scale:
+            return clean
+        choice = np.zeros_like(clean)
+        choice[self._rng.integers(len(clean))] = 1.0
+        return choice
+
+
+class FollowedPolicy:
+    """The version a channel points at; an episode runs on one version from start to end."""
+
+    source: Source = "policy"
+
+    def __init__(self, registry: PolicyRegistry, reference: str, load: PolicyLoader) -> None:
+        self._registry = registry
+        self._reference = reference
+        self._load = load
+        self._policy: Policy[Any] | None = None
+        self.policy_version = 0
+
+    def begin(self, *, task: str, seed: int) -> None:
+        version = self._registry.resolve(self._reference)
+        if self._policy is None or version != self.policy_version:
+            name = self._reference.partition("@")[0]
+            self._policy = self._load(self._registry.fetch(name, version))
+            self.policy_version = version
+        self._state = self._policy.initial_state()
+        self._generator = np.random.default_rng(seed)
+        self._queue: list[Array] = []
+
+    def act(self, observation: Observation) -> tuple[Array, Array | None]:
+        assert self._policy is not None, "begin() comes first"
+        if not self._queue:
+            (chunk,), (self._state,) = self._policy.act([observation], [self._state], generator=self._generator)
+            self._queue = list(chunk)
+        return self._queue.pop(0), None
