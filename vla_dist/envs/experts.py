@@ -1,0 +1,59 @@
+"""Scripted teachers: Meta-World's own policies, also in the drawer-and-button scene."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from metaworld.policies import ENV_POLICY_MAP
+
+from vla_dist.core.errors import ConfigError
+from vla_dist.core.types import Array, Observation
+from vla_dist.envs.drawer_button import BUTTON_PRESS, DRAWER_CLOSE, DRAWER_OPEN
+from vla_dist.envs.metaworld import MetaWorldEnv
+
+_SAME_MOTION = {
+    DRAWER_OPEN: ("drawer-open", slice(4, 7), (0.0, 0.0, 0.0)),
+    DRAWER_CLOSE: ("drawer-close", slice(4, 7), (0.0, 0.0, 0.05)),
+    BUTTON_PRESS: ("button-press-topdown", slice(11, 14), (0.0, 0.0, 0.0)),
+}
+"""Scene task -> Meta-World's policy, where the scene's observation holds its object, and the offset it expects, m."""
+
+
+class MetaWorldExpert:
+    """Acts on the simulator's full observation, goal included; it must be given the env that it acts in.
+
+    Its action is a pure function of that observation: no memory, no noise.
+    """
+
+    def __init__(self, env: MetaWorldEnv) -> None:
+        self._env = env
+        self._policies: dict[str, Any] = {}
+        self._act: Callable[[Array], Array] | None = None
+        self._task = ""
+
+    def reset(self, *, task: str, seed: int) -> None:
+        """Raises ConfigError when ``task`` is not one of the env's."""
+        del seed  # scripted policies draw nothing
+        if task not in self._env.tasks:
+            raise ConfigError(f"expert for {task!r}, but its environment has {', '.join(self._env.tasks)}")
+        name = _SAME_MOTION[task][0] if task in _SAME_MOTION else task
+        if name not in self._policies:
+            self._policies[name] = ENV_POLICY_MAP[f"{name}-v3"]()
+        self._act = self._policies[name].get_action
+        self._task = task
+
+    def act(self, observation: Observation) -> Array:
+        del observation  # the goal is masked there
+        if self._act is None:
+            raise RuntimeError("the expert was not told its task; call reset")
+        full = self._env.full_observation()
+        if self._task in _SAME_MOTION:
+            _, where, offset = _SAME_MOTION[self._task]
+            full = full.copy()
+            full[4:7] = full[where] + offset
+        with warnings.catch_warnings():
+            # "Constant(s) may be too high": the clipping that it announces is done here.
+            warnings.simplefilter("ignore")
+            action = self._act(full)
+        return np.clip(action, -1.0, 1.0).astype(np.float32)

@@ -1,0 +1,85 @@
+"""Environments and experts by name: the one door into this room."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from vla_dist.core.errors import ConfigError, ResourceMissing
+from vla_dist.core.protocols import Expert, RobotEnv
+from vla_dist.core.specs import CameraSpec
+from vla_dist.envs.instructions import Split
+
+FAMILIES = ("metaworld", "babyai", "gymnasium:<id>")
+_GYMNASIUM = "gymnasium:"
+_SIMULATOR_PACKAGES = frozenset({"gymnasium", "metaworld", "minigrid", "mujoco", "imageio", "glfw", "OpenGL"})
+
+
+def make_env(
+    name: str,
+    *,
+    tasks: Sequence[str] = (),
+    cameras: tuple[CameraSpec, ...] = (),
+    max_episode_steps: int | None = None,
+    instructions: Split = "training",
+) -> RobotEnv:
+    """Build an environment.
+
+    Args:
+        name: its family: ``metaworld``, ``babyai`` or ``gymnasium:<id>``, for example ``gymnasium:Pendulum-v1``.
+        tasks: those that ``reset`` will accept; a Gymnasium id is its own only task and needs none.
+        cameras: images in each observation; none means state alone, which needs no graphics library.
+        max_episode_steps: None takes the family's own (200 for ``metaworld``).
+        instructions: the split of phrases that a seed chooses from.
+
+    Raises:
+        ConfigError: an unknown name, with the nearest ones, or settings the family cannot have.
+        ResourceMissing: the simulator's package is not installed.
+    """
+    options: dict[str, Any] = {"cameras": cameras, "instructions": instructions}
+    if max_episode_steps is not None:
+        options["max_episode_steps"] = max_episode_steps
+    try:
+        if name == "metaworld":
+            from vla_dist.envs.metaworld import MetaWorldEnv
+
+            return MetaWorldEnv(tuple(tasks), **options)
+        if name == "babyai":
+            from vla_dist.envs.babyai import BabyAIEnv
+
+            return BabyAIEnv(tuple(tasks), **options)
+        if name.startswith(_GYMNASIUM):
+            from vla_dist.envs.gymnasium_env import GymnasiumEnv
+
+            return GymnasiumEnv(name.removeprefix(_GYMNASIUM), tuple(tasks), **options)
+    except ModuleNotFoundError as error:
+        raise _explained(name, error) from error
+    near = difflib.get_close_matches(name, FAMILIES, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(f"unknown environment {name!r}; {hint}The families are {', '.join(FAMILIES)}")
+
+
+def make_expert(env: RobotEnv) -> Expert:
+    """The scripted teacher of an environment built by ``make_env``.
+
+    Raises:
+        ConfigError: the environment has none.
+    """
+    # An env's class can only be known here once its module, and so its simulator, was imported.
+    family = type(env).__name__
+    if family == "MetaWorldEnv":
+        from vla_dist.envs.experts import MetaWorldExpert
+
+        return MetaWorldExpert(env)  # pyright: ignore[reportArgumentType]
+    if family == "BabyAIEnv":
+        from vla_dist.envs.babyai import BabyAIExpert
+
+        return BabyAIExpert(env)  # pyright: ignore[reportArgumentType]
+    raise ConfigError(f"{family} has no scripted expert; MetaWorldEnv and BabyAIEnv have one")
+
+
+def _explained(name: str, error: ModuleNotFoundError) -> Exception:
+    """Names the extra to install; a missing module of another kind is a fault of its own and passes unchanged."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _SIMULATOR_PACKAGES:
+        return error
+    return ResourceMissing(f"environment {name!r} needs the package {package!r}, which is missing: pip install 'vla-dist[sim]'")
