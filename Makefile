@@ -1,0 +1,57 @@
+# Two commands do everything: `make demo` and `make test`. Each installs what it needs into .venv first.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= demo
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: setup demo test test-slow lint format bench proto lock clean
+
+setup: $(VENV)/.installed
+
+# A machine without an NVIDIA driver gets the CPU build of torch where the package index has one:
+# the plain wheel brings several GB of CUDA libraries.
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python found; install Python 3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@command -v nvidia-smi >/dev/null 2>&1 \
+		|| $(BIN)/python -m pip install --quiet "torch==2.13.0+cpu" >/dev/null 2>&1 \
+		|| echo "note: no CPU-only torch 2.13.0 in the package index; the plain build (with CUDA libraries) follows"
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup
+	$(BIN)/vla-dist run $(RUN)
+
+test: setup
+	$(BIN)/ruff check vla_dist tests benchmarks examples
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow or gl"
+
+lint: setup
+	$(BIN)/ruff format --check vla_dist tests benchmarks examples
+	$(BIN)/ruff check vla_dist tests benchmarks examples
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+format: setup
+	$(BIN)/ruff format vla_dist tests benchmarks examples
+	$(BIN)/ruff check --fix vla_dist tests benchmarks examples
+
+bench: setup
+	$(BIN)/vla-dist bench replay
+	$(BIN)/vla-dist bench serve
+
+proto: setup
+	$(BIN)/python -m vla_dist.protocol.generate
+
+# Exact pins of what is installed now; the local build tag of torch is dropped so that a GPU machine can use it too.
+lock:
+	$(BIN)/python -m pip freeze --all --exclude-editable | grep -v "^pip==" | sed 's/+cpu//' > requirements.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
