@@ -1,0 +1,128 @@
+"""One gRPC server in this process: for a single robot, for tests, and for a machine without Ray."""
+
+import asyncio
+import concurrent.futures
+import threading
+from types import TracebackType
+
+import grpc
+
+from vla_dist.core.errors import ConfigError, ResourceMissing, Unreachable, WaitTimeout
+from vla_dist.protocol.v1 import fleet_pb2_grpc, policy_pb2_grpc
+from vla_dist.serving.ingest import FleetIngest
+from vla_dist.serving.service import PolicyService
+from vla_dist.serving.servicer import FleetServicer, PolicyServicer, TokenCheck
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+"""A segment of 32 steps with two 224 x 224 cameras has 10 MB, gRPC's own limit is 4 MB."""
+
+
+class SingleServer:
+    """``grpc.aio`` on an event loop in a thread of its own; it owns and shuts down what it serves.
+
+    Args:
+        service: the policies; its ``versions`` must be started.
+        ingest: where the fleet's segments go; None offers no FleetService.
+        host: address to bind, loopback unless told otherwise.
+        port: 0 picks a free one, see ``port``.
+        token: bearer token that every call must bring; None lets everybody in.
+    """
+
+    def __init__(
+        self,
+        service: PolicyService,
+        *,
+        ingest: FleetIngest | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        token: str | None = None,
+    ) -> None:
+        if token == "":
+            raise ConfigError("the token is empty; give one, or None to let everybody in")
+        self.host = host
+        self.port = port
+        self._service = service
+        self._ingest = ingest
+        self._tokens = TokenCheck(token)
+        self._loop = asyncio.new_event_loop()
+        self._server: grpc.aio.Server | None = None
+        self._thread = threading.Thread(target=self._run_loop, name="policy-server", daemon=True)
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def start(self, *, timeout_s: float = 10.0) -> "SingleServer":
+        """Bind and serve.
+
+        Raises:
+            ResourceMissing: the port is taken.
+        """
+        self._thread.start()
+        try:
+            self._call(self._start(), timeout_s)
+        except BaseException:
+            self._stop_loop(timeout_s)
+            raise
+        return self
+
+    def close(self, *, grace_s: float = 0.0, timeout_s: float = 10.0) -> None:
+        """Stop; running streams get ``grace_s`` to end by themselves. A second time does nothing."""
+        if not self._thread.is_alive():
+            return
+        if self._server is not None:
+            self._call(self._server.stop(grace_s), grace_s + timeout_s)
+            self._server = None
+        self._stop_loop(timeout_s)
+        self._service.shut_down()
+        if self._ingest is not None:
+            self._ingest.shut_down()
+
+    def __enter__(self) -> "SingleServer":
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _start(self) -> None:
+        server = grpc.aio.server(
+            options=[
+                # Without this two servers share a port in silence and each gets some of the robots.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ]
+        )
+        policy_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyServicer(self._service, self._tokens), server)
+        if self._ingest is not None:
+            fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self._ingest, self._tokens), server)
+        try:
+            self.port = server.add_insecure_port(self.address)
+        except RuntimeError as error:
+            raise ResourceMissing(
+                f"cannot listen on {self.address}: the port is taken or the address is not this machine's; "
+                "stop the other server or choose another port"
+            ) from error
+        await server.start()
+        self._server = server
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    def _call(self, coroutine, timeout_s: float):  # type: ignore[no-untyped-def]
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(timeout_s)
+        except concurrent.futures.TimeoutError as error:
+            raise WaitTimeout(f"the server at {self.address} did not start or stop within {timeout_s} s") from error
+
+    def _stop_loop(self, timeout_s: float) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise Unreachable(f"the event loop of the server at {self.address} did not end within {timeout_s} s")

@@ -1,0 +1,299 @@
+"""The services as gRPC sees them: messages in, messages out, errors as status codes with their whole sentence.
+
+The same methods serve a plain ``grpc.aio`` server and Ray Serve's gRPC ingress. Serve hands over a context that has
+neither ``abort`` nor interceptors, so a failed call sets code and details and returns: both runtimes send them, and
+neither logs a traceback for a robot's mistake.
+"""
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Protocol, TypeVar
+
+import grpc
+
+from vla_dist.core.errors import DataError, DeadlineExceeded, ResourceMissing, Unauthorised, Unreachable, VlaDistError
+from vla_dist.core.specs import EnvSpec
+from vla_dist.core.types import ActionChunk
+from vla_dist.protocol.conversion import (
+    decode_history,
+    decode_observation,
+    decode_request,
+    encode_chunk,
+    encode_grant,
+    encode_spec,
+)
+from vla_dist.protocol.records import AckStatus, FleetCommand, SessionGrant
+from vla_dist.protocol.status import status_of
+from vla_dist.protocol.v1 import fleet_pb2, policy_pb2
+from vla_dist.serving.ingest import FleetIngest
+from vla_dist.serving.service import PolicyService
+
+_log = logging.getLogger(__name__)
+
+M = TypeVar("M")
+
+_REFUSALS: tuple[tuple[type[VlaDistError], policy_pb2.RefusalReason], ...] = (
+    (DeadlineExceeded, policy_pb2.REFUSAL_REASON_LATE),
+    (DataError, policy_pb2.REFUSAL_REASON_INVALID),
+    (ResourceMissing, policy_pb2.REFUSAL_REASON_OVERLOADED),
+)
+_ACKS: dict[AckStatus, fleet_pb2.AckStatus] = {
+    "stored": fleet_pb2.ACK_STATUS_STORED,
+    "duplicate": fleet_pb2.ACK_STATUS_DUPLICATE,
+    "quarantined": fleet_pb2.ACK_STATUS_QUARANTINED,
+    "retry": fleet_pb2.ACK_STATUS_RETRY,
+}
+_COMMANDS: dict[FleetCommand, fleet_pb2.FleetCommand] = {
+    "continue": fleet_pb2.FLEET_COMMAND_CONTINUE,
+    "drain": fleet_pb2.FLEET_COMMAND_DRAIN,
+    "stop": fleet_pb2.FLEET_COMMAND_STOP,
+}
+
+
+class CallContext(Protocol):
+    """What ``grpc.aio.ServicerContext`` and Serve's ``RayServegRPCContext`` have in common."""
+
+    def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
+
+    def set_code(self, code: grpc.StatusCode) -> None: ...
+
+    def set_details(self, details: str) -> None: ...
+
+
+class TokenCheck:
+    """The bearer token, compared before any array of a message is decoded. None lets everybody in."""
+
+    def __init__(self, token: str | None) -> None:
+        self._expected = None if token is None else f"Bearer {token}".encode()
+
+    def require(self, context: CallContext) -> None:
+        """Raises Unauthorised unless the call's metadata has ``authorization: Bearer <token>``."""
+        if self._expected is None:
+            return
+        for key, value in context.invocation_metadata() or ():
+            if key == "authorization":
+                got = value.encode() if isinstance(value, str) else value
+                if hmac.compare_digest(got, self._expected):
+                    return
+                raise Unauthorised("the bearer token is not this server's; check the token the robot was given")
+        raise Unauthorised("the call has no bearer token; send metadata 'authorization: Bearer <token>'")
+
+
+class PolicyServicer:
+    """``vla_dist.v1.PolicyService`` over one PolicyService."""
+
+    def __init__(self, service: PolicyService, tokens: TokenCheck) -> None:
+        self._service = service
+        self._policy_tokens = tokens
+
+    async def OpenSession(  # noqa: N802
+        self, request: policy_pb2.OpenSessionRequest, grpc_context: CallContext
+    ) -> policy_pb2.OpenSessionResponse:
+        try:
+            self._policy_tokens.require(grpc_context)
+            asked = decode_request(request)
+            grant = await self._service.check(
+                reference=asked.policy, spec=asked.spec, policy_version=asked.policy_version
+            )
+            return encode_grant(grant)
+        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
+            return _failed(grpc_context, error, policy_pb2.OpenSessionResponse)
+
+    async def Act(  # noqa: N802
+        self, request: policy_pb2.ActRequest, grpc_context: CallContext
+    ) -> policy_pb2.ActResponse:
+        try:
+            self._policy_tokens.require(grpc_context)
+            return policy_pb2.ActResponse(chunk=encode_chunk(await self._act_once(request)))
+        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
+            return _failed(grpc_context, error, policy_pb2.ActResponse)
+
+    async def Control(  # noqa: N802
+        self, request_iterator: AsyncIterator[policy_pb2.ControlRequest], grpc_context: CallContext
+    ) -> AsyncIterator[policy_pb2.ControlResponse]:
+        """One robot, one episode. The session ends with the stream, however the stream ends."""
+        session_id = ""
+        try:
+            self._policy_tokens.require(grpc_context)
+            first = await self._read(request_iterator)
+            if first is None:
+                return
+            if first.WhichOneof("message") != "open":
+                raise DataError(f"the first message is {first.WhichOneof('message')!r}, expected 'open'")
+            grant, spec = await self._open(first.open)
+            session_id = grant.session_id
+            yield policy_pb2.ControlResponse(opened=encode_grant(grant))
+            while (request := await self._read(request_iterator)) is not None:
+                kind = request.WhichOneof("message")
+                if kind == "goodbye":
+                    return
+                if kind != "observation":
+                    raise DataError(f"the message is {kind!r}, expected 'observation' or 'goodbye'")
+                yield await self._answer(session_id, request.observation, spec)
+        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
+            _failed(grpc_context, error, policy_pb2.ControlResponse)
+        finally:
+            await self._service.close(session_id)
+
+    async def ListPolicies(  # noqa: N802
+        self, request: policy_pb2.ListPoliciesRequest, grpc_context: CallContext
+    ) -> policy_pb2.ListPoliciesResponse:
+        try:
+            self._policy_tokens.require(grpc_context)
+            policies = await asyncio.get_running_loop().run_in_executor(None, self._service.policies)
+            response = policy_pb2.ListPoliciesResponse()
+            for policy in policies:
+                entry = response.policies.add(policy=policy.policy, current_version=policy.current_version)
+                for version in policy.versions:
+                    entry.versions.add(
+                        version=version.version,
+                        parent=version.parent,
+                        spec=encode_spec(version.spec),
+                        horizon=version.horizon,
+                        loaded=version.loaded,
+                    )
+            return response
+        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
+            return _failed(grpc_context, error, policy_pb2.ListPoliciesResponse)
+
+    async def CheckHealth(  # noqa: N802
+        self, request: policy_pb2.CheckHealthRequest, grpc_context: CallContext
+    ) -> policy_pb2.CheckHealthResponse:
+        try:
+            self._policy_tokens.require(grpc_context)
+            health = self._service.health()
+            return policy_pb2.CheckHealthResponse(
+                loaded=[
+                    policy_pb2.LoadedVersion(name=name, version=version, num_sessions=num_sessions)
+                    for (name, version), num_sessions in health.loaded.items()
+                ],
+                num_sessions=health.num_sessions,
+                problems=health.problems,
+                replica_id=health.replica_id,
+            )
+        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
+            return _failed(grpc_context, error, policy_pb2.CheckHealthResponse)
+
+    async def _open(self, message: policy_pb2.ControlOpen) -> tuple[SessionGrant, EnvSpec]:
+        asked = decode_request(message.session)
+        version, history = asked.policy_version, []
+        if message.history:
+            # The contract comes first: it says what the arrays of the history must look like.
+            grant = await self._service.check(reference=asked.policy, spec=asked.spec, policy_version=version)
+            version = grant.policy_version
+            history = decode_history(
+                message.history,
+                asked.spec,
+                context_steps=grant.context_steps,
+                max_instruction_bytes=grant.limits.max_instruction_bytes,
+            )
+        grant = await self._service.open(
+            reference=asked.policy,
+            spec=asked.spec,
+            robot_id=asked.robot_id,
+            task=asked.task,
+            policy_version=version,
+            history=history,
+        )
+        return grant, asked.spec
+
+    async def _answer(
+        self, session_id: str, message: policy_pb2.ControlObservation, spec: EnvSpec
+    ) -> policy_pb2.ControlResponse:
+        try:
+            observation = decode_observation(
+                message.observation, spec, max_instruction_bytes=self._service.config.limits.max_instruction_bytes
+            )
+            chunk = await self._service.act(
+                session_id,
+                observation,
+                observation_id=message.observation_id,
+                deadline_s=message.deadline_ms / 1000.0,
+            )
+            return policy_pb2.ControlResponse(chunk=encode_chunk(chunk))
+        except VlaDistError as error:
+            reason = next((reason for kind, reason in _REFUSALS if isinstance(error, kind)), None)
+            if reason is None:
+                raise
+            return policy_pb2.ControlResponse(
+                refusal=policy_pb2.ControlRefusal(
+                    observation_id=message.observation_id, reason=reason, detail=status_of(error)[1]
+                )
+            )
+
+    async def _act_once(self, request: policy_pb2.ActRequest) -> ActionChunk:
+        limits = self._service.config.limits
+        spec = self._service.spec_of(request.policy)
+        history = decode_history(
+            request.history,
+            spec,
+            context_steps=len(request.history),  # the service compares the number with the version's context
+            max_instruction_bytes=limits.max_instruction_bytes,
+        )
+        return await self._service.act_once(
+            reference=request.policy,
+            policy_version=request.policy_version,
+            spec_digest=request.spec_digest,
+            history=history,
+            observation=decode_observation(
+                request.observation, spec, max_instruction_bytes=limits.max_instruction_bytes
+            ),
+            observation_id=request.observation_id,
+            deadline_s=request.deadline_ms / 1000.0,
+        )
+
+    async def _read(self, requests: AsyncIterator[policy_pb2.ControlRequest]) -> policy_pb2.ControlRequest | None:
+        """The next message; None at the end. A robot that vanished without a word is noticed only by its silence."""
+        idle_s = self._service.config.limits.idle_timeout_s
+        try:
+            return await asyncio.wait_for(requests.__anext__(), idle_s)
+        except StopAsyncIteration:
+            return None
+        except asyncio.TimeoutError as error:
+            raise Unreachable(f"the stream was silent for {idle_s:.0f} s and is closed; reconnect to go on") from error
+
+
+class FleetServicer:
+    """``vla_dist.v1.FleetService`` over one FleetIngest."""
+
+    def __init__(self, ingest: FleetIngest, tokens: TokenCheck) -> None:
+        self._ingest = ingest
+        self._fleet_tokens = tokens
+
+    async def Upload(  # noqa: N802
+        self, request_iterator: AsyncIterator[fleet_pb2.UploadRequest], grpc_context: CallContext
+    ) -> AsyncIterator[fleet_pb2.UploadResponse]:
+        try:
+            self._fleet_tokens.require(grpc_context)
+            async for request in request_iterator:
+                ack = await self._ingest.receive(request.segment)
+                yield fleet_pb2.UploadResponse(
+                    episode_id=ack.episode_id,
+                    segment_index=ack.segment_index,
+                    status=_ACKS[ack.status],
+                    reason=ack.reason,
+                )
+        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
+            _failed(grpc_context, error, fleet_pb2.UploadResponse)
+
+    async def Heartbeat(  # noqa: N802
+        self, request: fleet_pb2.HeartbeatRequest, grpc_context: CallContext
+    ) -> fleet_pb2.HeartbeatResponse:
+        try:
+            self._fleet_tokens.require(grpc_context)
+            command = self._ingest.heartbeat(request.robot_id, request.counters)
+            return fleet_pb2.HeartbeatResponse(command=_COMMANDS[command])
+        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
+            return _failed(grpc_context, error, fleet_pb2.HeartbeatResponse)
+
+
+def _failed(context: CallContext, error: Exception, response: Callable[..., M]) -> M:
+    """Set the status of a failed call; the empty response beside it is ignored by every client."""
+    code, details = status_of(error)
+    if code is grpc.StatusCode.INTERNAL:
+        _log.error("a call failed in the server", exc_info=error)
+    context.set_code(code)
+    context.set_details(details)
+    return response()
