@@ -7,9 +7,11 @@ half open, and drawer and button stand left and right of the robot's middle in e
 The scene is built from Meta-World's assets on its robot; control, observation layout and time step are Meta-World's.
 """
 
+from vla_dist.envs.gl import mujoco  # first: it guards the import of MuJoCo
+
+# isort: split
 from typing import Any
 
-import mujoco
 import numpy as np
 from gymnasium.spaces import Box
 from metaworld.asset_path_utils import full_V3_path_for
@@ -57,7 +59,7 @@ class DrawerButtonSimulator(SawyerXYZEnv):
     def model_name(self) -> str:
         return full_V3_path_for("sawyer_xyz/sawyer_drawer.xml")
 
-    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
+    def _initialize_simulation(self) -> tuple[Any, Any]:
         scene = mujoco.MjSpec.from_file(self.model_name)
         button = mujoco.MjSpec.from_file(full_V3_path_for("sawyer_xyz/sawyer_button_press_topdown.xml"))
         scene.worldbody.add_frame().attach_body(button.body("box"), PREFIX, "")
@@ -109,7 +111,9 @@ class DrawerButtonSimulator(SawyerXYZEnv):
         achieved = self.achieved
         success = self.task in achieved
         progress, touch = self._progress()
-        near = tolerance(float(np.linalg.norm(self.tcp_center - touch)), bounds=(0, 0.03), margin=0.4, sigmoid="long_tail")
+        near = tolerance(
+            float(np.linalg.norm(self.tcp_center - touch)), bounds=(0, 0.03), margin=0.4, sigmoid="long_tail"
+        )
         reward = 10.0 if success else 2.0 * near + 8.0 * progress
         return reward, {"success": float(success), "achieved": achieved}
 

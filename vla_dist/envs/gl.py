@@ -1,7 +1,8 @@
 """Which OpenGL a machine without a screen can draw with, found without risking this process.
 
 Drawing needs a system library (EGL or OSMesa) that pip cannot install. A missing or broken one may abort the process
-that tries it, so each is tried in a child. Work on state alone needs none of this, and ``import_mujoco`` keeps it so.
+that tries it, so each is tried in a child. Work on state alone needs none of this: importing this module before any
+other one that imports MuJoCo keeps it so, whatever ``MUJOCO_GL`` says.
 """
 
 import ctypes
@@ -41,7 +42,7 @@ os._exit(0 if pixels.any() else 3)
 """
 
 
-def import_mujoco() -> ModuleType:
+def _import_mujoco() -> ModuleType:
     """The ``mujoco`` module, also where ``MUJOCO_GL`` names a library that this machine lacks.
 
     ``import mujoco`` would fail there even for work on state alone; GL is then switched off for the import only.
@@ -112,3 +113,6 @@ def _draws(backend: str) -> bool:
     except subprocess.TimeoutExpired:
         return False
     return child.returncode == 0
+
+
+mujoco = _import_mujoco()

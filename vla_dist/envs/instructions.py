@@ -22,19 +22,21 @@ _TRAINING: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "push": (
             "push the puck to the target", "push the puck to the goal", "slide the puck to the target",
-            "shove the puck onto the mark", "move the puck along the table to the goal", "push the red puck to its spot",
+            "shove the puck onto the mark", "move the puck along the table to the goal",
+            "push the red puck to its spot",
         ),
         "pick-place": (
-            "pick up the puck and place it at the target", "lift the puck to the goal", "grasp the puck and carry it to the target",
-            "take the puck and bring it to the goal", "pick the puck up and hold it at the mark", "grab the puck and move it to the target",
+            "pick up the puck and place it at the target", "lift the puck to the goal",
+            "grasp the puck and carry it to the target", "take the puck and bring it to the goal",
+            "pick the puck up and hold it at the mark", "grab the puck and move it to the target",
         ),
         "door-open": (
-            "open the door", "pull the door open", "open the safe door", "swing the door open", "pull on the door handle",
-            "get the door open", "unclose the door", "open up the door",
+            "open the door", "pull the door open", "open the safe door", "swing the door open",
+            "pull on the door handle", "get the door open", "unclose the door", "open up the door",
         ),
         "door-close": (
-            "close the door", "shut the door", "push the door shut", "swing the door closed", "push the door closed",
-            "close up the safe door", "get the door shut", "make the door shut",
+            "close the door", "shut the door", "push the door shut", "swing the door closed",
+            "push the door closed", "close up the safe door", "get the door shut", "make the door shut",
         ),
         "drawer-open": (
             "open the drawer", "pull the drawer open", "slide the drawer open", "pull out the drawer",
@@ -43,46 +45,51 @@ _TRAINING: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "drawer-close": (
             "close the drawer", "push the drawer shut", "shut the drawer", "slide the drawer closed",
-            "push in the drawer", "push the drawer handle away from you", "get the drawer closed", "press the drawer shut",
-            "close up the drawer", "make the drawer shut",
+            "push in the drawer", "push the drawer handle away from you", "get the drawer closed",
+            "press the drawer shut", "close up the drawer", "make the drawer shut",
         ),
         "button-press": (
-            "push the button on the wall of the box", "press the front button", "push in the front button", "hit the front button",
-            "press the button on the side", "push the side button in",
+            "push the button on the wall of the box", "press the front button", "push in the front button",
+            "hit the front button", "press the button on the side", "push the side button in",
         ),
         "button-press-topdown": (
-            "press the button", "push the button", "push the button down", "press down on the button", "hit the button",
-            "press the red button", "tap the button", "push down the red button", "depress the button", "click the button",
+            "press the button", "push the button", "push the button down", "press down on the button",
+            "hit the button", "press the red button", "tap the button", "push down the red button",
+            "depress the button", "click the button",
         ),
         "window-open": (
             "open the window", "slide the window open", "push the window open", "open up the window",
-            "get the window open", "slide the window to the right", "move the window pane open", "make the window open",
+            "get the window open", "slide the window to the right", "move the window pane open",
+            "make the window open",
         ),
         "window-close": (
             "close the window", "slide the window closed", "shut the window", "push the window shut",
-            "get the window closed", "slide the window to the left", "move the window pane shut", "make the window shut",
+            "get the window closed", "slide the window to the left", "move the window pane shut",
+            "make the window shut",
         ),
         "peg-insert-side": (
-            "insert the peg", "put the peg in the hole", "insert the peg into the hole", "slide the peg into the side hole",
-            "plug the peg into the box", "stick the peg in the hole",
+            "insert the peg", "put the peg in the hole", "insert the peg into the hole",
+            "slide the peg into the side hole", "plug the peg into the box", "stick the peg in the hole",
         ),
         "faucet-open": (
-            "open the faucet", "turn on the faucet", "turn the tap on", "open the tap", "rotate the faucet on", "let the water run",
+            "open the faucet", "turn on the faucet", "turn the tap on", "open the tap", "rotate the faucet on",
+            "let the water run",
         ),
         "faucet-close": (
-            "close the faucet", "turn off the faucet", "turn the tap off", "close the tap", "rotate the faucet off", "stop the water",
+            "close the faucet", "turn off the faucet", "turn the tap off", "close the tap", "rotate the faucet off",
+            "stop the water",
         ),
         "handle-press": (
             "press the handle", "push the handle down", "press down the lever handle", "push down on the handle",
             "lower the handle", "force the handle down",
         ),
         "plate-slide": (
-            "slide the plate into the cabinet", "push the plate into the goal", "slide the plate in", "push the plate forward",
-            "move the plate into the net", "shoot the plate into the goal",
+            "slide the plate into the cabinet", "push the plate into the goal", "slide the plate in",
+            "push the plate forward", "move the plate into the net", "shoot the plate into the goal",
         ),
         "coffee-button": (
-            "press the coffee button", "start the coffee machine", "push the button of the coffee machine", "turn on the coffee maker",
-            "brew a coffee", "switch the coffee machine on",
+            "press the coffee button", "start the coffee machine", "push the button of the coffee machine",
+            "turn on the coffee maker", "brew a coffee", "switch the coffee machine on",
         ),
     }
 )  # fmt: skip
@@ -95,9 +102,13 @@ _HELD_OUT: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "door-open": ("pull open the door", "let the door swing open", "draw the door open"),
         "door-close": ("push the door to", "slam the door", "bring the door to a close"),
         "drawer-open": ("pull open the drawer", "slide out the drawer", "haul the drawer open", "extend the drawer"),
-        "drawer-close": ("push the drawer closed", "slide in the drawer", "shove the drawer shut", "retract the drawer"),
+        "drawer-close": (
+            "push the drawer closed", "slide in the drawer", "shove the drawer shut", "retract the drawer",
+        ),
         "button-press": ("tap the front button", "push the button from the front"),
-        "button-press-topdown": ("push down on the button", "give the button a press", "strike the button", "activate the button"),
+        "button-press-topdown": (
+            "push down on the button", "give the button a press", "strike the button", "activate the button",
+        ),
         "window-open": ("shove the window open", "unclose the window", "draw the window open"),
         "window-close": ("shove the window shut", "push the window closed", "draw the window closed"),
         "peg-insert-side": ("push the peg into its hole", "fit the peg into the box"),

@@ -82,4 +82,6 @@ def _explained(name: str, error: ModuleNotFoundError) -> Exception:
     package = (error.name or "").partition(".")[0]
     if package not in _SIMULATOR_PACKAGES:
         return error
-    return ResourceMissing(f"environment {name!r} needs the package {package!r}, which is missing: pip install 'vla-dist[sim]'")
+    return ResourceMissing(
+        f"environment {name!r} needs the package {package!r}, which is missing: pip install 'vla-dist[sim]'"
+    )

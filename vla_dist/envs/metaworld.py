@@ -5,36 +5,33 @@ Meta-World puts into its observation is masked to zero. (``reach``, ``push`` and
 space; without the goal they need a camera, which sees a coloured mark there.)
 
 An episode ends with ``terminated`` at the first step that meets the task's own success condition, which Meta-World
-itself never does, and with ``truncated`` at ``max_episode_steps``. ``info`` holds ``success`` and ``achieved``: the tasks
-whose condition holds now. In the scene that tells what a run with a wrong instruction did.
+itself never does, and with ``truncated`` at ``max_episode_steps``. ``info`` holds ``success`` and ``achieved``: the
+tasks whose condition holds now. In the scene that tells what a run with a wrong instruction did.
 """
 
+from vla_dist.envs.gl import mujoco  # first: it guards the import of MuJoCo
+
+# isort: split
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vla_dist.envs.gl import import_mujoco
-
-mujoco = import_mujoco()
-
-# isort: split
 import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 from vla_dist.core.errors import ConfigError, DataError, NotFound
 from vla_dist.core.specs import CameraSpec, Dimension, EnvSpec
 from vla_dist.core.types import Array, Observation, Step
 from vla_dist.envs.drawer_button import PREFIX, DrawerButtonSimulator
 from vla_dist.envs.instructions import SPLITS, WORDED_TASKS, Split, instruction_for
-from vla_dist.envs.rendering import SceneRenderer, camera_names
+from vla_dist.envs.rendering import TABLE_VIEW, SceneRenderer
 
 MAX_STEPS = 500
 """Meta-World's own limit."""
-CAMERAS = ("corner", "corner2", "corner3", "corner4", "topview", "gripperPOV", "behindGripper")
+CAMERAS = (TABLE_VIEW, "corner", "corner2", "corner3", "corner4", "topview", "gripperPOV", "behindGripper")
 CONTROL_HZ = 80.0
 GOAL = slice(36, 39)
-_VIDEO_CAMERA, _VIDEO_SIZE = "corner2", 256
+_VIDEO_SIZE = 256
 _MAX_SIMULATORS = 10
 """Simulators kept warm, at 10 to 30 MiB each; building one takes 0.15 to 0.5 s."""
 _LAYOUT_FIELDS = ("body_pos", "body_quat", "site_pos")
@@ -129,14 +126,14 @@ class MetaWorldEnv:
         )
 
     def render(self, camera: str | None = None) -> Array:
-        """(256, 256, 3) uint8 RGB; the default view shows the table from the robot's right.
+        """(256, 256, 3) uint8 RGB; the default view, ``table``, shows it from the robot's left.
 
         Raises:
             RuntimeError: nothing was reset yet.
         """
         if self._current is None:
             raise RuntimeError("there is nothing to draw before the first reset; call reset")
-        return self._draw(_VIDEO_CAMERA if camera is None else camera, _VIDEO_SIZE, _VIDEO_SIZE)
+        return self._draw(TABLE_VIEW if camera is None else camera, _VIDEO_SIZE, _VIDEO_SIZE)
 
     def close(self) -> None:
         for simulator in self._simulators.values():

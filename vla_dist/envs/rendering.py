@@ -13,12 +13,14 @@ import numpy as np
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.core.types import Array
-from vla_dist.envs.gl import import_mujoco, require_gl
+from vla_dist.envs.gl import mujoco, require_gl
 
-mujoco = import_mujoco()
-
-_UPSIDE_DOWN = frozenset({"corner2", "corner3", "corner4"})
+_UPSIDE_DOWN = frozenset({"corner", "corner2", "corner3", "corner4"})
 """Cameras that Meta-World mounted on their head."""
+TABLE_VIEW = "table"
+"""A camera of our own, in every scene: from the robot's left over the whole table, close enough for small frames."""
+_TABLE_LOOKAT = (0.0, 0.72, 0.12)
+_TABLE_AZIMUTH_DEG, _TABLE_ELEVATION_DEG, _TABLE_DISTANCE_M = 125.0, -35.0, 1.25
 _FLAGS_OFF = (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION)
 _MAX_GEOMS = 1000
 _open: "weakref.WeakSet[SceneRenderer]" = weakref.WeakSet()
@@ -62,12 +64,7 @@ class SceneRenderer:
                 f"a frame of {height}x{width} does not fit the buffer of {self._height}x{self._width}; "
                 "build the renderer with the largest size"
             )
-        view = mujoco.MjvCamera()
-        view.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        view.fixedcamid = mujoco.mj_name2id(self._model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
-        if view.fixedcamid < 0:
-            raise ConfigError(f"no camera {camera!r}; this scene has {', '.join(camera_names(self._model))}")
-        category = mujoco.mjtCatBit.mjCAT_ALL
+        view, category = self._view(camera), mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self._model, data, self._option, None, view, category, self._scene)
         for flag in _FLAGS_OFF:
             self._scene.flags[flag] = 0
@@ -79,6 +76,21 @@ class SceneRenderer:
         # OpenGL's first row is the bottom one; a camera on its head is turned by half a turn on top of that.
         return np.ascontiguousarray(pixels[:, ::-1] if camera in _UPSIDE_DOWN else pixels[::-1])
 
+    def _view(self, camera: str) -> Any:
+        view = mujoco.MjvCamera()
+        if camera == TABLE_VIEW:
+            view.type = mujoco.mjtCamera.mjCAMERA_FREE
+            view.lookat[:] = _TABLE_LOOKAT
+            view.azimuth, view.elevation = _TABLE_AZIMUTH_DEG, _TABLE_ELEVATION_DEG
+            view.distance = _TABLE_DISTANCE_M
+            return view
+        view.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        view.fixedcamid = mujoco.mj_name2id(self._model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
+        if view.fixedcamid < 0:
+            known = [TABLE_VIEW, *(self._model.camera(index).name for index in range(self._model.ncam))]
+            raise ConfigError(f"no camera {camera!r}; this scene has {', '.join(known)}")
+        return view
+
     def close(self) -> None:
         if self._gl is not None:
             self._gl.make_current()
@@ -86,10 +98,6 @@ class SceneRenderer:
             self._gl.free()
             self._gl = None
             _open.discard(self)
-
-
-def camera_names(model: Any) -> tuple[str, ...]:
-    return tuple(model.camera(index).name for index in range(model.ncam))
 
 
 def _close_all() -> None:
