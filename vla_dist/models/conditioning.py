@@ -1,0 +1,63 @@
+"""What a policy is asked to achieve: the number in the return token, in training and while acting."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from vla_dist.core.errors import ConfigError
+from vla_dist.core.types import Array, Batch
+
+ConditioningKind = Literal["none", "steps_to_success", "reward"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReturnConditioning:
+    """How returns-to-go are made from episodes, and how they move while acting.
+
+    * ``steps_to_success``: minus the steps left until success; minus ``max_episode_steps`` all through a failure.
+      Acting counts up by one a step from ``target`` and stops at ``ceiling``. Dense rewards make the slowest success
+      look best; this makes the fastest one best.
+    * ``reward``: the sum of raw rewards to come. Acting subtracts the rewards that the robot reports.
+    * ``none``: zero.
+    """
+
+    kind: ConditioningKind = "none"
+    scale: float = 1.0
+    """Values are divided by this before the model sees them; about the largest absolute value in the data."""
+    target: float = 0.0
+    """Unscaled value asked for at the first step, for example -60: succeed in 60 steps."""
+    ceiling: float = -1.0
+    """``steps_to_success`` counts up to this unscaled value and no further."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ConditioningKind):
+            raise ConfigError(f"conditioning {self.kind!r} must be one of {', '.join(get_args(ConditioningKind))}")
+        if not (np.isfinite([self.scale, self.target, self.ceiling]).all() and self.scale > 0):
+            raise ConfigError(f"conditioning scale {self.scale} must be positive, target {self.target} finite")
+        if self.kind == "steps_to_success" and not (self.target < 0 and self.ceiling < 0):
+            raise ConfigError(
+                f"steps_to_success counts steps as negative numbers: target {self.target} and ceiling "
+                f"{self.ceiling} must be below 0"
+            )
+
+    def training_values(self, batch: Batch, *, max_episode_steps: int) -> Array:
+        """(B, K) float32, scaled; padded steps are not meaningful."""
+        if self.kind == "none":
+            return np.zeros(batch.timesteps.shape, np.float32)
+        if self.kind == "reward":
+            return (batch.returns_to_go / self.scale).astype(np.float32)
+        left = (batch.episode_lengths[:, None] - batch.timesteps).astype(np.float32)
+        return -np.where(batch.success[:, None], left, np.float32(max_episode_steps)) / np.float32(self.scale)
+
+    def first(self, timestep: int) -> float:
+        """Unscaled value for the step ``timestep`` of an episode whose earlier steps are not remembered."""
+        if self.kind == "steps_to_success":
+            return min(self.target + timestep, self.ceiling)
+        return self.target if self.kind == "reward" else 0.0
+
+    def after(self, value: float, reward: float) -> float:
+        """Unscaled value one step later, given the raw reward of the step in between."""
+        if self.kind == "steps_to_success":
+            return min(value + 1.0, self.ceiling)
+        return value - reward if self.kind == "reward" else 0.0
