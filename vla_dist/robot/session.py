@@ -1,0 +1,342 @@
+"""One episode's session with a policy server. It survives the server: the memory is rebuilt from what the robot saw."""
+
+import itertools
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+import grpc
+
+from vla_dist.core.errors import ConfigError, DataError, DeadlineExceeded, Unreachable, VlaDistError
+from vla_dist.core.types import ActionChunk, Metrics, Observation
+from vla_dist.protocol.conversion import decode_chunk, decode_grant, encode_observation, encode_request
+from vla_dist.protocol.records import SessionGrant, SessionRequest
+from vla_dist.protocol.status import RETRYABLE_CODES
+from vla_dist.protocol.v1 import policy_pb2, types_pb2
+from vla_dist.robot.stream import ControlStream, StartCall
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReconnectConfig:
+    """How long a robot keeps trying before it gives an episode up."""
+
+    budget_s: float = 20.0
+    """Of one outage, from the break to the first granted session."""
+    attempt_s: float = 5.0
+    """A session that is not granted by then is asked for again: a proxy may leave a stream hanging in silence."""
+    first_pause_s: float = 0.02
+    """Between attempts; doubles up to ``longest_pause_s``."""
+    longest_pause_s: float = 0.5
+    stall_s: float = 3.0
+    """A stream that leaves an observation unanswered for this much longer than its deadline counts as broken."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.first_pause_s <= self.longest_pause_s <= self.budget_s:
+            raise ConfigError(
+                f"first_pause_s {self.first_pause_s}, longest_pause_s {self.longest_pause_s} and budget_s "
+                f"{self.budget_s} must be positive and in this order"
+            )
+        if self.attempt_s <= 0 or self.stall_s <= 0:
+            raise ConfigError(f"attempt_s {self.attempt_s} and stall_s {self.stall_s} must be positive")
+
+
+@dataclass(slots=True)
+class _Sent:
+    """An observation on its way."""
+
+    message: types_pb2.Observation
+    give_up_at: float
+    """By ``time.monotonic``."""
+
+
+@dataclass(slots=True)
+class _Counts:
+    calls: int = 0
+    failures: int = 0
+    reconnects: int = 0
+    late_answers: int = 0
+
+
+class Session:
+    """Observations to chunks over one Control stream; not for two threads at once.
+
+    ::
+
+        with client.open_session(spec, policy="demo@stable", robot_id="arm-3", task="drawer-open") as session:
+            chunk = session.act(observation, deadline_s=0.1)
+
+    A break of the stream is no error by itself: ``act`` reopens it on the same version, gives the server the last K
+    answered observations, and asks again, all within its deadline. An answer that comes after its deadline is counted
+    and dropped, never taken for the next one.
+    """
+
+    def __init__(
+        self,
+        start_call: StartCall,
+        request: SessionRequest,
+        *,
+        address: str,
+        timeout_s: float,
+        config: ReconnectConfig,
+    ) -> None:
+        self.request = request
+        self._start_call = start_call
+        self._address = address
+        self._config = config
+        self._changed = threading.Condition()
+        self._stream: ControlStream | None = None
+        self._grant: SessionGrant | None = None
+        self._history: deque[types_pb2.Observation] = deque(maxlen=0)
+        self._sent: dict[int, _Sent] = {}
+        self._answers: dict[int, ActionChunk | policy_pb2.ControlRefusal] = {}
+        self._awaited = -1
+        self._ids = itertools.count()
+        self._outage_since: float | None = None
+        self._pause_s = config.first_pause_s
+        self._attempt_since = 0.0
+        self._closed = False
+        self._counts = _Counts()
+        self._latencies_s: deque[float] = deque(maxlen=10_000)
+        self._open_first(timeout_s)
+
+    @property
+    def grant(self) -> SessionGrant:
+        """What the server granted; the version stays the same through every reconnect."""
+        if self._grant is None:
+            raise Unreachable(f"no session with {self._address} yet; open one first")
+        return self._grant
+
+    @property
+    def policy_version(self) -> int:
+        return self.grant.policy_version
+
+    @property
+    def latencies_s(self) -> list[float]:
+        """Of the last 10,000 calls that ended with a chunk, by this machine's monotonic clock."""
+        return list(self._latencies_s)
+
+    def act(self, observation: Observation, *, deadline_s: float) -> ActionChunk:
+        """The chunk for one observation.
+
+        Blocking: at most ``deadline_s``, reconnects included.
+
+        Raises:
+            DeadlineExceeded: no chunk in time; the next call may go well.
+            Unreachable: the outage has lasted longer than its budget; the episode is lost.
+            DataError: the server refused the observation.
+            ContractMismatch, NotFound, Unauthorised: the server that came back does not serve this robot.
+        """
+        self._counts.calls += 1
+        started = time.monotonic()
+        deadline = started + deadline_s
+        message = encode_observation(observation)
+        observation_id = next(self._ids)
+        try:
+            if self._closed:
+                raise ConfigError("the session is closed; open another one")
+            chunk = self._ask(observation_id, message, deadline)
+        except BaseException:
+            self._counts.failures += 1
+            raise
+        self._latencies_s.append(time.monotonic() - started)
+        return chunk
+
+    def close(self, *, timeout_s: float = 1.0) -> None:
+        """Say goodbye. A second time does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._stream is not None:
+            self._stream.end(timeout_s=timeout_s)
+
+    def metrics(self) -> Metrics:
+        """Counts of this session. A failure is a call that ended without a chunk."""
+        return {
+            "calls": self._counts.calls,
+            "failures": self._counts.failures,
+            "reconnects": self._counts.reconnects,
+            "late_answers": self._counts.late_answers,
+        }
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_first(self, timeout_s: float) -> None:
+        try:
+            self._require_stream(time.monotonic() + timeout_s, first=True)
+        except DeadlineExceeded as error:
+            self.close(timeout_s=0.0)
+            raise Unreachable(
+                f"no session from {self._address} within {timeout_s} s; check that a policy server runs there"
+            ) from error
+        except BaseException:
+            self.close(timeout_s=0.0)
+            raise
+
+    def _ask(self, observation_id: int, message: types_pb2.Observation, deadline: float) -> ActionChunk:
+        while True:
+            stream = self._require_stream(deadline)
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
+                raise self._late(observation_id)
+            with self._changed:
+                self._awaited = observation_id
+                self._sent[observation_id] = _Sent(message, deadline)
+            stream.send(
+                policy_pb2.ControlRequest(
+                    observation=policy_pb2.ControlObservation(
+                        observation=message,
+                        observation_id=observation_id,
+                        deadline_ms=1000 * min(remaining_s, self.grant.limits.max_deadline_s),
+                    )
+                )
+            )
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: observation_id in self._answers or stream.has_ended,  # noqa: B023 - used at once
+                    remaining_s,
+                )
+                answer = self._answers.pop(observation_id, None)
+                if answer is None and not stream.has_ended:
+                    self._awaited = -1
+                    raise self._late(observation_id)
+            if isinstance(answer, ActionChunk):
+                return answer
+            if answer is not None:
+                raise _refused(answer)
+
+    def _require_stream(self, deadline: float, *, first: bool = False) -> ControlStream:
+        """A stream whose session is granted; opens one where needed."""
+        while True:
+            self._drop_stalled()
+            stream = self._stream or self._start_stream()
+            self._wait_until_open(stream, min(deadline, self._attempt_since + self._config.attempt_s))
+            if stream.is_open and not stream.has_ended:
+                self._pause_s = self._config.first_pause_s
+                return stream
+            if stream.has_ended:
+                self._after_end(stream, deadline, first=first)
+            elif time.monotonic() >= self._attempt_since + self._config.attempt_s:
+                self._note_outage()
+                stream.cancel()
+                self._stream = None
+            self._require_budget(stream)
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded(f"the connection to {self._address} is being rebuilt; hold until it is")
+
+    def _wait_until_open(self, stream: ControlStream, until: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: stream.is_open or stream.has_ended, max(0.0, until - time.monotonic()))
+
+    def _start_stream(self) -> ControlStream:
+        version = self._grant.policy_version if self._grant else self.request.policy_version
+        with self._changed:
+            # What was on its way is lost; only answered observations are part of the policy's memory.
+            self._sent.clear()
+            history = list(self._history)
+        request = encode_request(replace(self.request, policy_version=version))
+        self._attempt_since = time.monotonic()
+        stream = self._stream = ControlStream(
+            self._start_call,
+            policy_pb2.ControlRequest(open=policy_pb2.ControlOpen(session=request, history=history)),
+            address=self._address,
+            on_response=self._on_response,
+            on_end=self._on_end,
+        )
+        stream.start()
+        return stream
+
+    def _after_end(self, stream: ControlStream, deadline: float, *, first: bool) -> None:
+        self._stream = None
+        busy = stream.code is grpc.StatusCode.RESOURCE_EXHAUSTED and not first  # our dead stream may still hold a place
+        retry = stream.code in RETRYABLE_CODES or stream.code is grpc.StatusCode.OK or busy
+        if not retry:
+            raise stream.error or Unreachable(f"the stream to {self._address} ended with {stream.code}")
+        self._note_outage()
+        if not stream.is_open:
+            self._require_budget(stream)
+            time.sleep(max(0.0, min(self._pause_s, deadline - time.monotonic())))
+            self._pause_s = min(2 * self._pause_s, self._config.longest_pause_s)
+
+    def _drop_stalled(self) -> None:
+        stream = self._stream
+        with self._changed:
+            oldest = min((sent.give_up_at for sent in self._sent.values()), default=None)
+        if stream is not None and oldest is not None and time.monotonic() > oldest + self._config.stall_s:
+            self._note_outage()
+            stream.cancel()
+            self._stream = None
+
+    def _note_outage(self) -> None:
+        if self._outage_since is None:
+            self._outage_since = time.monotonic()
+
+    def _require_budget(self, stream: ControlStream) -> None:
+        if self._outage_since is not None and time.monotonic() - self._outage_since > self._config.budget_s:
+            raise Unreachable(
+                f"no session from {self._address} for {self._config.budget_s} s; the episode cannot go on"
+            ) from stream.error
+
+    def _on_response(self, stream: ControlStream, response: policy_pb2.ControlResponse) -> None:
+        with self._changed:
+            if stream is self._stream:
+                self._take(stream, response)
+                self._changed.notify_all()
+
+    def _take(self, stream: ControlStream, response: policy_pb2.ControlResponse) -> None:
+        kind = response.WhichOneof("message")
+        if kind == "opened":
+            self._take_grant(decode_grant(response.opened))
+            stream.is_open = True
+            return
+        answer: ActionChunk | policy_pb2.ControlRefusal
+        if kind == "chunk":
+            answer = decode_chunk(response.chunk, self.request.spec, horizon=self.grant.horizon)
+            observation_id = answer.observation_id
+        elif kind == "refusal":
+            answer, observation_id = response.refusal, response.refusal.observation_id
+        else:
+            raise DataError(f"the server at {self._address} sent {kind!r}, expected an answer; update one of the two")
+        sent = self._sent.pop(observation_id, None)
+        if sent is not None and kind == "chunk":
+            # The server's memory moved on with it, even where the chunk came too late to be executed.
+            self._history.append(sent.message)
+        if observation_id == self._awaited:
+            self._answers[observation_id] = answer
+        elif kind == "chunk":
+            self._counts.late_answers += 1
+
+    def _take_grant(self, grant: SessionGrant) -> None:
+        if self._grant is None:
+            self._history = deque(maxlen=grant.context_steps)
+        elif grant.policy_version != self._grant.policy_version:
+            raise DataError(
+                f"the server reopened the episode on version {grant.policy_version}, "
+                f"expected {self._grant.policy_version}"
+            )
+        else:
+            self._counts.reconnects += 1
+        self._grant = grant
+        self._outage_since = None
+
+    def _on_end(self, stream: ControlStream) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _late(self, observation_id: int) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"no answer to observation {observation_id} from {self._address} in time; hold, and send a newer one"
+        )
+
+
+def _refused(refusal: policy_pb2.ControlRefusal) -> VlaDistError:
+    if refusal.reason == policy_pb2.REFUSAL_REASON_INVALID:
+        return DataError(refusal.detail)
+    return DeadlineExceeded(refusal.detail)
