@@ -1,0 +1,211 @@
+"""The settings of a run: one tree, of which each component is handed only its own branch."""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vla_dist.core.errors import ConfigError
+from vla_dist.core.specs import CameraSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvSettings:
+    """The simulator or robot and what is asked of it."""
+
+    family: str = "metaworld"
+    """metaworld, babyai, or gymnasium:<id>."""
+    tasks: tuple[str, ...] = ()
+    """All tasks, collected, trained and evaluated."""
+    language_tasks: tuple[str, ...] = ()
+    """Those of ``tasks`` that share one scene, so that only the words tell them apart; empty: no language control."""
+    max_episode_steps: int = 200
+    cameras: tuple[CameraSpec, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplaySettings:
+    """The table in Redis."""
+
+    redis_url: str = ""
+    """Empty: a server of the run's own, on a Unix socket."""
+    capacity_steps: int = 500_000
+    segment_steps: int = 32
+    """T."""
+    min_steps: int = 4_000
+    """Steps of complete episodes before anything is sampled."""
+    samples_per_insert: float = 12.0
+    """Windows sampled for each inserted step, at most about."""
+    error_buffer_steps: float = 60_000.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSettings:
+    """Scripted experts that fill the replay."""
+
+    num_workers: int = 2
+    episodes_per_task: int = 50
+    noise_scales: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """The Decision Transformer."""
+
+    preset: str = "small"
+    """A size by name; the fields below replace its own."""
+    hidden_dim: int = 64
+    n_layers: int = 2
+    n_heads: int = 4
+    context_steps: int = 5
+    """K."""
+    action_dropout: float = 0.5
+    """Share of past-action tokens hidden in training, so that the policy does not copy itself."""
+    return_dropout: float = 0.0
+    conditioning: str = "steps_to_success"
+    """none, steps_to_success or reward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerSettings:
+    """Optimisation and what it leaves behind."""
+
+    total_updates: int = 2_000
+    publish_updates: tuple[int, ...] = (0, 150, 400, 1_000, 2_000)
+    """Updates after which a version is published; 0 is the untrained one."""
+    batch_size: int = 64
+    """Windows an update, over all learner workers."""
+    learning_rate: float = 1e-3
+    checkpoint_every_updates: int = 250
+    num_workers: int = 1
+    sample_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingSettings:
+    """The policy service."""
+
+    port: int = 9000
+    num_replicas: int = 1
+    startup_timeout_s: float = 120.0
+    token: str = ""
+    """Bearer token that every call must carry; empty: none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetSettings:
+    """Simulated robots driven by the served policy over gRPC."""
+
+    num_robots: int = 4
+    control_hz: float = 20.0
+    """Actions a second and robot; the simulator could go faster, a served robot does not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSettings:
+    """How versions are judged, always on seeds that training cannot have."""
+
+    episodes_per_task: int = 5
+    """For each version."""
+    final_episodes_per_task: int = 10
+    """For the last version, and for each instruction mode of the language control."""
+    num_workers: int = 1
+    num_envs: int = 8
+    """Environments a worker steps in lockstep, so that the policy acts on a batch."""
+    seed: int = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run. Written beside its results, read again by ``--resume``."""
+
+    preset: str
+    """Name of the preset this began as; also the name of the policy in the registry."""
+    seed: int = 0
+    runs_dir: str = "runs"
+    """Each run gets a folder of its own in it."""
+    min_memory_gib: float = 5.0
+    """Refuse to start with less available."""
+    object_store_mb: int = 100
+    """Ray's shared memory. Neither episodes nor weights travel through it, so it may be small."""
+    env: EnvSettings = field(default_factory=EnvSettings)
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    learner: LearnerSettings = field(default_factory=LearnerSettings)
+    serving: ServingSettings = field(default_factory=ServingSettings)
+    fleet: FleetSettings = field(default_factory=FleetSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    def __post_init__(self) -> None:
+        if not self.env.tasks:
+            raise ConfigError("env.tasks is empty; name at least one task")
+        strangers = sorted(set(self.env.language_tasks) - set(self.env.tasks))
+        if strangers:
+            raise ConfigError(f"env.language_tasks {strangers} are not among env.tasks {list(self.env.tasks)}")
+        updates = self.learner.publish_updates
+        if not updates or list(updates) != sorted(set(updates)) or updates[0] != 0:
+            raise ConfigError(f"learner.publish_updates {updates} must start with 0 and increase")
+        if updates[-1] != self.learner.total_updates:
+            raise ConfigError(
+                f"learner.publish_updates ends with {updates[-1]}, expected total_updates "
+                f"{self.learner.total_updates}: the last version is the trained one"
+            )
+        if self.replay.min_steps > self.replay.capacity_steps:
+            raise ConfigError(
+                f"replay.min_steps {self.replay.min_steps} exceeds capacity_steps {self.replay.capacity_steps}: "
+                "the learner would wait for ever; raise the capacity"
+            )
+        self._require_enough_inserts()
+
+    def _require_enough_inserts(self) -> None:
+        # Shortest episodes seen are some 25 steps; a quota below this can leave the learner waiting at the end.
+        replay, learner = self.replay, self.learner
+        least = 10 * self.rollout.episodes_per_task * len(self.env.tasks)
+        if replay.min_steps > least:
+            raise ConfigError(
+                f"replay.min_steps {replay.min_steps} may never be reached: {self.rollout.episodes_per_task} episodes "
+                f"of {len(self.env.tasks)} tasks are asked for; lower it to {least} or collect more"
+            )
+        wanted = learner.total_updates * learner.batch_size
+        if wanted > replay.samples_per_insert * least + replay.error_buffer_steps and self.fleet.num_robots == 0:
+            raise ConfigError(
+                f"{learner.total_updates} updates of {learner.batch_size} windows need {wanted} samples, more than "
+                f"samples_per_insert {replay.samples_per_insert} allows for so few episodes; raise it"
+            )
+
+    @property
+    def reference(self) -> str:
+        """What robots ask for."""
+        return f"{self.preset}@stable"
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def load_config(path: Path) -> RunConfig:
+    """Inverse of ``RunConfig.to_json``. Raises ConfigError naming the file."""
+    try:
+        return _build(RunConfig, json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} does not hold the config of a run of this version: {error}") from error
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """A dataclass tree from plain JSON: nested dataclasses and tuples are what JSON cannot say by itself."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = sorted(set(value) - set(hints))
+        if unknown:
+            raise ConfigError(f"unknown settings {unknown} for {kind.__name__}; known are {', '.join(hints)}")
+        return typing.cast(Any, kind)(**{name: _build(hints[name], value[name]) for name in value})
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        item = typing.get_args(kind)[0]
+        return tuple(_build(item, one) for one in value)
+    if origin in (typing.Union, types.UnionType):
+        return value
+    return value

@@ -1,0 +1,72 @@
+"""Named runs, each a plain function."""
+
+import difflib
+from collections.abc import Callable
+
+from vla_dist.core.errors import ConfigError
+from vla_dist.core.specs import CameraSpec
+from vla_dist.run.config import (
+    EnvSettings,
+    EvaluationSettings,
+    FleetSettings,
+    LearnerSettings,
+    ModelSettings,
+    ReplaySettings,
+    RolloutSettings,
+    RunConfig,
+)
+
+SINGLE_SCENE_TASKS = ("drawer-open", "drawer-close", "window-open", "window-close", "button-press-topdown")
+SHARED_SCENE_TASKS = ("scene/drawer-open", "scene/drawer-close", "scene/button-press")
+
+
+def demo() -> RunConfig:
+    """Eight tabletop tasks in words: minutes on two CPU cores."""
+    return RunConfig(
+        preset="demo",
+        env=EnvSettings(tasks=(*SINGLE_SCENE_TASKS, *SHARED_SCENE_TASKS), language_tasks=SHARED_SCENE_TASKS),
+    )
+
+
+def demo_cameras() -> RunConfig:
+    """The demo from an 84-pixel camera as well: slower, same path."""
+    return RunConfig(
+        preset="demo-cameras",
+        env=EnvSettings(
+            tasks=(*SINGLE_SCENE_TASKS, *SHARED_SCENE_TASKS),
+            language_tasks=SHARED_SCENE_TASKS,
+            cameras=(CameraSpec(name="table", height=84, width=84),),
+        ),
+        rollout=RolloutSettings(episodes_per_task=20),
+        evaluation=EvaluationSettings(episodes_per_task=2, final_episodes_per_task=4, num_envs=4),
+        fleet=FleetSettings(num_robots=2, control_hz=5.0),
+    )
+
+
+def babyai() -> RunConfig:
+    """Grid-world missions in words: the whole loop in about a minute."""
+    return RunConfig(
+        preset="babyai",
+        env=EnvSettings(family="babyai", tasks=("GoToRedBallGrey",), max_episode_steps=64),
+        replay=ReplaySettings(min_steps=300, samples_per_insert=50.0),
+        rollout=RolloutSettings(num_workers=1, episodes_per_task=150, noise_scales=(0.0, 0.1)),
+        model=ModelSettings(hidden_dim=64, n_layers=2, n_heads=4, context_steps=5),
+        learner=LearnerSettings(
+            total_updates=300, publish_updates=(0, 100, 200, 300), batch_size=32, checkpoint_every_updates=50
+        ),
+        fleet=FleetSettings(num_robots=1, control_hz=20.0),
+        evaluation=EvaluationSettings(episodes_per_task=20, final_episodes_per_task=40, num_envs=8),
+        min_memory_gib=3.0,
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {"demo": demo, "demo-cameras": demo_cameras, "babyai": babyai}
+
+
+def preset(name: str) -> RunConfig:
+    """A preset by name. Raises ConfigError with the nearest names."""
+    if name in PRESETS:
+        return PRESETS[name]()
+    near = difflib.get_close_matches(name, PRESETS, n=2, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(f"no preset {name!r}; {hint}The presets are {', '.join(PRESETS)}.")
