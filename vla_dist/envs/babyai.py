@@ -203,7 +203,7 @@ class BabyAIExpert:
 
     def __init__(self, env: BabyAIEnv) -> None:
         self._env = env
-        self._bot: BabyAIBot | None = None
+        self._bot: Any = None
 
     def reset(self, *, task: str, seed: int) -> None:
         """Call it after the env's own reset: the bot is made for that very grid."""

@@ -32,7 +32,7 @@ _TRAINING: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "door-open": (
             "open the door", "pull the door open", "open the safe door", "swing the door open",
-            "pull on the door handle", "get the door open", "unclose the door", "open up the door",
+            "pull on the door handle", "get the door open", "open the door wide", "open up the door",
         ),
         "door-close": (
             "close the door", "shut the door", "push the door shut", "swing the door closed",
@@ -109,7 +109,7 @@ _HELD_OUT: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "button-press-topdown": (
             "push down on the button", "give the button a press", "strike the button", "activate the button",
         ),
-        "window-open": ("shove the window open", "unclose the window", "draw the window open"),
+        "window-open": ("shove the window open", "push open the window", "draw the window open"),
         "window-close": ("shove the window shut", "push the window closed", "draw the window closed"),
         "peg-insert-side": ("push the peg into its hole", "fit the peg into the box"),
         "faucet-open": ("twist the faucet on", "switch the tap on"),
