@@ -63,6 +63,10 @@ class DrawerButtonSimulator(SawyerXYZEnv):
         scene = mujoco.MjSpec.from_file(self.model_name)
         button = mujoco.MjSpec.from_file(full_V3_path_for("sawyer_xyz/sawyer_button_press_topdown.xml"))
         scene.worldbody.add_frame().attach_body(button.body("box"), PREFIX, "")
+        # Attaching copies every asset of the button's own scene, a second robot among them: 20 MiB that nothing shows.
+        shown = {geom.meshname for geom in scene.geoms}
+        for mesh in [mesh for mesh in scene.meshes if mesh.name not in shown]:
+            mesh.delete()
         # The green marks that Meta-World draws at its goals would tell the task to a policy that sees.
         for site in (scene.site("goal"), scene.site(f"{PREFIX}hole"), scene.site(f"{PREFIX}buttonStart")):
             site.rgba = np.zeros(4)

@@ -126,7 +126,7 @@ class MetaWorldEnv:
         )
 
     def render(self, camera: str | None = None) -> Array:
-        """(256, 256, 3) uint8 RGB; the default view, ``table``, shows it from the robot's left.
+        """(256, 256, 3) uint8 RGB; the default view, ``table``, shows it from the robot's right.
 
         Raises:
             RuntimeError: nothing was reset yet.

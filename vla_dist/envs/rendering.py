@@ -18,7 +18,7 @@ from vla_dist.envs.gl import mujoco, require_gl
 _UPSIDE_DOWN = frozenset({"corner", "corner2", "corner3", "corner4"})
 """Cameras that Meta-World mounted on their head."""
 TABLE_VIEW = "table"
-"""A camera of our own, in every scene: from the robot's left over the whole table, close enough for small frames."""
+"""A camera of our own, in every scene: from the robot's right over the whole table, close enough for small frames."""
 _TABLE_LOOKAT = (0.0, 0.72, 0.12)
 _TABLE_AZIMUTH_DEG, _TABLE_ELEVATION_DEG, _TABLE_DISTANCE_M = 125.0, -35.0, 1.25
 _FLAGS_OFF = (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION)
