@@ -9,7 +9,8 @@
 --   meta      string  one RECORD per slot
 --   pool      string  the slots of complete episodes, 4 bytes each, dense: a draw is uniform over it
 --   free      list    slots to use again
---   episodes  hash    episode id -> EPISODE record; kept for a while after eviction, so that late retries are known
+--   episodes  hash    episode id -> EPISODE record, task, and 4 bytes for each segment index: its slot, NOT_SEEN or
+--                     GONE; kept for a while after eviction, so that late retries are known
 --   order     zset    episode id by order of first insertion; evicted from the front
 --   evicted   list    ids of evicted episodes, oldest first
 --   steps_by_source, episodes_by_task  hashes
@@ -17,8 +18,9 @@
 
 local RECORD = '<c64I4I4i4i4I4BBBBdddd'
 local RECORD_BYTES = 120
-local EPISODE = '<i4I4I4Bd'
+local EPISODE = '<i4I4I4BBdI4'
 local OPEN, COMPLETE, EVICTED = 0, 1, 2
+local NOT_SEEN, GONE = -1, -2
 local COUNTERS = {'steps', 'drawable', 'pool', 'slots', 'next_order', 'inserted', 'sampled', 'duplicates',
                   'inserts_waited', 'samples_waited', 'evicted_steps', 'broken', 'complete', 'balance'}
 
@@ -69,16 +71,32 @@ local function read_episode(t, id)
   local packed = redis.call('HGET', t.prefix .. 'episodes', id)
   if not packed then return nil end
   local e = {}
-  local after
-  e.last_slot, e.next_index, e.steps, e.status, e.order, after = struct.unpack(EPISODE, packed)
-  e.task = string.sub(packed, after)
+  local task_bytes, after
+  e.last_index, e.seen, e.steps, e.status, e.success, e.order, task_bytes, after = struct.unpack(EPISODE, packed)
+  e.task = string.sub(packed, after, after + task_bytes - 1)
+  e.slots = string.sub(packed, after + task_bytes)
   return e
 end
 
 local function write_episode(t, id, e)
-  redis.call('HSET', t.prefix .. 'episodes', id,
-    struct.pack(EPISODE, e.last_slot, e.next_index, e.steps, e.status, e.order) .. e.task)
+  redis.call('HSET', t.prefix .. 'episodes', id, struct.pack(EPISODE, e.last_index, e.seen, e.steps, e.status,
+    e.success, e.order, #e.task) .. e.task .. e.slots)
 end
+
+local function num_segments(e) return #e.slots / 4 end
+
+local function slot_of(e, index)
+  if index >= num_segments(e) then return NOT_SEEN end
+  return (struct.unpack('<i4', e.slots, index * 4 + 1))
+end
+
+local function set_slot(e, index, slot)
+  local missing = index + 1 - num_segments(e)
+  if missing > 0 then e.slots = e.slots .. string.rep('\255\255\255\255', missing) end
+  e.slots = string.sub(e.slots, 1, index * 4) .. struct.pack('<i4', slot) .. string.sub(e.slots, index * 4 + 5)
+end
+
+local function has_all(e) return e.last_index >= 0 and e.seen == e.last_index + 1 end
 
 local function pool_read(t, position)
   local packed = redis.call('GETRANGE', t.prefix .. 'pool', position * 4, position * 4 + 3)
@@ -102,30 +120,24 @@ local function pool_remove(t, position)
   t.state.pool = last
 end
 
-local function drop_stage(t, stage)
-  local names = {t.prefix .. 'stage:' .. stage}
-  for camera = 0, t.config.num_cameras - 1 do
-    names[#names + 1] = t.prefix .. 'stage:' .. stage .. ':' .. camera
-  end
-  redis.call('UNLINK', unpack(names))
-end
-
 -- A whole episode goes at once: with its first segment gone, returns and windows of the rest would be incomplete.
 local function evict(t, id)
   local p, e = t.prefix, read_episode(t, id)
-  local slot = e.last_slot
-  while slot >= 0 do
-    local r = read_record(t, slot)
-    if r.position >= 0 then
-      pool_remove(t, r.position)
-      t.state.drawable = t.state.drawable - r.length
+  for index = 0, num_segments(e) - 1 do
+    local slot = slot_of(e, index)
+    if slot >= 0 then
+      local r = read_record(t, slot)
+      if r.position >= 0 then
+        pool_remove(t, r.position)
+        t.state.drawable = t.state.drawable - r.length
+      end
+      local names = {p .. 'row:' .. slot}
+      for camera = 0, t.config.num_cameras - 1 do names[#names + 1] = p .. 'image:' .. camera .. ':' .. slot end
+      redis.call('UNLINK', unpack(names))
+      redis.call('RPUSH', p .. 'free', slot)
+      redis.call('HINCRBY', p .. 'steps_by_source', r.source, -r.length)
+      set_slot(e, index, GONE)
     end
-    local names = {p .. 'row:' .. slot}
-    for camera = 0, t.config.num_cameras - 1 do names[#names + 1] = p .. 'image:' .. camera .. ':' .. slot end
-    redis.call('UNLINK', unpack(names))
-    redis.call('RPUSH', p .. 'free', slot)
-    redis.call('HINCRBY', p .. 'steps_by_source', r.source, -r.length)
-    slot = r.prev
   end
   if e.status == COMPLETE then
     redis.call('HINCRBY', p .. 'episodes_by_task', e.task, -1)
@@ -135,7 +147,7 @@ local function evict(t, id)
   end
   t.state.steps = t.state.steps - e.steps
   t.state.evicted_steps = t.state.evicted_steps + e.steps
-  e.last_slot, e.status, e.steps = -1, EVICTED, 0
+  e.status, e.steps = EVICTED, 0
   write_episode(t, id, e)
   redis.call('ZREM', p .. 'order', id)
   redis.call('RPUSH', p .. 'evicted', id)
@@ -151,17 +163,18 @@ local function take_slot(t)
   return t.state.slots - 1
 end
 
--- The episode's end is known: give each of its segments what it needs to be drawn, from the last to the first.
-local function complete(t, id, e, success)
-  local slot, tail = e.last_slot, 0
-  while slot >= 0 do
+-- Every segment is there: give each what it needs to be drawn, from the last to the first.
+local function complete(t, e)
+  local tail = 0
+  for index = e.last_index, 0, -1 do
+    local slot = slot_of(e, index)
     local r = read_record(t, slot)
-    r.tail_return, r.episode_length, r.success, r.position = tail, e.steps, success, t.state.pool
+    r.prev = index > 0 and slot_of(e, index - 1) or -1
+    r.tail_return, r.episode_length, r.success, r.position = tail, e.steps, e.success, t.state.pool
     tail = tail + r.reward_sum
     pool_write(t, t.state.pool, slot)
     t.state.pool = t.state.pool + 1
     write_record(t, slot, r)
-    slot = r.prev
   end
   t.state.drawable = t.state.drawable + e.steps
   t.state.complete = t.state.complete + 1
@@ -175,81 +188,100 @@ local function wait_reply(t)
           number(t.config.capacity_steps)}
 end
 
--- args: stage, episode id, segment index, length, is_last, success, source, policy version, sum of rewards, task,
---       1 at the first try of this append
--- Answers OK, DUP, WAIT ..., GAP (expected index, episode closed), or MISSING when the staged bytes are gone.
-local function commit(keys, args)
-  local t = open_table(keys)
-  local p, s, c = t.prefix, t.state, t.config
-  local stage, id, index, length = args[1], args[2], tonumber(args[3]), tonumber(args[4])
-  local e = read_episode(t, id)
-  local expected = e and e.next_index or 0
-  if index < expected then
-    drop_stage(t, stage)
+local function stage_names(t, stage)
+  local names = {t.prefix .. 'stage:' .. stage}
+  for camera = 0, t.config.num_cameras - 1 do names[#names + 1] = names[1] .. ':' .. camera end
+  return names
+end
+
+-- What stops a commit: DUP, CLOSED with the last index, WAIT ..., or MISSING when the staged bytes are gone.
+local function objection(t, a, e, staged)
+  local s, c = t.state, t.config
+  if e and slot_of(e, a.index) ~= NOT_SEEN then
     s.duplicates = s.duplicates + 1
     save(t)
+    redis.call('UNLINK', unpack(staged))
     return {'DUP'}
   end
-  local closed = e and e.status == COMPLETE
-  if index > expected or closed then
-    drop_stage(t, stage)
-    return {'GAP', expected, closed and 1 or 0}
+  if e and ((e.last_index >= 0 and a.index > e.last_index) or (a.is_last and a.index < num_segments(e) - 1)) then
+    redis.call('UNLINK', unpack(staged))
+    return {'CLOSED', e.last_index >= 0 and e.last_index or num_segments(e) - 1}
   end
   if c.samples_per_insert >= 0 and s.drawable >= c.min_steps and s.balance > c.error_buffer_steps then
-    if args[11] == '1' then
+    if a.first_try then
       s.inserts_waited = s.inserts_waited + 1
       save(t)
     end
     return wait_reply(t)
   end
-  local staged = {p .. 'stage:' .. stage}
-  for camera = 0, c.num_cameras - 1 do staged[#staged + 1] = p .. 'stage:' .. stage .. ':' .. camera end
   if redis.call('EXISTS', unpack(staged)) < #staged then return {'MISSING'} end
+end
 
-  while s.steps > 0 and s.steps + length > c.capacity_steps do
-    evict(t, redis.call('ZRANGE', p .. 'order', 0, 0)[1])
+-- The staged keys become the slot's; RENAME carries their expiry along, hence PERSIST.
+local function fill_slot(t, a, staged)
+  local slot = take_slot(t)
+  local names = {t.prefix .. 'row:' .. slot}
+  for camera = 0, t.config.num_cameras - 1 do names[#names + 1] = t.prefix .. 'image:' .. camera .. ':' .. slot end
+  for i, name in ipairs(names) do
+    redis.call('RENAME', staged[i], name)
+    redis.call('PERSIST', name)
   end
-  e = read_episode(t, id)
+  write_record(t, slot, {
+    id = a.id .. string.rep('\0', 64 - #a.id), index = a.index, length = a.length, prev = -1, position = -1,
+    episode_length = 0, source = a.source, success = 0, is_last = a.is_last and 1 or 0, reward_sum = a.reward_sum,
+    tail_return = 0, version = a.version, inserted_at = now_s()})
+  redis.call('HINCRBY', t.prefix .. 'steps_by_source', a.source, a.length)
+  return slot
+end
+
+-- args: stage, episode id, segment index, length, is_last, success, source, policy version, sum of rewards, task,
+--       1 at the first try of this append
+-- Answers OK, or an objection. Segments may come in any order; the episode is complete when none is missing.
+local function commit(keys, args)
+  local t = open_table(keys)
+  local s, c = t.state, t.config
+  local a = {id = args[2], index = tonumber(args[3]), length = tonumber(args[4]), is_last = args[5] == '1',
+    success = tonumber(args[6]), source = tonumber(args[7]), version = tonumber(args[8]),
+    reward_sum = tonumber(args[9]), task = args[10], first_try = args[11] == '1'}
+  local staged = stage_names(t, args[1])
+  local refusal = objection(t, a, read_episode(t, a.id), staged)
+  if refusal then return refusal end
+
+  while s.steps > 0 and s.steps + a.length > c.capacity_steps do
+    evict(t, redis.call('ZRANGE', t.prefix .. 'order', 0, 0)[1])
+  end
+  -- Read again: making room may have evicted this very episode.
+  local e = read_episode(t, a.id)
   if not e then
-    e = {last_slot = -1, next_index = 0, steps = 0, status = OPEN, order = s.next_order, task = args[10]}
-    redis.call('ZADD', p .. 'order', number(e.order), id)
+    e = {last_index = -1, seen = 0, steps = 0, status = OPEN, success = 0, order = s.next_order, task = a.task,
+      slots = ''}
+    redis.call('ZADD', t.prefix .. 'order', number(e.order), a.id)
     s.next_order = s.next_order + 1
   end
-  s.inserted = s.inserted + length
+  s.inserted = s.inserted + a.length
   if c.samples_per_insert >= 0 and s.drawable >= c.min_steps then
-    s.balance = s.balance + length * c.samples_per_insert
+    s.balance = s.balance + a.length * c.samples_per_insert
   end
-  e.next_index = index + 1
+  e.seen = e.seen + 1
+  if a.is_last then e.last_index, e.success = a.index, a.success end
   if e.status == EVICTED then
-    -- It outlived the table's capacity while open, so it can never be complete: accepted, and evicted at once.
-    drop_stage(t, stage)
-    s.evicted_steps = s.evicted_steps + length
-    write_episode(t, id, e)
-    save(t)
-    return {'OK'}
+    -- It outlived the table's capacity while open, so it can never be drawn: accepted, and evicted at once.
+    redis.call('UNLINK', unpack(staged))
+    s.evicted_steps = s.evicted_steps + a.length
+    set_slot(e, a.index, GONE)
+  else
+    set_slot(e, a.index, fill_slot(t, a, staged))
+    e.steps = e.steps + a.length
+    s.steps = s.steps + a.length
+    if has_all(e) then complete(t, e) end
   end
-  local slot = take_slot(t)
-  redis.call('RENAME', staged[1], p .. 'row:' .. slot)
-  redis.call('PERSIST', p .. 'row:' .. slot)
-  for camera = 0, c.num_cameras - 1 do
-    redis.call('RENAME', staged[camera + 2], p .. 'image:' .. camera .. ':' .. slot)
-    redis.call('PERSIST', p .. 'image:' .. camera .. ':' .. slot)
-  end
-  local is_last = args[5] == '1'
-  write_record(t, slot, {
-    id = id .. string.rep('\0', 64 - #id), index = index, length = length, prev = e.last_slot, position = -1,
-    episode_length = 0, source = tonumber(args[7]), success = 0, is_last = is_last and 1 or 0,
-    reward_sum = tonumber(args[9]), tail_return = 0, version = tonumber(args[8]), inserted_at = now_s()})
-  redis.call('HINCRBY', p .. 'steps_by_source', args[7], length)
-  e.last_slot, e.steps = slot, e.steps + length
-  s.steps = s.steps + length
-  if is_last then complete(t, id, e, tonumber(args[6])) end
-  write_episode(t, id, e)
+  write_episode(t, a.id, e)
   save(t)
   return {'OK'}
 end
 
--- args: windows, context steps, seed, 1 to charge the limiter (0: replacing windows that were charged), 1 at the first try
+-- args: windows, context steps, seed, 1 to charge the limiter (0: in place of windows that were charged), 1 at the
+--       first try
 -- Answers WAIT ..., or OK, the server's time, and one packed draw per window:
 --   id c64, offset I4, segment index I4, episode length I4, success B, source B, version d, inserted_at d,
 --   then for each segment a window can touch, the earliest first: slot i4 (-1: not needed), tail return d
@@ -309,16 +341,17 @@ local function episodes(keys, args)
     local e = read_episode(t, id)
     reached = number(e.order)
     if e.status == COMPLETE then
-      local slots, slot = {}, e.last_slot
-      while slot >= 0 do
-        table.insert(slots, 1, struct.pack('<I4', slot))
-        slot = read_record(t, slot).prev
-      end
       out[#out + 1] = id
-      out[#out + 1] = table.concat(slots)
+      out[#out + 1] = e.slots
     end
   end
   return {reached, out}
+end
+
+-- args: episode id. Answers 1 when all of it was ever taken, evicted or not.
+local function has(keys, args)
+  local e = read_episode(open_table(keys), args[1])
+  return e and has_all(e) and 1 or 0
 end
 
 -- args: the identity that every client must agree with, then field, value, ... of a new table
@@ -344,6 +377,7 @@ redis.register_function('vla_commit_DIGEST', commit)
 -- Readers must go on when memory is full: sampling is what lets the limiter and the learner move.
 redis.register_function{function_name = 'vla_draw_DIGEST', callback = draw, flags = {'allow-oom'}}
 redis.register_function{function_name = 'vla_episodes_DIGEST', callback = episodes, flags = {'no-writes'}}
+redis.register_function{function_name = 'vla_has_DIGEST', callback = has, flags = {'no-writes'}}
 redis.register_function('vla_create_DIGEST', create)
 redis.register_function{function_name = 'vla_override_DIGEST', callback = override, flags = {'allow-oom'}}
 redis.register_function{

