@@ -119,6 +119,10 @@ class DeadlineBatcher:
         finally:
             request.abandoned = True
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def metrics(self) -> Metrics:
         """Counts since the start."""
         with self._changed:

@@ -1,0 +1,297 @@
+"""The policy service for a fleet: Ray Serve's gRPC ingress in front of replicas that all follow the registry.
+
+Serve places, watches and restarts replicas. HAProxy, which Ray brings along, carries each robot's stream straight to
+one replica; no Python proxy is on the way. Weights do not go through Serve's configuration: that replaces replicas.
+
+    ports = apply_serving_environment()      # before ray.init: raylets hand their environment on to what they start
+    ray.init(...)
+    with start_serving(build, port=9000, num_replicas=2, num_cpus=1, token=None) as serving:
+        PolicyClient(serving.address)
+"""
+
+import json
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+import ray
+from ray import serve
+
+from vla_dist.core.errors import ConfigError, ResourceMissing, WaitTimeout, WorkerFailed
+from vla_dist.serving.ingest import FleetIngest
+from vla_dist.serving.service import PolicyService
+from vla_dist.serving.servicer import FleetServicer, PolicyServicer, TokenCheck
+
+_log = logging.getLogger(__name__)
+
+BuildServices = Callable[[], tuple[PolicyService, FleetIngest]]
+"""Builds what one replica serves, in the replica; the service's versions come started."""
+
+APP_NAME = "vla-dist"
+_FOLDER_VARIABLE = "VLA_DIST_SERVE_FOLDER"
+_FOLDER_PARENT = Path("/tmp")
+"""Not TMPDIR: Ray appends 56 characters and a name, and a socket's path ends at 97."""
+_FOLDER_PREFIX = "vds-"
+_OWNER_FILE = "owner.json"
+_SERVICERS = [
+    "vla_dist.protocol.v1.policy_pb2_grpc.add_PolicyServiceServicer_to_server",
+    "vla_dist.protocol.v1.fleet_pb2_grpc.add_FleetServiceServicer_to_server",
+]
+
+
+def apply_serving_environment(*, drain_s: float = 2.0) -> Path:
+    """Set what Serve reads when its processes start. Call it before ``ray.init``, or before ``ray start`` on a node.
+
+    Args:
+        drain_s: a replica that is stopped works on for this long. Robots reconnect, so little is needed.
+
+    Returns:
+        The folder of HAProxy's configuration and sockets; its name is how an orphan is found after a hard kill.
+    """
+    if ray.is_initialized():
+        raise ConfigError("Ray runs already without Serve's fast path; call apply_serving_environment before ray.init")
+    remove_orphans()
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=_FOLDER_PARENT))
+    me = psutil.Process()
+    (folder / _OWNER_FILE).write_text(json.dumps({"pid": me.pid, "create_time": me.create_time()}))
+    metrics_port, stats_port, http_port, grpc_port = free_ports(4)
+    os.environ |= {
+        _FOLDER_VARIABLE: str(folder),
+        # Robots' streams go from HAProxy to the replica: 5-10x the calls of the default Python proxy.
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # One connection carries 100 streams by default, and the next one hangs in silence.
+        "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "1000",
+        "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": "1000",
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        # Fixed by default, so that a second cluster on the host would fail or, worse, share them.
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(http_port),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_port),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(drain_s),
+        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": str(drain_s),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    return folder
+
+
+class FleetReplica(PolicyServicer, FleetServicer):
+    """What Serve runs in each replica: both services, and a health check that has a broken one replaced."""
+
+    def __init__(self, build: BuildServices, token: str | None) -> None:
+        service, ingest = build()
+        tokens = TokenCheck(token)
+        PolicyServicer.__init__(self, service, tokens)
+        FleetServicer.__init__(self, ingest, tokens)
+        self._served = service
+
+    def check_health(self) -> None:
+        """Called by Serve every few seconds; raising has the replica replaced."""
+        if not self._served.batcher.is_alive:
+            raise WorkerFailed("the compute thread has ended; the replica must be replaced")
+
+
+class ServingHandle:
+    """The running application; ``close`` ends it and whatever HAProxy it left behind."""
+
+    def __init__(self, *, host: str, port: int, folder: Path) -> None:
+        self.host = host
+        self.port = port
+        self._folder = folder
+        self._closed = False
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def haproxy_pids(self) -> list[int]:
+        return [process.pid for process in _haproxies(self._folder)]
+
+    def close(self) -> None:
+        """A second time does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if ray.is_initialized():
+            serve.shutdown()
+        _remove_folder(self._folder)
+
+    def __enter__(self) -> "ServingHandle":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def start_serving(
+    build: BuildServices,
+    *,
+    port: int,
+    num_replicas: int,
+    num_cpus: float,
+    token: str | None,
+    num_gpus: float = 0.0,
+    host: str = "127.0.0.1",
+    timeout_s: float = 120.0,
+) -> ServingHandle:
+    """Serve both services on ``host:port`` and return when every replica answers.
+
+    Args:
+        build: runs in each replica; must be picklable by Ray.
+        port: of the gRPC ingress, on every node that has a proxy; 0 picks a free one.
+        num_replicas: processes that each hold every loaded version.
+        num_cpus: that Ray reserves for one replica.
+        token: bearer token that every call must bring; None lets everybody in.
+        num_gpus: that Ray reserves for one replica.
+        host: address the ingress binds; loopback unless robots are on other machines.
+        timeout_s: for all replicas to be ready.
+
+    Raises:
+        ConfigError: the environment was not applied before ``ray.init``.
+        ResourceMissing: the port is taken, or another application serves in this cluster.
+        WorkerFailed: a replica could not be built.
+        WaitTimeout: not ready in time.
+    """
+    folder = os.environ.get(_FOLDER_VARIABLE)
+    if folder is None or not ray.is_initialized():
+        raise ConfigError("call apply_serving_environment(), then ray.init(), then start_serving()")
+    if token == "":
+        raise ConfigError("the token is empty; give one, or None to let everybody in")
+    _require_no_serve()
+    port = port or free_ports(1)[0]
+    require_free_port(host, port)
+    serve.start(
+        proxy_location="HeadOnly" if host == "127.0.0.1" else "EveryNode",
+        http_options={"host": host, "port": free_ports(1)[0]},
+        grpc_options={"port": port, "grpc_servicer_functions": _SERVICERS, "enable_reflection": False},
+    )
+    handle = ServingHandle(host=host, port=port, folder=Path(folder))
+    try:
+        deployment = serve.deployment(FleetReplica).options(
+            name="FleetReplica",
+            num_replicas=num_replicas,
+            # A stream is one request for its whole life; admission is the service's own max_sessions.
+            max_ongoing_requests=10_000,
+            graceful_shutdown_timeout_s=1.0,
+            graceful_shutdown_wait_loop_s=0.2,
+            health_check_period_s=2.0,
+            ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
+        )
+        serve.run_many(
+            [serve.RunTarget(deployment.bind(build, token), name=APP_NAME, route_prefix=f"/{APP_NAME}")],
+            wait_for_ingress_deployment_creation=True,
+            wait_for_applications_running=False,
+        )
+        _wait_until_running(timeout_s)
+    except BaseException:
+        handle.close()
+        raise
+    return handle
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raise ResourceMissing where somebody listens: HAProxy would share the port in silence (SO_REUSEPORT)."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ResourceMissing(
+                f"port {port} on {host} is taken ({error.strerror}); stop the other server or choose another port"
+            ) from error
+
+
+def free_ports(count: int) -> Sequence[int]:
+    """Distinct ports on which nobody listens now."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def remove_orphans() -> list[int]:
+    """End the HAProxy processes of drivers that were killed before they could; returns their pids."""
+    ended: list[int] = []
+    for folder in _FOLDER_PARENT.glob(f"{_FOLDER_PREFIX}*"):
+        if folder.is_dir() and folder.stat().st_uid == os.getuid() and not _owner_lives(folder):
+            ended += _remove_folder(folder)
+    return ended
+
+
+def _owner_lives(folder: Path) -> bool:
+    try:
+        owner = json.loads((folder / _OWNER_FILE).read_text())
+        return psutil.Process(owner["pid"]).create_time() == owner["create_time"]
+    except FileNotFoundError:
+        return True  # another process is just making it
+    except (psutil.NoSuchProcess, ValueError, KeyError):
+        return False
+
+
+def _remove_folder(folder: Path) -> list[int]:
+    processes = _haproxies(folder)
+    for process in processes:
+        process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=2.0)
+    for process in alive:
+        process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+    return [process.pid for process in processes]
+
+
+def _haproxies(folder: Path) -> list[psutil.Process]:
+    """Processes whose command line names a configuration in ``folder``: a recycled pid never does."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] == "haproxy":
+            arguments = process.info["cmdline"] or []
+            found += [process] if any(a.startswith(f"{folder}/") for a in arguments) else []
+    return found
+
+
+def _require_no_serve() -> None:
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return
+    raise ResourceMissing(
+        "Serve runs in this Ray cluster already, and its ports cannot be changed; close the other application first"
+    )
+
+
+def _wait_until_running(timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        application = serve.status().applications.get(APP_NAME)
+        status = application.status.value if application else "unknown"
+        message = application.message if application else ""
+        if status == "RUNNING":
+            return
+        if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise WorkerFailed(f"the policy service could not be built ({status}): {message}")
+        if time.monotonic() > deadline:
+            raise WaitTimeout(
+                f"the policy service is {status} after {timeout_s} s: {message or 'no reason given'}; "
+                "check that the cluster has the CPUs and GPUs that its replicas ask for"
+            )
+        time.sleep(0.1)
