@@ -1,6 +1,7 @@
 """Environments and experts by name: the one door into this room."""
 
 import difflib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +53,12 @@ def make_env(
 
             return GymnasiumEnv(name.removeprefix(_GYMNASIUM), tuple(tasks), **options)
     except ModuleNotFoundError as error:
-        raise _explained(name, error) from error
+        package = (error.name or "").partition(".")[0]
+        if package not in _SIMULATOR_PACKAGES:
+            raise
+        raise ResourceMissing(
+            f"environment {name!r} needs the package {package!r}, which is missing: pip install 'vla-dist[sim]'"
+        ) from error
     near = difflib.get_close_matches(name, FAMILIES, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ConfigError(f"unknown environment {name!r}; {hint}The families are {', '.join(FAMILIES)}")
@@ -64,24 +70,13 @@ def make_expert(env: RobotEnv) -> Expert:
     Raises:
         ConfigError: the environment has none.
     """
-    # An env's class can only be known here once its module, and so its simulator, was imported.
-    family = type(env).__name__
-    if family == "MetaWorldEnv":
+    # An environment's class is only looked for where its module, and with it its simulator, is loaded already.
+    simulated: Any = env
+    metaworld, babyai = (sys.modules.get(f"vla_dist.envs.{module}") for module in ("metaworld", "babyai"))
+    if metaworld is not None and isinstance(env, metaworld.MetaWorldEnv):
         from vla_dist.envs.experts import MetaWorldExpert
 
-        return MetaWorldExpert(env)  # pyright: ignore[reportArgumentType]
-    if family == "BabyAIEnv":
-        from vla_dist.envs.babyai import BabyAIExpert
-
-        return BabyAIExpert(env)  # pyright: ignore[reportArgumentType]
-    raise ConfigError(f"{family} has no scripted expert; MetaWorldEnv and BabyAIEnv have one")
-
-
-def _explained(name: str, error: ModuleNotFoundError) -> Exception:
-    """Names the extra to install; a missing module of another kind is a fault of its own and passes unchanged."""
-    package = (error.name or "").partition(".")[0]
-    if package not in _SIMULATOR_PACKAGES:
-        return error
-    return ResourceMissing(
-        f"environment {name!r} needs the package {package!r}, which is missing: pip install 'vla-dist[sim]'"
-    )
+        return MetaWorldExpert(simulated)
+    if babyai is not None and isinstance(env, babyai.BabyAIEnv):
+        return babyai.BabyAIExpert(simulated)
+    raise ConfigError(f"{type(env).__name__} has no scripted expert; MetaWorldEnv and BabyAIEnv have one")

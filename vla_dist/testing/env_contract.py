@@ -17,26 +17,26 @@ BuildEnv = Callable[[], RobotEnv]
 
 
 def check_env(build: BuildEnv, *, num_steps: int = 15) -> None:
-    """Every check below, each on an environment of its own, for its first task.
+    """Every check below, one after the other on one new environment, for its first task.
 
     Raises:
         AssertionError: naming the broken promise.
     """
-    for check in (
-        check_shapes,
-        check_determinism,
-        check_seed_matters,
-        check_instruction,
-        check_clipping,
-        check_rejections,
-        check_no_auto_reset,
-        check_previous_action,
-    ):
-        env = build()
-        try:
+    env = build()
+    try:
+        for check in (
+            check_rejections,  # first: it steps before any reset
+            check_shapes,
+            check_determinism,
+            check_seed_matters,
+            check_instruction,
+            check_clipping,
+            check_previous_action,
+            check_no_auto_reset,
+        ):
             check(env, num_steps)
-        finally:
-            env.close()
+    finally:
+        env.close()
 
 
 def random_actions(env: RobotEnv, num_steps: int, seed: int = 0) -> Array:
