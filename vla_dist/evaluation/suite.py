@@ -1,5 +1,6 @@
 """Success of a policy on seeds that no training episode can have."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vla_dist.core.errors import ConfigError
-from vla_dist.core.protocols import Policy, RobotEnv
+from vla_dist.core.protocols import Policy, PolicyLoader, PolicyRegistry, RobotEnv
 from vla_dist.core.seeding import evaluation_seed
 from vla_dist.core.types import Array, Observation, Step
 from vla_dist.evaluation.statistics import SuccessRate, success_rate
@@ -15,8 +16,8 @@ from vla_dist.evaluation.statistics import SuccessRate, success_rate
 InstructionMode = Literal["right", "zeroed", "wrong"]
 """right: the words of the task. zeroed: no words. wrong: the words of another task of the same scene."""
 
-PhraseSource = Callable[[str, int], str]
-"""(task, seed) -> instruction."""
+PhraseSource = Callable[[str, int], str | None]
+"""(task, seed) -> instruction; None lets the environment word its own mission."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +85,28 @@ class Evaluator:
                 if (outcome := slot.advance()) is not None:
                     outcomes.append(outcome)
 
+    def film(self, policy: Policy[Any], suite: SuiteConfig, *, every: int) -> list[tuple[str, list[Array]]]:
+        """(caption, (H, W, 3) uint8 frames) of the suite's first episode of each task.
+
+        Raises:
+            ResourceMissing: this machine cannot draw.
+        """
+        scenes: list[tuple[str, list[Array]]] = []
+        for task, seed, told in itertools.islice(suite.episodes(), len(suite.tasks)):
+            slot = _Slot(self._envs[0])
+            slot.start(policy, suite.mode, task, seed, told, phrases=self._phrases)
+            frames = [slot.env.render()]
+            outcome = None
+            while outcome is None:
+                if not slot.queue:
+                    self._act(policy, [slot])
+                outcome = slot.advance()
+                if outcome is not None or slot.num_steps % every == 0:
+                    frames.append(slot.env.render())
+            words = slot.step.observation.instruction
+            scenes.append((f"{words} - {'done' if outcome.success else 'failed'}", frames))
+        return scenes
+
     def close(self) -> None:
         for env in self._envs:
             env.close()
@@ -141,3 +164,23 @@ def overall(outcomes: Sequence[EpisodeOutcome]) -> SuccessRate:
 def by_task(outcomes: Sequence[EpisodeOutcome]) -> dict[str, SuccessRate]:
     tasks = list(dict.fromkeys(o.task for o in outcomes))
     return {task: overall([o for o in outcomes if o.task == task]) for task in tasks}
+
+
+class VersionJudge:
+    """Fetches versions from the registry and judges them: the unit that a run places on a machine."""
+
+    def __init__(self, registry: PolicyRegistry, load: PolicyLoader, evaluator: Evaluator, name: str) -> None:
+        self._registry = registry
+        self._load = load
+        self._evaluator = evaluator
+        self._name = name
+
+    def judge(self, version: int, suite: SuiteConfig) -> list[EpisodeOutcome]:
+        return self._evaluator.evaluate(self._load(self._registry.fetch(self._name, version)), suite)
+
+    def film(self, version: int, suite: SuiteConfig, *, every: int) -> list[tuple[str, list[Array]]]:
+        """(caption, frames) of the suite's first episode of each task, every ``every``-th step."""
+        return self._evaluator.film(self._load(self._registry.fetch(self._name, version)), suite, every=every)
+
+    def close(self) -> None:
+        self._evaluator.close()

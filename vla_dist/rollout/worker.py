@@ -85,6 +85,7 @@ class RolloutWorker:
             "steps": float(self._steps),
             "episodes": float(self._episodes),
             "success_rate": self._successes / max(1, self._episodes),
+            "finished": float(self._next),
             "waited": waited,
             "done": float(self.is_done),
         }

@@ -6,7 +6,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.core.specs import CameraSpec
@@ -65,8 +65,10 @@ class ModelSettings:
     action_dropout: float = 0.5
     """Share of past-action tokens hidden in training, so that the policy does not copy itself."""
     return_dropout: float = 0.0
-    conditioning: str = "steps_to_success"
+    conditioning: Literal["none", "steps_to_success", "reward"] = "steps_to_success"
     """none, steps_to_success or reward."""
+    target_quantile: float = 0.9
+    """How good an episode, among those in the replay, the policy is asked for while acting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,11 @@ class LearnerSettings:
     """Windows an update, over all learner workers."""
     learning_rate: float = 1e-3
     checkpoint_every_updates: int = 250
+    updates_per_step: int = 25
+    """Updates between two reports of progress."""
     num_workers: int = 1
+    use_gpu: bool = False
+    """One GPU for each learner worker."""
     sample_timeout_s: float = 60.0
 
 

@@ -2,12 +2,16 @@
 
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from vla_dist.core.errors import Unreachable, WaitTimeout
 from vla_dist.core.protocols import Worker
-from vla_dist.core.types import Metrics
+from vla_dist.core.types import Array, Metrics
+from vla_dist.evaluation.suite import EpisodeOutcome, SuiteConfig
+from vla_dist.run.build import Place, build_judge
 
 _log = logging.getLogger(__name__)
 
@@ -29,48 +33,76 @@ class Board:
 
 
 class WorkerHost:
-    """Builds a worker in the process that runs it, and steps it until it says ``done`` or a time is over.
+    """Builds workers in the process that runs them, and steps each in a thread until it says ``done`` or time is over.
 
     A killed host is started again by Ray and called again by the controller: every worker can be resumed.
     """
 
-    def __init__(self, name: str, build: Callable[[], Worker], post: Callable[[str, Metrics], None]) -> None:
+    def __init__(self, name: str, build: Callable[[], Sequence[Worker]], post: Callable[[str, Metrics], None]) -> None:
         self._name = name
-        self._worker = build()
+        self._workers = build()
         self._post = post
+        self._stop = threading.Event()
 
-    def run(self, *, max_seconds: float, pause_s: float = 0.0, patience_s: float = 60.0) -> Metrics:
-        """Step until done, or until ``max_seconds`` are over; the last metrics.
+    def run(self, *, max_seconds: float, pause_s: float = 0.0, patience_s: float = 60.0) -> None:
+        """Step every worker until it is done, the host is told to stop, or ``max_seconds`` are over.
 
         Args:
             pause_s: sleep after each step.
             patience_s: how long waits and lost connections may follow one another before the last one is raised.
         """
         end = time.monotonic() + max_seconds
+        with ThreadPoolExecutor(len(self._workers), thread_name_prefix=self._name) as threads:
+            runs = [
+                threads.submit(self._run_one, f"{self._name}/{index}", worker, end, pause_s, patience_s)
+                for index, worker in enumerate(self._workers)
+            ]
+            for run in as_completed(runs):
+                if run.exception() is not None:
+                    self._stop.set()
+        for run in runs:
+            run.result()
+
+    def stop(self) -> None:
+        """End ``run`` after the steps that are under way."""
+        self._stop.set()
+
+    def ping(self) -> int:
+        """The process id, once the workers are built."""
+        return os.getpid()
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+
+    def _run_one(self, name: str, worker: Worker, end: float, pause_s: float, patience_s: float) -> None:
         trouble_since: float | None = None
-        metrics: Metrics = {}
-        while time.monotonic() < end:
+        while time.monotonic() < end and not self._stop.is_set():
             try:
-                metrics = self._worker.step()
+                metrics = worker.step()
                 trouble_since = None
             except (Unreachable, WaitTimeout) as error:
                 now = time.monotonic()
                 trouble_since = now if trouble_since is None else trouble_since
                 if now - trouble_since > patience_s:
                     raise
-                _log.warning("%s waits: %s", self._name, error)
-                time.sleep(0.5)
+                _log.warning("%s waits: %s", name, error)
+                self._stop.wait(0.5)
                 continue
-            self._post(self._name, metrics)
+            self._post(name, metrics)
             if metrics.get("done"):
                 break
-            if pause_s:
-                time.sleep(pause_s)
-        return metrics
+            self._stop.wait(pause_s)
 
-    def ping(self) -> int:
-        """The process id, once the worker is built."""
-        return os.getpid()
 
-    def close(self) -> None:
-        self._worker.close()
+class JudgeHost:
+    """A VersionJudge in the process that runs it."""
+
+    def __init__(self, place: Place) -> None:
+        self._judge = build_judge(place)
+
+    def judge(self, version: int, suite: SuiteConfig) -> list[EpisodeOutcome]:
+        return self._judge.judge(version, suite)
+
+    def film(self, version: int, suite: SuiteConfig, every: int) -> list[tuple[str, list[Array]]]:
+        return self._judge.film(version, suite, every=every)

@@ -1,0 +1,57 @@
+"""``vla-dist <verb>``: parse, build, run, print."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from vla_dist import __version__
+from vla_dist.core.errors import VlaDistError
+
+VERBS = {
+    "run": "run a preset: collect, train, serve and evaluate, on this machine or a joined cluster",
+    "serve": "serve the policies of a run to robots over gRPC",
+    "evaluate": "success of a version of a run on unseen seeds",
+    "inspect": "what a run holds: config, versions, replay",
+    "doctor": "what this machine has and what is missing",
+    "bench": "benchmarks, each against a peer or a limit in the same run",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script. Exit status 0; 1 with one sentence on standard error; 2 for a wrong call; 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if words else 2)
+    if words[0] in ("-V", "--version"):
+        print(f"vla-dist {__version__}")
+        return
+    if words[0] not in VERBS:
+        near = difflib.get_close_matches(words[0], VERBS, n=1)
+        hint = f"did you mean 'vla-dist {near[0]}'? " if near else ""
+        _fail(f"no verb {words[0]!r}; {hint}The verbs are {', '.join(VERBS)}.", status=2)
+    try:
+        # Each verb is imported by itself: a robot's or a newcomer's install may lack what another verb needs.
+        verb = importlib.import_module(f"vla_dist.cli.{words[0]}")
+        verb.main(words[1:])
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("vla_dist"):
+            raise
+        _fail(f"'vla-dist {words[0]}' needs the package {error.name!r}; pip install 'vla-dist[all]'")
+    except VlaDistError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:{width}}  {text}" for verb, text in VERBS.items()]
+    return "\n".join(["usage: vla-dist <verb> [options]   (vla-dist <verb> --help explains one)", "", *lines])
+
+
+def _fail(sentence: str, *, status: int = 1) -> None:
+    print(f"vla-dist: {sentence}", file=sys.stderr)
+    sys.exit(status)

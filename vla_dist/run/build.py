@@ -1,0 +1,232 @@
+"""The one place that builds objects from config; everything else receives.
+
+Each function may be called in any process of the run: connections are made where they are used, and what travels
+there is the config, the address of the store and nothing else.
+"""
+
+import subprocess
+import uuid
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from vla_dist.core.protocols import RobotEnv
+from vla_dist.core.specs import EnvSpec
+from vla_dist.envs.instructions import WORDED_TASKS, Split, instruction_for, phrases
+from vla_dist.envs.make import make_env, make_expert
+from vla_dist.evaluation.suite import Evaluator, PhraseSource, VersionJudge
+from vla_dist.learner.learner import Learner, LearnerConfig, Rank
+from vla_dist.learner.train_step import OptimiserConfig
+from vla_dist.models.auto import build_policy
+from vla_dist.models.decision_transformer import DecisionTransformer
+from vla_dist.models.language_encoder import shared_embedder
+from vla_dist.models.presets import preset as model_preset
+from vla_dist.registry.blobs import RedisBlobs
+from vla_dist.registry.store import RedisPolicyRegistry
+from vla_dist.replay.config import TableConfig
+from vla_dist.replay.limiter import LimiterConfig
+from vla_dist.replay.table import RedisReplayTable
+from vla_dist.robot.client import PolicyClient
+from vla_dist.robot.control_loop import ControlConfig
+from vla_dist.robot.simulated_robot import SimulatedRobot, SimulatedRobotConfig
+from vla_dist.robot.uploader import SegmentUploader
+from vla_dist.rollout.behaviour import NoisyExpert
+from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
+from vla_dist.run.config import RunConfig
+from vla_dist.serving.batcher import BatcherConfig, DeadlineBatcher
+from vla_dist.serving.ingest import FleetIngest, IngestConfig
+from vla_dist.serving.quarantine import QuarantineFolder
+from vla_dist.serving.service import PolicyService, ServiceConfig
+from vla_dist.serving.versions import PolicyVersions, VersionsConfig
+
+_ROBOT_LANE = 512
+"""First seed lane of robots: rollout workers own those below."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a run keeps its things, as every process of it needs to know."""
+
+    config: RunConfig
+    run_id: str
+    run_dir: Path
+    redis_url: str
+
+
+def build_env(config: RunConfig, *, instructions: Split = "training") -> RobotEnv:
+    env = config.env
+    return make_env(
+        env.family,
+        tasks=env.tasks,
+        cameras=env.cameras,
+        max_episode_steps=env.max_episode_steps,
+        instructions=instructions,
+    )
+
+
+def build_spec(config: RunConfig) -> EnvSpec:
+    env = build_env(config)
+    try:
+        return env.spec
+    finally:
+        env.close()
+
+
+def build_table(place: Place, spec: EnvSpec, *, seed: int = 0) -> RedisReplayTable:
+    replay = place.config.replay
+    config = TableConfig(
+        name=place.config.preset,
+        num_steps=replay.segment_steps,
+        context_steps=place.config.model.context_steps,
+        capacity_steps=replay.capacity_steps,
+        limiter=LimiterConfig(
+            min_steps=replay.min_steps,
+            samples_per_insert=replay.samples_per_insert,
+            error_buffer_steps=replay.error_buffer_steps,
+        ),
+    )
+    return RedisReplayTable(place.redis_url, spec, config, seed=seed)
+
+
+def build_registry(place: Place) -> RedisPolicyRegistry:
+    return RedisPolicyRegistry(place.redis_url, RedisBlobs(place.redis_url))
+
+
+def build_rollout_worker(place: Place, worker_index: int) -> list[RolloutWorker]:
+    config = place.config
+    env = build_env(config)
+    rollout = RolloutConfig(
+        run_id=place.run_id,
+        tasks=config.env.tasks,
+        num_workers=config.rollout.num_workers,
+        episodes_per_task=config.rollout.episodes_per_task,
+        noise_scales=config.rollout.noise_scales,
+        segment_steps=config.replay.segment_steps,
+        seed=config.seed,
+    )
+    behaviour = NoisyExpert(make_expert(env), env.spec, noise_scales=rollout.noise_scales)
+    table = build_table(place, env.spec, seed=worker_index)
+    return [RolloutWorker(env, behaviour, table, rollout, worker_index=worker_index)]
+
+
+def build_learner(place: Place, rank: Rank) -> Learner:
+    config = place.config
+    spec, settings, learner = build_spec(config), config.model, config.learner
+    model_config = model_preset(
+        settings.preset,
+        spec,
+        hidden_dim=settings.hidden_dim,
+        n_layers=settings.n_layers,
+        n_heads=settings.n_heads,
+        context_steps=settings.context_steps,
+        action_dropout=settings.action_dropout,
+        return_dropout=settings.return_dropout,
+    )
+    learner_config = LearnerConfig(
+        policy_name=config.preset,
+        run_id=place.run_id,
+        optimiser=OptimiserConfig(
+            total_updates=learner.total_updates,
+            learning_rate=learner.learning_rate,
+            warmup_updates=min(100, learner.total_updates // 10),
+        ),
+        batch_size=learner.batch_size // learner.num_workers,
+        updates_per_step=learner.updates_per_step,
+        publish_updates=learner.publish_updates,
+        checkpoint_every=learner.checkpoint_every_updates,
+        conditioning=settings.conditioning,
+        target_quantile=settings.target_quantile,
+        min_episodes=2 * len(config.env.tasks),
+        sample_timeout_s=learner.sample_timeout_s,
+        seed=config.seed,
+    )
+    return Learner(
+        learner_config,
+        model=DecisionTransformer(model_config),
+        spec=spec,
+        table=build_table(place, spec, seed=1000 + rank.index),
+        registry=build_registry(place),
+        embed=shared_embedder().embed,
+        phrases=training_phrases(config),
+        git_revision=git_revision(),
+        rank=rank,
+    )
+
+
+def build_services(place: Place) -> tuple[PolicyService, FleetIngest]:
+    """What one serving replica runs; its versions are started."""
+    config = place.config
+    spec = build_spec(config)
+    batcher = DeadlineBatcher(BatcherConfig())
+    versions = PolicyVersions(build_registry(place), build_policy, VersionsConfig(references=(config.reference,)))
+    versions.start()
+    ingest = FleetIngest(
+        build_table(place, spec, seed=2000),
+        spec,
+        IngestConfig(num_steps=config.replay.segment_steps),
+        quarantine=QuarantineFolder(place.run_dir / "quarantine"),
+    )
+    return PolicyService(versions, batcher, ServiceConfig()), ingest
+
+
+def build_robots(place: Place, address: str) -> list[SimulatedRobot]:
+    """The simulated fleet of one process: each robot with its own connection and environment."""
+    config = place.config
+    # A fleet that was killed and started again runs new episodes, so they need new names.
+    incarnation = uuid.uuid4().hex[:8]
+    robots = []
+    for index in range(config.fleet.num_robots):
+        env = build_env(config)
+        client = PolicyClient(address, token=config.serving.token or None)
+        control = ControlConfig(
+            policy=config.reference,
+            robot_id=f"robot-{index}",
+            control_hz=config.fleet.control_hz,
+            waits=True,
+            segment_steps=config.replay.segment_steps,
+        )
+        tasks = config.env.tasks[index:] + config.env.tasks[:index]
+        robot = SimulatedRobotConfig(tasks=tasks, run_id=f"{place.run_id}-{incarnation}", seed=config.seed)
+        uploader = SegmentUploader(client)
+        robots.append(SimulatedRobot(env, client, control, robot, robot_index=_ROBOT_LANE + index, uploader=uploader))
+    return robots
+
+
+def build_judge(place: Place, *, instructions: Split = "training") -> VersionJudge:
+    config = place.config
+    envs = [build_env(config, instructions=instructions) for _ in range(config.evaluation.num_envs)]
+    return VersionJudge(
+        build_registry(place), build_policy, Evaluator(envs, phrase_source(config, instructions)), config.preset
+    )
+
+
+def phrase_source(config: RunConfig, split: Split) -> PhraseSource:
+    """The words of a task; None where the environment words its own missions."""
+    return partial(_phrase, split) if _has_phrases(config) else _own_words
+
+
+def training_phrases(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    return {task: phrases(task, "training") for task in config.env.tasks} if _has_phrases(config) else {}
+
+
+def git_revision() -> str:
+    """Of the checkout this package runs from; empty for an installed one."""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def _has_phrases(config: RunConfig) -> bool:
+    return all(task in WORDED_TASKS for task in config.env.tasks)
+
+
+def _phrase(split: Split, task: str, seed: int) -> str:
+    return instruction_for(task, seed, split)
+
+
+def _own_words(task: str, seed: int) -> None:
+    return None

@@ -1,0 +1,260 @@
+"""One run from start to end: places the parts, watches them, judges the versions, writes the report.
+
+| part | meets others in | when it dies |
+|---|---|---|
+| rollout workers | replay | Ray starts the actor again, it skips what is stored |
+| learner | replay, registry | Ray Train starts it again from its last checkpoint |
+| replicas | registry, replay (ingest) | Serve starts another; robots reconnect and rebuild their state |
+| robots | gRPC | started again with new episodes |
+| judges | registry | the job is run again |
+"""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import ray
+
+from vla_dist.core.errors import NotFound, ResourceMissing, Unreachable, WaitTimeout
+from vla_dist.evaluation.figures import write_film
+from vla_dist.evaluation.suite import SuiteConfig
+from vla_dist.run.build import Place, build_registry, build_robots, build_rollout_worker, build_services
+from vla_dist.run.evaluations import EvaluationBoard
+from vla_dist.run.files import EVALUATIONS, FILM
+from vla_dist.run.host import Board, JudgeHost
+from vla_dist.run.hosts import HostedWorker, poster
+from vla_dist.run.memory import MemoryWatch
+from vla_dist.run.serve_app import ServingHandle, start_serving
+from vla_dist.run.status import RunStatus
+from vla_dist.run.summary import RunSummary
+from vla_dist.run.telemetry import Telemetry
+from vla_dist.run.training import Training
+
+_TICK_S = 0.5
+_FIRST_VERSION_TIMEOUT_S = 300.0
+_RUN_TIMEOUT_S = 24 * 3600.0
+_FILM_EVERY = 4
+"""Steps of the simulator for each frame of the film."""
+_FILM_TIMEOUT_S = 300.0
+
+
+class RunController:
+    """Drives one run on a Ray that is initialised, with a store that answers."""
+
+    def __init__(self, place: Place, on_status: Callable[[RunStatus], None]) -> None:
+        self._place = place
+        self._config = place.config
+        self._on_status = on_status
+        self._registry = build_registry(place)
+        self._notes: list[str] = []
+        self._phase = "starting"
+        self._phase_seconds: dict[str, float] = {}
+        self._started_s = self._phase_started_s = time.monotonic()
+        self._hosts: list[HostedWorker] = []
+        self._judged: EvaluationBoard | None = None
+        self._known_versions: set[int] = set()
+
+    def execute(self) -> RunSummary:
+        """The whole run. Everything it started is gone when this returns or raises."""
+        with contextlib.ExitStack() as stack:
+            self._memory = stack.enter_context(contextlib.closing(MemoryWatch(os.getpid())))
+            board = ray.remote(Board).options(num_cpus=0).remote()
+            self._telemetry = Telemetry(self._place, self._registry, board)
+            stack.callback(self._close_hosts)
+            self._start_rollouts(board)
+            self._training = Training(self._place, poster(board, "learner"))
+            self._enter("collecting")
+            self._tick_until(self._has_version, timeout_s=_FIRST_VERSION_TIMEOUT_S, what="the first version")
+            serving = stack.enter_context(self._start_serving())
+            self._start_fleet(board, serving)
+            self._enter("training")
+            self._tick_until(self._is_trained)
+            self._enter("judging")
+            self._close_fleet()
+            self._ask(self._final_suites())
+            self._tick_until(lambda: self._judges().is_idle)
+            self._enter("reporting")
+            self._film()
+            summary = self._summarise()
+            summary.write()
+            return summary
+
+    def _start_rollouts(self, board: Any) -> None:
+        for index in range(self._config.rollout.num_workers):
+            name = f"rollout-{index}"
+            build = partial(build_rollout_worker, self._place, index)
+            self._hosts.append(HostedWorker(name, build, board, max_seconds=_RUN_TIMEOUT_S))
+
+    def _start_serving(self) -> ServingHandle:
+        settings = self._config.serving
+        return start_serving(
+            partial(build_services, self._place),
+            port=settings.port,
+            num_replicas=settings.num_replicas,
+            num_cpus=1,
+            token=settings.token or None,
+            timeout_s=settings.startup_timeout_s,
+        )
+
+    def _start_fleet(self, board: Any, serving: ServingHandle) -> None:
+        if self._config.fleet.num_robots:
+            build = partial(build_robots, self._place, serving.address)
+            self._hosts.append(HostedWorker("fleet", build, board, max_seconds=_RUN_TIMEOUT_S))
+
+    def _close_fleet(self) -> None:
+        """Robots finish their episode, so that nothing they did is cut off."""
+        for host in self._hosts:
+            if host.name == "fleet":
+                host.stop(timeout_s=20.0)
+
+    def _close_hosts(self) -> None:
+        for host in self._hosts:
+            host.close()
+
+    def _judges(self) -> EvaluationBoard:
+        """Started at first use: collecting is over then, and its memory and cores are free."""
+        if self._judged is None:
+            make = ray.remote(JudgeHost).options(max_restarts=-1, num_cpus=1)
+            actors = [make.remote(self._place) for _ in range(self._config.evaluation.num_workers)]
+            self._judged = EvaluationBoard(actors, self._place.run_dir / EVALUATIONS)
+        return self._judged
+
+    def _ask(self, suites: list[SuiteConfig]) -> None:
+        for suite in suites:
+            self._judges().ask(max(self._known_versions), suite)
+
+    def _suite(self) -> SuiteConfig:
+        settings = self._config.evaluation
+        return SuiteConfig(
+            tasks=self._config.env.tasks, episodes_per_task=settings.episodes_per_task, seed=settings.seed
+        )
+
+    def _final_suites(self) -> list[SuiteConfig]:
+        """The last version on more episodes, and the language control in the shared scene."""
+        settings, env = self._config.evaluation, self._config.env
+        final = dataclasses.replace(self._suite(), episodes_per_task=settings.final_episodes_per_task)
+        if not env.language_tasks:
+            return [final]
+        scene = dataclasses.replace(final, tasks=env.language_tasks)
+        return [final, dataclasses.replace(scene, mode="zeroed"), dataclasses.replace(scene, mode="wrong")]
+
+    def _has_version(self) -> bool:
+        return bool(self._known_versions)
+
+    def _is_trained(self) -> bool:
+        if not self._training.is_done:
+            return False
+        for host in self._hosts:
+            if host.name != "fleet" and not host.is_done:
+                return False
+        # Every version was queued when it was first seen; the last one is judged by the final suite.
+        return self._judges().is_idle
+
+    def _tick_until(
+        self, condition: Callable[[], bool], *, timeout_s: float = _RUN_TIMEOUT_S, what: str = "the run"
+    ) -> None:
+        end = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > end:
+                raise WaitTimeout(
+                    f"{what} did not come within {timeout_s:.0f} s; the logs are in {self._place.run_dir}"
+                )
+            self._tick()
+            time.sleep(_TICK_S)
+        self._tick()
+
+    def _tick(self) -> None:
+        self._training.raise_if_failed()
+        for host in self._hosts:
+            note = host.poll()
+            if note:
+                self._notes.append(note)
+            if host.is_done:
+                host.close()
+        self._notice_versions()
+        if self._judged is not None:
+            self._judged.poll()
+        self._on_status(self.status())
+
+    def _notice_versions(self) -> None:
+        try:
+            published = self._telemetry.published()
+        except (Unreachable, NotFound):
+            return
+        self._known_versions |= published.keys()
+        collecting = any(host.name.startswith("rollout") and not host.is_done for host in self._hosts)
+        if collecting or not published:
+            return
+        last = self._config.learner.total_updates
+        for version, updates in published.items():
+            if updates != last:
+                self._judges().ask(version, self._suite())
+
+    def status(self) -> RunStatus:
+        judged, suite = self._judged, self._suite()
+        rates = {}
+        for version in self._known_versions if judged else ():
+            rate = judged.rate(version, suite) or judged.rate(version, self._final_suites()[0])  # type: ignore[union-attr]
+            if rate is not None:
+                rates[version] = rate
+        return self._telemetry.status(
+            phase=self._phase,
+            elapsed_s=time.monotonic() - self._started_s,
+            memory_mb=self._memory.current_bytes / 2**20,
+            rates=rates,
+            notes=tuple(self._notes),
+        )
+
+    def _enter(self, phase: str) -> None:
+        now = time.monotonic()
+        self._phase_seconds[self._phase] = now - self._phase_started_s
+        self._phase, self._phase_started_s = phase, now
+
+    def _film(self) -> None:
+        """A few episodes of the last version, where this machine can draw."""
+        tasks = (*self._config.env.tasks[:2], *self._config.env.language_tasks)
+        suite = dataclasses.replace(self._suite(), tasks=tuple(dict.fromkeys(tasks)))
+        judge = ray.remote(JudgeHost).options(num_cpus=1).remote(self._place)
+        try:
+            scenes = ray.get(judge.film.remote(max(self._known_versions), suite, _FILM_EVERY), timeout=_FILM_TIMEOUT_S)
+            write_film(self._place.run_dir / FILM, scenes)
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, ResourceMissing):
+                raise
+            self._notes.append(f"no film: {error.cause}")
+        finally:
+            ray.kill(judge)
+
+    def _summarise(self) -> RunSummary:
+        self._enter("done")
+        judges, published = self._judges(), self._telemetry.published()
+        newest, final = max(published), self._final_suites()
+        outcomes = {v: judges.outcomes(v, self._suite()) for v in published if v != newest}
+        outcomes[newest] = judges.outcomes(newest, final[0])
+        language = {}
+        if len(final) > 1:
+            scene = set(self._config.env.language_tasks)
+            language["right"] = [o for o in outcomes[newest] or () if o.task in scene]
+            language |= {suite.mode: judges.outcomes(newest, suite) or [] for suite in final[1:]}
+        status = self.status()
+        return RunSummary(
+            run_dir=self._place.run_dir,
+            preset=self._config.preset,
+            outcomes={version: found for version, found in outcomes.items() if found},
+            updates_by_version=published,
+            language=language,
+            steps_collected=self._telemetry.steps_collected,
+            updates=status.updates,
+            served_calls=status.served_calls,
+            served_calls_failed=status.served_calls_failed,
+            call_p50_ms=status.call_p50_ms,
+            call_p99_ms=status.call_p99_ms,
+            phase_seconds=self._phase_seconds,
+            peak_memory_mb=self._memory.peak_bytes / 2**20,
+            notes=self._notes,
+            fleet=self._telemetry.fleet(),
+        )

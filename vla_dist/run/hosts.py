@@ -1,0 +1,93 @@
+"""Ray actors of a run, kept alive: a killed one is started again and goes on."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import ray
+
+from vla_dist.core.errors import WorkerFailed
+from vla_dist.core.protocols import Worker
+from vla_dist.core.types import Metrics
+from vla_dist.run.host import WorkerHost
+
+
+class HostedWorker:
+    """One WorkerHost in an actor of its own, whose ``run`` is called again whenever the actor died.
+
+    Workers can be resumed and what they send is stored exactly once, so calling again loses and repeats nothing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], Sequence[Worker]],
+        board: Any,
+        *,
+        max_seconds: float,
+        num_cpus: float = 1.0,
+        max_deaths: int = 10,
+    ) -> None:
+        self.name = name
+        self.deaths = 0
+        self.is_done = False
+        self._max_seconds = max_seconds
+        self._max_deaths = max_deaths
+        self._closed = False
+        # Two threads: a call to `stop` must get through while `run` is under way.
+        host = ray.remote(WorkerHost).options(max_restarts=-1, max_concurrency=2, num_cpus=num_cpus)
+        self.actor = host.remote(name, build, partial(_post, board))
+        self._run = self._start()
+
+    def poll(self) -> str | None:
+        """Notice the end or a death; what happened in one sentence, if something did.
+
+        Raises:
+            WorkerFailed: it died too often, or its worker raised.
+        """
+        if self.is_done or self._closed:
+            return None
+        done, _ = ray.wait([self._run], timeout=0)
+        if not done:
+            return None
+        try:
+            ray.get(self._run)
+        except ray.exceptions.RayActorError as error:
+            self.deaths += 1
+            if self.deaths > self._max_deaths:
+                raise WorkerFailed(f"{self.name} died {self.deaths} times, more than allowed; last: {error}") from error
+            self._run = self._start()
+            return f"{self.name} died and was started again ({self.deaths} of at most {self._max_deaths})"
+        except ray.exceptions.RayTaskError as error:
+            raise WorkerFailed(f"{self.name} failed: {error.cause or error}") from error
+        self.is_done = True
+        return None
+
+    def pid(self, *, timeout_s: float = 60.0) -> int:
+        return ray.get(self.actor.ping.remote(), timeout=timeout_s)
+
+    def stop(self, *, timeout_s: float) -> None:
+        """Let the steps under way end, then close."""
+        if self._closed:
+            return
+        self.actor.stop.remote()
+        ray.wait([self._run], timeout=timeout_s)
+        self.close()
+
+    def close(self) -> None:
+        """End the process at once; nothing that was acknowledged is lost."""
+        if not self._closed:
+            self._closed = True
+            ray.kill(self.actor, no_restart=True)
+
+    def _start(self) -> Any:
+        return self.actor.run.remote(max_seconds=self._max_seconds)
+
+
+def poster(board: Any, component: str) -> Callable[[Metrics], None]:
+    """Sends one component's metrics to the board without waiting for it."""
+    return partial(_post, board, component)
+
+
+def _post(board: Any, component: str, metrics: Metrics) -> None:
+    board.post.remote(component, dict(metrics))

@@ -1,0 +1,89 @@
+"""From a config to a finished run: checks the machine, starts or joins the store and Ray, and ends all it began."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ray
+
+from vla_dist.core.errors import ConfigError
+from vla_dist.run import preflight
+from vla_dist.run.build import Place
+from vla_dist.run.config import RunConfig, load_config
+from vla_dist.run.controller import RunController
+from vla_dist.run.files import CONFIG, REDIS, SUMMARY, new_run_dir, write_atomically
+from vla_dist.run.serve_app import apply_serving_environment
+from vla_dist.run.status import RunStatus
+from vla_dist.run.store import open_store
+from vla_dist.run.summary import RunSummary
+
+
+def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume: Path | None = None) -> RunSummary:
+    """Run to the end. Ctrl-C ends everything within seconds and leaves what ``resume`` needs.
+
+    Args:
+        resume: folder of an earlier run, whose config must be this one.
+
+    Raises:
+        ConfigError: the folder's run has another config, or is finished.
+        ResourceMissing: memory, a port or a program is missing.
+        Unreachable: the given Redis does not answer.
+        WorkerFailed: a part failed more often than allowed.
+    """
+    preflight.require(config)
+    run_dir = _begin(config) if resume is None else _require_resumable(config, resume)
+    with contextlib.ExitStack() as stack:
+        redis_url = stack.enter_context(open_store(config.replay.redis_url, run_dir / REDIS))
+        stack.enter_context(_ray_runtime(config))
+        place = Place(config=config, run_id=run_dir.name, run_dir=run_dir, redis_url=redis_url)
+        return RunController(place, on_status).execute()
+
+
+def _begin(config: RunConfig) -> Path:
+    run_dir = new_run_dir(Path(config.runs_dir), config.preset)
+    write_atomically(run_dir / CONFIG, config.to_json())
+    return run_dir
+
+
+def _require_resumable(config: RunConfig, run_dir: Path) -> Path:
+    if load_config(run_dir / CONFIG) != config:
+        raise ConfigError(f"{run_dir} was run with another config; resume it without options, or start a new run")
+    if (run_dir / SUMMARY).exists():
+        raise ConfigError(f"{run_dir.name} is finished, its report is {run_dir / SUMMARY}; start a new run")
+    return run_dir
+
+
+@contextlib.contextmanager
+def _ray_runtime(config: RunConfig) -> Iterator[None]:
+    """Ray embedded in this process, or the cluster that RAY_ADDRESS names."""
+    apply_serving_environment()
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    settings = (
+        {}
+        if joined
+        else {
+            # Parts of a small run share cores; on one machine Ray's count is an address book, not a limit.
+            "num_cpus": max(os.cpu_count() or 1, cpus_wanted(config)),
+            "object_store_memory": config.object_store_mb * 2**20,
+            "include_dashboard": False,
+        }
+    )
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cpus_wanted(config: RunConfig) -> int:
+    """Logical CPUs that all parts of a run ask Ray for at once."""
+    return (
+        config.rollout.num_workers
+        + config.learner.num_workers
+        + config.serving.num_replicas
+        + config.evaluation.num_workers
+        + 2  # the fleet, and the film
+    )

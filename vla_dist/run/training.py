@@ -1,0 +1,65 @@
+"""Ray Train's part of a run: the learner ranks, started, watched and resumed."""
+
+import threading
+from collections.abc import Callable
+from functools import partial
+
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from vla_dist.core.errors import WorkerFailed
+from vla_dist.core.types import Metrics
+from vla_dist.learner.ray_loop import train_loop_per_worker
+from vla_dist.run.build import Place, build_learner
+from vla_dist.run.files import CHECKPOINTS
+
+_KEEP_CHECKPOINTS = 3
+_MAX_FAILURES = 5
+
+
+class Training:
+    """``TorchTrainer.fit`` in a thread. The same name and path resume from the last reported checkpoint."""
+
+    def __init__(self, place: Place, post: Callable[[Metrics], None]) -> None:
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+        learner = place.config.learner
+        self._trainer = TorchTrainer(
+            train_loop_per_worker,
+            train_loop_config={
+                "build": partial(build_learner, place),
+                "post": post,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=learner.num_workers,
+                use_gpu=learner.use_gpu,
+                resources_per_worker=None if learner.use_gpu else {"CPU": 1},
+            ),
+            run_config=ray.train.RunConfig(
+                name=place.run_id,
+                storage_path=str(place.run_dir / CHECKPOINTS),
+                failure_config=FailureConfig(max_failures=_MAX_FAILURES),
+                checkpoint_config=CheckpointConfig(num_to_keep=_KEEP_CHECKPOINTS),
+            ),
+        )
+        self._thread = threading.Thread(target=self._fit, name="training", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        return self._done.is_set()
+
+    def raise_if_failed(self) -> None:
+        """Raises WorkerFailed with the learner's own error."""
+        if self._error is not None:
+            raise WorkerFailed(f"the learner failed: {self._error}") from self._error
+
+    def _fit(self) -> None:
+        try:
+            result = self._trainer.fit()
+            self._error = result.error
+        except Exception as error:  # noqa: BLE001  raise_if_failed hands it to the run controller
+            self._error = error
+        finally:
+            self._done.set()
