@@ -252,7 +252,7 @@ class PolicyServicer:
         except StopAsyncIteration:
             return None
         except asyncio.TimeoutError as error:
-            raise Unreachable(f"the stream was silent for {idle_s:.0f} s and is closed; reconnect to go on") from error
+            raise Unreachable(f"the stream was silent for {idle_s:g} s and is closed; reconnect to go on") from error
 
 
 class FleetServicer:
