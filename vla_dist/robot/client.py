@@ -30,7 +30,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # gRPC waits 1 s after the first failed connect, and up to 2 min: a robot that holds still wants to be back sooner.
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 250),
     # Clients of one process share a connection otherwise, and a proxy allows only so many streams on one.
     ("grpc.use_local_subchannel_pool", 1),
 )
