@@ -24,6 +24,9 @@ class ControlConfig:
     control_hz: float | None
     """Actions per second. None: the world waits for the policy, as a simulator does; then a chunk cannot run out of
     time and a late answer is asked for again."""
+    waits: bool = False
+    """At a rate: the world stands still until the policy answers, as a simulator can; the rate is then an upper bound,
+    no chunk runs out of time, and a late answer is asked for again."""
     deadline_s: float = 10.0
     """Longest wait for a chunk; at a rate it is cut to one control period."""
     give_up_s: float = 30.0
@@ -154,7 +157,8 @@ class _Episode:
         self._recorder = recorder
         self._on_segment = on_segment
         self._period_s = None if config.control_hz is None else 1.0 / config.control_hz
-        self._deadline_s = min(config.deadline_s, self._period_s or config.deadline_s)
+        self._waits = config.waits or self._period_s is None
+        self._deadline_s = config.deadline_s if self._waits else min(config.deadline_s, self._period_s or 0.0)
         self._give_up_s = config.give_up_s
         self._last_chunk_at = time.monotonic()
         self._plan: _Plan | None = None
@@ -198,7 +202,7 @@ class _Episode:
             except DeadlineExceeded as error:
                 if time.monotonic() - self._last_chunk_at > self._give_up_s:
                     raise Unreachable(f"no chunk for {self._give_up_s} s; the episode is lost") from error
-                if self._period_s is None:
+                if self._waits:
                     continue
                 return None
             self._last_chunk_at = time.monotonic()
@@ -207,7 +211,7 @@ class _Episode:
             return plan if self._may_execute(plan) else None
 
     def _may_execute(self, plan: _Plan) -> bool:
-        if self._period_s is None:
+        if self._waits:
             return True
         return self._dead_man.is_valid(plan.chunk, sent_at=plan.sent_at, now=time.monotonic())
 

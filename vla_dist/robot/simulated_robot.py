@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from vla_dist.core.errors import ConfigError, ReplayWait
 from vla_dist.core.protocols import RobotEnv
 from vla_dist.core.seeding import training_seed
 from vla_dist.core.types import Metrics, Segment
 from vla_dist.robot.client import PolicyClient
 from vla_dist.robot.control_loop import ControlConfig, ControlLoop, EpisodeReport
+from vla_dist.robot.latency import LatencyHistogram
 from vla_dist.robot.uploader import SegmentUploader
 
 
@@ -65,6 +64,7 @@ class SimulatedRobot:
             "failed_calls": 0.0,
             "reconnects": 0.0,
         }
+        self._latency = LatencyHistogram()
         self.last_report: EpisodeReport | None = None
 
     def step(self) -> Metrics:
@@ -83,7 +83,7 @@ class SimulatedRobot:
                 waited = 1.0
                 break
             self._pending.pop(0)
-        return {**self._totals, **self._latency(), "waited": waited}
+        return {**self._totals, **self._latency.to_metrics(), "waited": waited}
 
     def close(self) -> None:
         self._env.close()
@@ -113,9 +113,6 @@ class SimulatedRobot:
             ("reconnects", report.num_reconnects),
         ):
             self._totals[name] += float(value)
-
-    def _latency(self) -> Metrics:
-        if self.last_report is None or not self.last_report.latencies_s:
-            return {}
-        p50, p99 = np.percentile(np.array(self.last_report.latencies_s), [50, 99])
-        return {"latency_p50_ms": 1000 * float(p50), "latency_p99_ms": 1000 * float(p99)}
+        self._totals["policy_version"] = float(report.policy_version)
+        for latency_s in report.latencies_s:
+            self._latency.add(latency_s)

@@ -2,42 +2,36 @@
 
 Each function may be called in any process of the run: connections are made where they are used, and what travels
 there is the config, the address of the store and nothing else.
+
+Imports stand in the functions: a rollout process must not spend seconds and 300 MB on torch, nor a learner on MuJoCo.
 """
+
+from __future__ import annotations
 
 import subprocess
 import uuid
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vla_dist.core.protocols import RobotEnv
 from vla_dist.core.specs import EnvSpec
-from vla_dist.envs.instructions import WORDED_TASKS, Split, instruction_for, phrases
-from vla_dist.envs.make import make_env, make_expert
-from vla_dist.evaluation.suite import Evaluator, PhraseSource, VersionJudge
-from vla_dist.learner.learner import Learner, LearnerConfig, Rank
-from vla_dist.learner.train_step import OptimiserConfig
-from vla_dist.models.auto import build_policy
-from vla_dist.models.decision_transformer import DecisionTransformer
-from vla_dist.models.language_encoder import shared_embedder
-from vla_dist.models.presets import preset as model_preset
 from vla_dist.registry.blobs import RedisBlobs
 from vla_dist.registry.store import RedisPolicyRegistry
 from vla_dist.replay.config import TableConfig
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.table import RedisReplayTable
-from vla_dist.robot.client import PolicyClient
-from vla_dist.robot.control_loop import ControlConfig
-from vla_dist.robot.simulated_robot import SimulatedRobot, SimulatedRobotConfig
-from vla_dist.robot.uploader import SegmentUploader
-from vla_dist.rollout.behaviour import NoisyExpert
-from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
 from vla_dist.run.config import RunConfig
-from vla_dist.serving.batcher import BatcherConfig, DeadlineBatcher
-from vla_dist.serving.ingest import FleetIngest, IngestConfig
-from vla_dist.serving.quarantine import QuarantineFolder
-from vla_dist.serving.service import PolicyService, ServiceConfig
-from vla_dist.serving.versions import PolicyVersions, VersionsConfig
+
+if TYPE_CHECKING:
+    from vla_dist.envs.instructions import Split
+    from vla_dist.evaluation.suite import PhraseSource, VersionJudge
+    from vla_dist.learner.learner import Learner, Rank
+    from vla_dist.robot.simulated_robot import SimulatedRobot
+    from vla_dist.rollout.worker import RolloutWorker
+    from vla_dist.serving.ingest import FleetIngest
+    from vla_dist.serving.service import PolicyService
 
 _ROBOT_LANE = 512
 """First seed lane of robots: rollout workers own those below."""
@@ -51,9 +45,13 @@ class Place:
     run_id: str
     run_dir: Path
     redis_url: str
+    spec: EnvSpec
+    """Of the environment, so that only those who step it need its simulator."""
 
 
 def build_env(config: RunConfig, *, instructions: Split = "training") -> RobotEnv:
+    from vla_dist.envs.make import make_env
+
     env = config.env
     return make_env(
         env.family,
@@ -72,7 +70,7 @@ def build_spec(config: RunConfig) -> EnvSpec:
         env.close()
 
 
-def build_table(place: Place, spec: EnvSpec, *, seed: int = 0) -> RedisReplayTable:
+def build_table(place: Place, *, seed: int = 0) -> RedisReplayTable:
     replay = place.config.replay
     config = TableConfig(
         name=place.config.preset,
@@ -85,7 +83,7 @@ def build_table(place: Place, spec: EnvSpec, *, seed: int = 0) -> RedisReplayTab
             error_buffer_steps=replay.error_buffer_steps,
         ),
     )
-    return RedisReplayTable(place.redis_url, spec, config, seed=seed)
+    return RedisReplayTable(place.redis_url, place.spec, config, seed=seed)
 
 
 def build_registry(place: Place) -> RedisPolicyRegistry:
@@ -93,6 +91,10 @@ def build_registry(place: Place) -> RedisPolicyRegistry:
 
 
 def build_rollout_worker(place: Place, worker_index: int) -> list[RolloutWorker]:
+    from vla_dist.envs.make import make_expert
+    from vla_dist.rollout.behaviour import NoisyExpert
+    from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
+
     config = place.config
     env = build_env(config)
     rollout = RolloutConfig(
@@ -105,13 +107,19 @@ def build_rollout_worker(place: Place, worker_index: int) -> list[RolloutWorker]
         seed=config.seed,
     )
     behaviour = NoisyExpert(make_expert(env), env.spec, noise_scales=rollout.noise_scales)
-    table = build_table(place, env.spec, seed=worker_index)
+    table = build_table(place, seed=worker_index)
     return [RolloutWorker(env, behaviour, table, rollout, worker_index=worker_index)]
 
 
 def build_learner(place: Place, rank: Rank) -> Learner:
+    from vla_dist.learner.learner import Learner, LearnerConfig
+    from vla_dist.learner.train_step import OptimiserConfig
+    from vla_dist.models.decision_transformer import DecisionTransformer
+    from vla_dist.models.language_encoder import shared_embedder
+    from vla_dist.models.presets import preset as model_preset
+
     config = place.config
-    spec, settings, learner = build_spec(config), config.model, config.learner
+    spec, settings, learner = place.spec, config.model, config.learner
     model_config = model_preset(
         settings.preset,
         spec,
@@ -144,7 +152,7 @@ def build_learner(place: Place, rank: Rank) -> Learner:
         learner_config,
         model=DecisionTransformer(model_config),
         spec=spec,
-        table=build_table(place, spec, seed=1000 + rank.index),
+        table=build_table(place, seed=1000 + rank.index),
         registry=build_registry(place),
         embed=shared_embedder().embed,
         phrases=training_phrases(config),
@@ -154,15 +162,23 @@ def build_learner(place: Place, rank: Rank) -> Learner:
 
 
 def build_services(place: Place) -> tuple[PolicyService, FleetIngest]:
-    """What one serving replica runs; its versions are started."""
+    """What one serving replica runs; its versions are started. Blocking: until there is a first version."""
+    from vla_dist.models.auto import build_policy
+    from vla_dist.serving.batcher import BatcherConfig, DeadlineBatcher
+    from vla_dist.serving.ingest import FleetIngest, IngestConfig
+    from vla_dist.serving.quarantine import QuarantineFolder
+    from vla_dist.serving.service import PolicyService, ServiceConfig
+    from vla_dist.serving.versions import PolicyVersions, VersionsConfig
+
     config = place.config
-    spec = build_spec(config)
     batcher = DeadlineBatcher(BatcherConfig())
-    versions = PolicyVersions(build_registry(place), build_policy, VersionsConfig(references=(config.reference,)))
+    registry = build_registry(place)
+    registry.follow(config.reference, after=0, timeout_s=config.serving.startup_timeout_s)
+    versions = PolicyVersions(registry, build_policy, VersionsConfig(references=(config.reference,)))
     versions.start()
     ingest = FleetIngest(
-        build_table(place, spec, seed=2000),
-        spec,
+        build_table(place, seed=2000),
+        place.spec,
         IngestConfig(num_steps=config.replay.segment_steps),
         quarantine=QuarantineFolder(place.run_dir / "quarantine"),
     )
@@ -171,6 +187,11 @@ def build_services(place: Place) -> tuple[PolicyService, FleetIngest]:
 
 def build_robots(place: Place, address: str) -> list[SimulatedRobot]:
     """The simulated fleet of one process: each robot with its own connection and environment."""
+    from vla_dist.robot.client import PolicyClient
+    from vla_dist.robot.control_loop import ControlConfig
+    from vla_dist.robot.simulated_robot import SimulatedRobot, SimulatedRobotConfig
+    from vla_dist.robot.uploader import SegmentUploader
+
     config = place.config
     # A fleet that was killed and started again runs new episodes, so they need new names.
     incarnation = uuid.uuid4().hex[:8]
@@ -193,6 +214,9 @@ def build_robots(place: Place, address: str) -> list[SimulatedRobot]:
 
 
 def build_judge(place: Place, *, instructions: Split = "training") -> VersionJudge:
+    from vla_dist.evaluation.suite import Evaluator, VersionJudge
+    from vla_dist.models.auto import build_policy
+
     config = place.config
     envs = [build_env(config, instructions=instructions) for _ in range(config.evaluation.num_envs)]
     return VersionJudge(
@@ -206,6 +230,8 @@ def phrase_source(config: RunConfig, split: Split) -> PhraseSource:
 
 
 def training_phrases(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    from vla_dist.envs.instructions import phrases
+
     return {task: phrases(task, "training") for task in config.env.tasks} if _has_phrases(config) else {}
 
 
@@ -221,10 +247,14 @@ def git_revision() -> str:
 
 
 def _has_phrases(config: RunConfig) -> bool:
+    from vla_dist.envs.instructions import WORDED_TASKS
+
     return all(task in WORDED_TASKS for task in config.env.tasks)
 
 
 def _phrase(split: Split, task: str, seed: int) -> str:
+    from vla_dist.envs.instructions import instruction_for
+
     return instruction_for(task, seed, split)
 
 

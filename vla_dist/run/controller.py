@@ -14,19 +14,19 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import ray
 
 from vla_dist.core.errors import NotFound, ResourceMissing, Unreachable, WaitTimeout
-from vla_dist.evaluation.figures import write_film
 from vla_dist.evaluation.suite import SuiteConfig
+from vla_dist.run.board import BoardLink
 from vla_dist.run.build import Place, build_registry, build_robots, build_rollout_worker, build_services
 from vla_dist.run.evaluations import EvaluationBoard
 from vla_dist.run.files import EVALUATIONS, FILM
-from vla_dist.run.host import Board, JudgeHost
-from vla_dist.run.hosts import HostedWorker, poster
+from vla_dist.run.host import JudgeHost
+from vla_dist.run.hosts import HostedWorker
 from vla_dist.run.memory import MemoryWatch
 from vla_dist.run.serve_app import ServingHandle, start_serving
 from vla_dist.run.status import RunStatus
@@ -62,14 +62,17 @@ class RunController:
         """The whole run. Everything it started is gone when this returns or raises."""
         with contextlib.ExitStack() as stack:
             self._memory = stack.enter_context(contextlib.closing(MemoryWatch(os.getpid())))
-            board = ray.remote(Board).options(num_cpus=0).remote()
+            board = BoardLink(self._place.run_id)
+            board.start()
             self._telemetry = Telemetry(self._place, self._registry, board)
             stack.callback(self._close_hosts)
             self._start_rollouts(board)
-            self._training = Training(self._place, poster(board, "learner"))
+            self._training = Training(self._place, partial(board.post, "learner"))
             self._enter("collecting")
-            self._tick_until(self._has_version, timeout_s=_FIRST_VERSION_TIMEOUT_S, what="the first version")
-            serving = stack.enter_context(self._start_serving())
+            # Serve takes as long to start as the learner to publish version 1: both at once.
+            starting = ThreadPoolExecutor(1, thread_name_prefix="serving").submit(self._start_serving)
+            self._tick_until(starting.done, timeout_s=_FIRST_VERSION_TIMEOUT_S, what="the policy service")
+            serving = stack.enter_context(starting.result())
             self._start_fleet(board, serving)
             self._enter("training")
             self._tick_until(self._is_trained)
@@ -83,7 +86,7 @@ class RunController:
             summary.write()
             return summary
 
-    def _start_rollouts(self, board: Any) -> None:
+    def _start_rollouts(self, board: BoardLink) -> None:
         for index in range(self._config.rollout.num_workers):
             name = f"rollout-{index}"
             build = partial(build_rollout_worker, self._place, index)
@@ -100,7 +103,7 @@ class RunController:
             timeout_s=settings.startup_timeout_s,
         )
 
-    def _start_fleet(self, board: Any, serving: ServingHandle) -> None:
+    def _start_fleet(self, board: BoardLink, serving: ServingHandle) -> None:
         if self._config.fleet.num_robots:
             build = partial(build_robots, self._place, serving.address)
             self._hosts.append(HostedWorker("fleet", build, board, max_seconds=_RUN_TIMEOUT_S))
@@ -141,9 +144,6 @@ class RunController:
             return [final]
         scene = dataclasses.replace(final, tasks=env.language_tasks)
         return [final, dataclasses.replace(scene, mode="zeroed"), dataclasses.replace(scene, mode="wrong")]
-
-    def _has_version(self) -> bool:
-        return bool(self._known_versions)
 
     def _is_trained(self) -> bool:
         if not self._training.is_done:
@@ -216,6 +216,8 @@ class RunController:
 
     def _film(self) -> None:
         """A few episodes of the last version, where this machine can draw."""
+        from vla_dist.evaluation.figures import write_film
+
         tasks = (*self._config.env.tasks[:2], *self._config.env.language_tasks)
         suite = dataclasses.replace(self._suite(), tasks=tuple(dict.fromkeys(tasks)))
         judge = ray.remote(JudgeHost).options(num_cpus=1).remote(self._place)

@@ -35,15 +35,18 @@ class EvaluationBoard:
         self._jobs: deque[tuple[int, SuiteConfig]] = deque()
         self._running: dict[Any, tuple[Any, tuple[int, SuiteConfig]]] = {}
         self._outcomes: dict[str, list[EpisodeOutcome]] = {}
+        self._asked: set[str] = set()
         self._deaths = 0
         if path.exists():
             stored = json.loads(path.read_text())
             self._outcomes = {key: [EpisodeOutcome(**row) for row in rows] for key, rows in stored.items()}
 
     def ask(self, version: int, suite: SuiteConfig) -> None:
-        """Queue what is not known yet."""
+        """Queue what is neither known nor asked for yet."""
         for job in _jobs(version, suite):
-            if _key(*job) not in self._outcomes:
+            key = _key(*job)
+            if key not in self._outcomes and key not in self._asked:
+                self._asked.add(key)
                 self._jobs.append(job)
 
     def poll(self) -> None:

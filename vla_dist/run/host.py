@@ -4,32 +4,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from vla_dist.core.errors import Unreachable, WaitTimeout
 from vla_dist.core.protocols import Worker
-from vla_dist.core.types import Array, Metrics
+from vla_dist.core.types import Array
 from vla_dist.evaluation.suite import EpisodeOutcome, SuiteConfig
+from vla_dist.run.board import BoardLink
 from vla_dist.run.build import Place, build_judge
 
 _log = logging.getLogger(__name__)
-
-
-class Board:
-    """The newest metrics of every component, for people to look at; nothing depends on it.
-
-    Lives in an actor of its own, so that a component's death leaves its last words readable.
-    """
-
-    def __init__(self) -> None:
-        self._metrics: dict[str, dict[str, float]] = {}
-
-    def post(self, component: str, metrics: Metrics) -> None:
-        self._metrics[component] = {**metrics, "posted_unix_s": time.time()}
-
-    def read(self) -> Mapping[str, Mapping[str, float]]:
-        return self._metrics
 
 
 class WorkerHost:
@@ -38,10 +23,10 @@ class WorkerHost:
     A killed host is started again by Ray and called again by the controller: every worker can be resumed.
     """
 
-    def __init__(self, name: str, build: Callable[[], Sequence[Worker]], post: Callable[[str, Metrics], None]) -> None:
+    def __init__(self, name: str, build: Callable[[], Sequence[Worker]], board: BoardLink) -> None:
         self._name = name
         self._workers = build()
-        self._post = post
+        self._board = board
         self._stop = threading.Event()
 
     def run(self, *, max_seconds: float, pause_s: float = 0.0, patience_s: float = 60.0) -> None:
@@ -89,7 +74,7 @@ class WorkerHost:
                 _log.warning("%s waits: %s", name, error)
                 self._stop.wait(0.5)
                 continue
-            self._post(name, metrics)
+            self._board.post(name, metrics)
             if metrics.get("done"):
                 break
             self._stop.wait(pause_s)

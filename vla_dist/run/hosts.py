@@ -1,14 +1,13 @@
 """Ray actors of a run, kept alive: a killed one is started again and goes on."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import ray
 
 from vla_dist.core.errors import WorkerFailed
 from vla_dist.core.protocols import Worker
-from vla_dist.core.types import Metrics
+from vla_dist.run.board import BoardLink
 from vla_dist.run.host import WorkerHost
 
 
@@ -22,7 +21,7 @@ class HostedWorker:
         self,
         name: str,
         build: Callable[[], Sequence[Worker]],
-        board: Any,
+        board: BoardLink,
         *,
         max_seconds: float,
         num_cpus: float = 1.0,
@@ -36,7 +35,7 @@ class HostedWorker:
         self._closed = False
         # Two threads: a call to `stop` must get through while `run` is under way.
         host = ray.remote(WorkerHost).options(max_restarts=-1, max_concurrency=2, num_cpus=num_cpus)
-        self.actor = host.remote(name, build, partial(_post, board))
+        self.actor = host.remote(name, build, board)
         self._run = self._start()
 
     def poll(self) -> str | None:
@@ -82,12 +81,3 @@ class HostedWorker:
 
     def _start(self) -> Any:
         return self.actor.run.remote(max_seconds=self._max_seconds)
-
-
-def poster(board: Any, component: str) -> Callable[[Metrics], None]:
-    """Sends one component's metrics to the board without waiting for it."""
-    return partial(_post, board, component)
-
-
-def _post(board: Any, component: str, metrics: Metrics) -> None:
-    board.post.remote(component, dict(metrics))

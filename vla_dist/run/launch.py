@@ -10,7 +10,7 @@ import ray
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.run import preflight
-from vla_dist.run.build import Place
+from vla_dist.run.build import Place, build_spec
 from vla_dist.run.config import RunConfig, load_config
 from vla_dist.run.controller import RunController
 from vla_dist.run.files import CONFIG, REDIS, SUMMARY, new_run_dir, write_atomically
@@ -37,7 +37,7 @@ def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume:
     with contextlib.ExitStack() as stack:
         redis_url = stack.enter_context(open_store(config.replay.redis_url, run_dir / REDIS))
         stack.enter_context(_ray_runtime(config))
-        place = Place(config=config, run_id=run_dir.name, run_dir=run_dir, redis_url=redis_url)
+        place = Place(config=config, run_id=run_dir.name, run_dir=run_dir, redis_url=redis_url, spec=build_spec(config))
         return RunController(place, on_status).execute()
 
 
@@ -71,6 +71,8 @@ def _ray_runtime(config: RunConfig) -> Iterator[None]:
             "include_dashboard": False,
         }
     )
+    for name in ("ray", "ray.serve", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
     try:
         yield

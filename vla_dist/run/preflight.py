@@ -11,7 +11,6 @@ import psutil
 
 from vla_dist.core.errors import ResourceMissing, VlaDistError
 from vla_dist.envs.gl import find_gl
-from vla_dist.models.language_encoder import MINILM, language_model_path
 from vla_dist.replay.server import find_server_program
 from vla_dist.run.config import RunConfig
 
@@ -88,7 +87,7 @@ def findings(port: int = 9000) -> Iterator[Finding]:
         text = "installed" if found else f"missing: pip install 'vla-dist[{use}]'"
         yield Finding(name=package, ok=found, text=text, needed_for=use)
     yield _attempt("Redis server", "replay", find_server_program)
-    yield _attempt("language model", "models", lambda: f"{MINILM} at {language_model_path(MINILM)}")
+    yield _attempt("language model", "models", _language_model)
     yield _graphics()
     yield _accelerator()
     yield _attempt("gRPC port", "serving", lambda: require_free_port(port) or f"{port} is free")
@@ -113,6 +112,12 @@ def _attempt(name: str, needed_for: str, action) -> Finding:
         return Finding(name=name, ok=True, text=str(action()), needed_for=needed_for)
     except VlaDistError as error:
         return Finding(name=name, ok=False, text=str(error), needed_for=needed_for)
+
+
+def _language_model() -> str:
+    from vla_dist.models.language_encoder import MINILM, language_model_path
+
+    return f"{MINILM} at {language_model_path(MINILM)}"
 
 
 def _graphics() -> Finding:

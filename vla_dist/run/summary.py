@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vla_dist.evaluation.figures import draw_learning_curve
 from vla_dist.evaluation.statistics import SuccessRate
 from vla_dist.evaluation.suite import EpisodeOutcome, by_task, overall
 from vla_dist.run.files import CURVE, FILM, REPORT, SUMMARY, write_atomically
@@ -79,6 +78,9 @@ class RunSummary:
         write_atomically(self.run_dir / REPORT, self.to_markdown())
         rates = self.rates
         if rates:
+            # Drawing takes a second to import, which nobody should wait for at the start of a run.
+            from vla_dist.evaluation.figures import draw_learning_curve
+
             draw_learning_curve(
                 self.run_dir / CURVE,
                 updates=[self.updates_by_version.get(version, 0) for version in rates],

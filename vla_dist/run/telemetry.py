@@ -2,30 +2,27 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
-
-import ray
 
 from vla_dist.core.errors import Unreachable
 from vla_dist.core.protocols import PolicyRegistry
 from vla_dist.core.types import TableStats
 from vla_dist.evaluation.statistics import SuccessRate
 from vla_dist.robot.latency import LatencyHistogram
-from vla_dist.run.build import Place, build_spec, build_table
+from vla_dist.run.board import BoardLink
+from vla_dist.run.build import Place, build_table
 from vla_dist.run.status import RunStatus
 
-_READ_TIMEOUT_S = 10.0
 _STATS_EVERY_S = 1.0
 
 
 class Telemetry:
     """Reads, never steers."""
 
-    def __init__(self, place: Place, registry: PolicyRegistry, board: Any) -> None:
+    def __init__(self, place: Place, registry: PolicyRegistry, board: BoardLink) -> None:
         self._place = place
         self._registry = registry
         self._board = board
-        self._table = build_table(place, build_spec(place.config), seed=3000)
+        self._table = build_table(place, seed=3000)
         self._stats: TableStats | None = None
         self._stats_at = float("-inf")
         self._rate = (0.0, 0.0, 0.0)
@@ -40,12 +37,9 @@ class Telemetry:
     def steps_collected(self) -> int:
         return self._read_table().steps_inserted
 
-    def board(self) -> Mapping[str, Mapping[str, float]]:
-        return ray.get(self._board.read.remote(), timeout=_READ_TIMEOUT_S)
-
     def fleet(self) -> dict[str, float]:
         """Totals over all robots."""
-        robots = _under("fleet/", self.board())
+        robots = _under("fleet/", self._board.read())
         names = ("episodes", "successes", "steps", "lost_episodes", "fallbacks", "calls", "failed_calls", "reconnects")
         return {"robots": float(len(robots)), **{n: sum(r.get(n, 0.0) for r in robots.values()) for n in names}}
 
@@ -58,7 +52,7 @@ class Telemetry:
         rates: Mapping[int, SuccessRate],
         notes: tuple[str, ...],
     ) -> RunStatus:
-        config, board, stats = self._place.config, self.board(), self._read_table()
+        config, board, stats = self._place.config, self._board.read(), self._read_table()
         published = self.published()
         learner = board.get("learner", {})
         robots = _under("fleet/", board)

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
@@ -10,7 +11,6 @@ from ray.train.torch import TorchTrainer
 
 from vla_dist.core.errors import WorkerFailed
 from vla_dist.core.types import Metrics
-from vla_dist.learner.ray_loop import train_loop_per_worker
 from vla_dist.run.build import Place, build_learner
 from vla_dist.run.files import CHECKPOINTS
 
@@ -26,7 +26,7 @@ class Training:
         self._done = threading.Event()
         learner = place.config.learner
         self._trainer = TorchTrainer(
-            train_loop_per_worker,
+            _train,
             train_loop_config={
                 "build": partial(build_learner, place),
                 "post": post,
@@ -63,3 +63,10 @@ class Training:
             self._error = error
         finally:
             self._done.set()
+
+
+def _train(config: dict[str, Any]) -> None:
+    # Imported on the rank: whoever starts the training needs neither model nor learner.
+    from vla_dist.learner.ray_loop import train_loop_per_worker
+
+    train_loop_per_worker(config)

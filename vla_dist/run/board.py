@@ -1,0 +1,55 @@
+"""The newest metrics of every component, for people to look at; nothing depends on it."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from vla_dist.core.types import Metrics
+
+_NAMESPACE = "vla-dist"
+_TIMEOUT_S = 10.0
+
+
+class Board:
+    """Lives in an actor of its own, so that a component's death leaves its last words readable."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, dict[str, float]] = {}
+
+    def post(self, component: str, metrics: Metrics) -> None:
+        self._metrics[component] = {**metrics, "posted_unix_s": time.time()}
+
+    def read(self) -> Mapping[str, Mapping[str, float]]:
+        return self._metrics
+
+
+class BoardLink:
+    """A board by its name. It travels to other processes as that name: an actor handle among the arguments of a
+    restartable actor could be lost before the restart."""
+
+    def __init__(self, run_id: str) -> None:
+        self._name = f"board-{run_id}"
+        self._actor: Any = None
+
+    def start(self) -> None:
+        self._actor = ray.remote(Board).options(name=self._name, namespace=_NAMESPACE, num_cpus=0).remote()
+
+    def post(self, component: str, metrics: Metrics) -> None:
+        """Send without waiting."""
+        self._found().post.remote(component, dict(metrics))
+
+    def read(self) -> Mapping[str, Mapping[str, float]]:
+        return ray.get(self._found().read.remote(), timeout=_TIMEOUT_S)
+
+    def __getstate__(self) -> str:
+        return self._name
+
+    def __setstate__(self, name: str) -> None:
+        self._name, self._actor = name, None
+
+    def _found(self) -> Any:
+        if self._actor is None:
+            self._actor = ray.get_actor(self._name, namespace=_NAMESPACE)
+        return self._actor
