@@ -191,28 +191,39 @@ def load_slow(artifact: PolicyArtifact) -> SlowPolicy:
     return SlowPolicy(artifact.manifest.spec, horizon=artifact.manifest.horizon, bias=0.05)
 
 
-def test_a_late_answer_is_not_taken_for_the_next(make_site) -> None:  # type: ignore[no-untyped-def]
-    """The first call times out while its answer is on the way; the second must get its own."""
+def let_an_answer_come_late(session: Session) -> None:
+    """The server is given more time for the slow observation than the robot itself is willing to wait."""
+    send = session._stream.send  # type: ignore[union-attr]
+
+    def patient(request) -> None:  # type: ignore[no-untyped-def]
+        request.observation.deadline_ms = 5000
+        send(request)
+
+    session._stream.send = patient  # type: ignore[union-attr, method-assign]
+    with pytest.raises(DeadlineExceeded):
+        session.act(SLOW, deadline_s=0.1)
+
+
+SLOW = Observation(proprio=np.full(5, 100, np.float32), instruction="slow")
+QUICK = Observation(proprio=np.full(5, 1, np.float32))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_late_answer_is_not_taken_for_the_next(make_site, killed: bool) -> None:  # type: ignore[no-untyped-def]
+    """It is dropped, but the policy has seen its observation, also after a rebuild."""
     site = make_site(load=load_slow)
     policy = FakePolicy(SPEC, bias=0.05)
-    slow = Observation(proprio=np.full(5, 100, np.float32), instruction="slow")
-    quick = Observation(proprio=np.full(5, 1, np.float32))
     with PolicyClient(f"127.0.0.1:{site.port}") as client:
         session = client.open_session(SPEC, policy=REFERENCE, robot_id="r")
-        # Asks the server for more time than the robot itself is willing to wait.
-        send = session._stream.send  # type: ignore[union-attr]
-
-        def patient(request) -> None:  # type: ignore[no-untyped-def]
-            request.observation.deadline_ms = 5000
-            send(request)
-
-        session._stream.send = patient  # type: ignore[union-attr, method-assign]
-        with pytest.raises(DeadlineExceeded):
-            session.act(slow, deadline_s=0.1)
-        chunk = session.act(quick, deadline_s=5.0)
+        let_an_answer_come_late(session)
+        if killed:
+            time.sleep(0.5)
+            site.kill()
+            site.start()
+        chunk = session.act(QUICK, deadline_s=5.0)
         session.close()
-    _, (state,) = policy.act([slow], [policy.initial_state()])
-    (expected,), _ = policy.act([quick], [state])
+    _, (state,) = policy.act([SLOW], [policy.initial_state()])
+    (expected,), _ = policy.act([QUICK], [state])
     assert chunk.observation_id == 1
     assert np.array_equal(chunk.actions, expected)
     assert session.metrics()["late_answers"] == 1
@@ -220,14 +231,12 @@ def test_a_late_answer_is_not_taken_for_the_next(make_site) -> None:  # type: ig
 
 def test_the_server_refuses_in_time_and_its_memory_stays(make_site) -> None:  # type: ignore[no-untyped-def]
     site = make_site(load=load_slow)
-    slow = Observation(proprio=np.full(5, 100, np.float32), instruction="slow")
-    quick = Observation(proprio=np.full(5, 1, np.float32))
     with PolicyClient(f"127.0.0.1:{site.port}") as client:
         with client.open_session(SPEC, policy=REFERENCE, robot_id="r") as session:
             with pytest.raises(DeadlineExceeded):
-                session.act(slow, deadline_s=0.1)
-            got = session.act(quick, deadline_s=5.0).actions
-        (expected,), _ = FakePolicy(SPEC, bias=0.05).act([quick], [FakePolicy(SPEC).initial_state()])
+                session.act(SLOW, deadline_s=0.1)
+            got = session.act(QUICK, deadline_s=5.0).actions
+        (expected,), _ = FakePolicy(SPEC, bias=0.05).act([QUICK], [FakePolicy(SPEC).initial_state()])
     assert np.array_equal(got, expected)
 
 

@@ -96,6 +96,31 @@ async def test_late_is_refused_in_time_and_never_computed(batcher: DeadlineBatch
     assert policy.batches == [[0.0], [2.0]]
 
 
+async def test_what_nobody_waits_for_is_not_computed(batcher: DeadlineBatcher) -> None:
+    policy = GatedPolicy()
+    busy = await start(batcher, policy, 0, 9.0)
+    gone = await start(batcher, policy, 1, 9.0)
+    gone.cancel()
+    await asyncio.sleep(0.02)
+    last = await start(batcher, policy, 2, 9.0)
+    policy.gate.release(3)
+    await asyncio.gather(busy, last)
+    assert policy.batches == [[0.0], [2.0]]
+
+
+async def test_late_is_not_computed_even_while_the_loop_is_too_busy_to_notice(batcher: DeadlineBatcher) -> None:
+    policy = GatedPolicy()
+    busy = await start(batcher, policy, 0, 9.0)
+    late = await start(batcher, policy, 1, 0.1)
+    release = threading.Timer(0.2, policy.gate.release, (2,))
+    release.start()
+    time.sleep(0.4)  # the point: the loop cannot mark the request as given up
+    with pytest.raises(DeadlineExceeded):
+        await late
+    await busy
+    assert policy.batches == [[0.0]]
+
+
 async def test_the_event_loop_stays_free(batcher: DeadlineBatcher) -> None:
     policy = GatedPolicy()
     busy = await start(batcher, policy, 0, 9.0)

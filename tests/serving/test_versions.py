@@ -18,10 +18,11 @@ SPEC = make_spec()
 
 
 class WatchedLoader:
-    """Counts loads, can be held up, and counts the warm-up batches of what it built."""
+    """Counts loads, can be held up, and sees the batches of what it built."""
 
     def __init__(self) -> None:
         self.loads: list[int] = []
+        self.batches: list[int] = []
         self.may_load = threading.Event()
         self.may_load.set()
 
@@ -30,7 +31,15 @@ class WatchedLoader:
         self.loads.append(artifact.manifest.version)
         if artifact.manifest.config.get("broken"):
             raise IntegrityError("the tensors are broken")
-        return load_fake(artifact)
+        policy = load_fake(artifact)
+        act = policy.act
+
+        def watched(observations, states, *, generator=None):  # type: ignore[no-untyped-def]
+            self.batches.append(len(observations))
+            return act(observations, states, generator=generator)
+
+        policy.act = watched  # type: ignore[method-assign]
+        return policy
 
 
 @pytest.fixture
@@ -73,6 +82,11 @@ def test_the_old_version_serves_until_the_new_one_is_ready(
     assert versions.sessions() == {("demo", 1): 1, ("demo", 2): 0}
     versions.release(session)
     assert versions.sessions() == {("demo", 2): 0}
+
+
+def test_a_version_is_warm_before_its_first_robot(versions: PolicyVersions, loader: WatchedLoader) -> None:
+    versions.acquire(REFERENCE)
+    assert loader.batches == [1, 2]
 
 
 def test_a_session_can_ask_for_the_version_it_began_with(
