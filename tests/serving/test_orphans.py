@@ -60,6 +60,25 @@ def test_only_the_dead_owners_haproxy_is_ended(start_haproxy) -> None:  # type: 
     assert serve_app.remove_orphans() == []
 
 
+def test_two_applications_of_a_machine_never_share_replica_ports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A robot was sent to another cluster's policy: that one had taken the port of a replica that had just died."""
+    monkeypatch.setattr(serve_app, "_FOLDER_PARENT", tmp_path)
+    firsts = []
+    for index in range(30):
+        folder = tmp_path / f"vds-{index}"
+        folder.mkdir()
+        firsts.append(serve_app._claim_ports(folder))
+    assert len({first // 400 for first in firsts}) == 30
+    assert min(firsts) == 20_000
+    assert max(firsts) + 400 == 32_000
+    extra = tmp_path / "vds-extra"
+    extra.mkdir()
+    with pytest.raises(ResourceMissing, match="30 applications serve on this machine"):
+        serve_app._claim_ports(extra)
+
+
 def test_a_taken_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

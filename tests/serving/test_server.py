@@ -53,18 +53,23 @@ def status(error: "pytest.ExceptionInfo[grpc.RpcError]") -> tuple[grpc.StatusCod
 
 
 def test_a_taken_port_is_refused_in_one_sentence(server: SingleServer, registry: InMemoryRegistry) -> None:
-    second = SingleServer(build_service(registry), port=server.port)
+    service = build_service(registry)
     with pytest.raises(ResourceMissing, match=f"cannot listen on 127.0.0.1:{server.port}: the port is taken"):
-        second.start()
-    second.close()
+        SingleServer(service, port=server.port).start()
+    assert not service.batcher.is_alive, "the service that nobody can reach goes on"
 
 
 def test_a_port_taken_by_another_program_is_refused(registry: InMemoryRegistry) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        server = SingleServer(build_service(registry), port=other.getsockname()[1])
-        with pytest.raises(ResourceMissing):
-            server.start()
-        server.close()
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ResourceMissing):
+        SingleServer(build_service(registry), port=other.getsockname()[1]).start()
+
+
+def test_a_server_that_never_started_can_be_closed(registry: InMemoryRegistry) -> None:
+    service = build_service(registry)
+    server = SingleServer(service)
+    server.close()
+    server.close()
+    assert not service.batcher.is_alive
 
 
 def test_an_empty_token_is_a_mistake(registry: InMemoryRegistry) -> None:

@@ -40,6 +40,10 @@ _FOLDER_PARENT = Path("/tmp")
 """Not TMPDIR: Ray appends 56 characters and a name, and a socket's path ends at 97."""
 _FOLDER_PREFIX = "vds-"
 _OWNER_FILE = "owner.json"
+_PORTS = range(20_000, 32_000)
+"""Below the ports that Linux hands out for outgoing connections."""
+_PORTS_CLAIMED = 400
+"""For each application: half for HTTP, half for gRPC; a dead replica's port is not used again for minutes."""
 _SERVICERS = [
     "vla_dist.protocol.v1.policy_pb2_grpc.add_PolicyServiceServicer_to_server",
     "vla_dist.protocol.v1.fleet_pb2_grpc.add_FleetServiceServicer_to_server",
@@ -59,8 +63,7 @@ def apply_serving_environment(*, drain_s: float = 2.0) -> Path:
         raise ConfigError("Ray runs already without Serve's fast path; call apply_serving_environment before ray.init")
     remove_orphans()
     folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=_FOLDER_PARENT))
-    me = psutil.Process()
-    (folder / _OWNER_FILE).write_text(json.dumps({"pid": me.pid, "create_time": me.create_time()}))
+    first_port = _claim_ports(folder)
     metrics_port, stats_port, http_port, grpc_port = free_ports(4)
     os.environ |= {
         _FOLDER_VARIABLE: str(folder),
@@ -81,6 +84,12 @@ def apply_serving_environment(*, drain_s: float = 2.0) -> Path:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(http_port),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_port),
+        # Where replicas listen. By default every cluster begins at 40000, and when a replica dies while another cluster
+        # of the host starts one, HAProxy sends this fleet's robots to the other cluster's policy.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + _PORTS_CLAIMED // 2 - 1),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_port + _PORTS_CLAIMED // 2),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_port + _PORTS_CLAIMED - 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(drain_s),
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": str(drain_s),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -232,19 +241,44 @@ def free_ports(count: int) -> Sequence[int]:
 def remove_orphans() -> list[int]:
     """End the HAProxy processes of drivers that were killed before they could; returns their pids."""
     ended: list[int] = []
-    for folder in _FOLDER_PARENT.glob(f"{_FOLDER_PREFIX}*"):
-        if folder.is_dir() and folder.stat().st_uid == os.getuid() and not _owner_lives(folder):
+    for folder in _folders():
+        if not _owner_lives(folder):
             ended += _remove_folder(folder)
     return ended
 
 
-def _owner_lives(folder: Path) -> bool:
+def _claim_ports(folder: Path) -> int:
+    """Write who owns ``folder``, and with it a block of ports that no other living application claims."""
+    claimed = {_read_owner(other).get("first_port") for other in _folders() if _owner_lives(other)}
+    blocks = list(_PORTS[::_PORTS_CLAIMED])
+    mine = os.getpid() % len(blocks)  # two that start at once look in different places first
+    free = [block for block in blocks[mine:] + blocks[:mine] if block not in claimed]
+    if not free:
+        raise ResourceMissing(f"{len(blocks)} applications serve on this machine, the most possible; end one of them")
+    me = psutil.Process()
+    owner = {"pid": me.pid, "create_time": me.create_time(), "first_port": free[0]}
+    (folder / _OWNER_FILE).write_text(json.dumps(owner))
+    return free[0]
+
+
+def _folders() -> list[Path]:
+    folders = [f for f in _FOLDER_PARENT.glob(f"{_FOLDER_PREFIX}*") if f.is_dir()]
+    return [folder for folder in folders if folder.stat().st_uid == os.getuid()]
+
+
+def _read_owner(folder: Path) -> dict[str, float]:
+    """Empty while another process is just making it."""
     try:
-        owner = json.loads((folder / _OWNER_FILE).read_text())
-        return psutil.Process(owner["pid"]).create_time() == owner["create_time"]
-    except FileNotFoundError:
-        return True  # another process is just making it
-    except (psutil.NoSuchProcess, ValueError, KeyError):
+        return json.loads((folder / _OWNER_FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _owner_lives(folder: Path) -> bool:
+    owner = _read_owner(folder)
+    try:
+        return not owner or psutil.Process(int(owner["pid"])).create_time() == owner["create_time"]
+    except psutil.NoSuchProcess:
         return False
 
 

@@ -46,6 +46,7 @@ class SingleServer:
         self._tokens = TokenCheck(token)
         self._loop = asyncio.new_event_loop()
         self._server: grpc.aio.Server | None = None
+        self._closed = False
         self._thread = threading.Thread(target=self._run_loop, name="policy-server", daemon=True)
 
     @property
@@ -56,24 +57,27 @@ class SingleServer:
         """Bind and serve.
 
         Raises:
-            ResourceMissing: the port is taken.
+            ResourceMissing: the port is taken; the service is shut down then.
         """
         self._thread.start()
         try:
             self._call(self._start(), timeout_s)
         except BaseException:
-            self._stop_loop(timeout_s)
+            self.close(timeout_s=timeout_s)
             raise
         return self
 
     def close(self, *, grace_s: float = 0.0, timeout_s: float = 10.0) -> None:
         """Stop; running streams get ``grace_s`` to end by themselves. A second time does nothing."""
-        if not self._thread.is_alive():
+        if self._closed:
             return
+        self._closed = True
         if self._server is not None:
             self._call(self._server.stop(grace_s), grace_s + timeout_s)
-            self._server = None
-        self._stop_loop(timeout_s)
+        if self._thread.is_alive():
+            self._stop_loop(timeout_s)
+        else:
+            self._loop.close()
         self._service.shut_down()
         if self._ingest is not None:
             self._ingest.shut_down()
