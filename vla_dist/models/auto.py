@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ def make_artifact(
     conditioning: ReturnConditioning,
     goals: GoalTable | None = None,
     language_model: str = MINILM,
+    provenance: Mapping[str, Any] | None = None,
     parent: int = 0,
     metrics: Mapping[str, float] | None = None,
     created_unix_s: float = 0.0,
@@ -59,17 +60,20 @@ def make_artifact(
 
     Args:
         goals: instructions that a policy shall know without loading the language model.
+        provenance: how it was trained, plain JSON, for people and for whoever asks whether it was published before.
     """
     tensors = {key: value.detach().cpu().numpy().copy() for key, value in model.state_dict().items()}
     instructions: tuple[str, ...] = ()
-    if model.config.goal_dim and goals is not None and goals.instructions:
-        instructions = goals.instructions
-        tensors[GOAL_EMBEDDINGS] = goals.embeddings
+    if model.config.goal_dim and goals is not None:
+        instructions, embeddings = goals.contents()
+        if instructions:
+            tensors[GOAL_EMBEDDINGS] = embeddings
     config = {
         "model": model_settings(model.config),
         "conditioning": asdict(conditioning),
         "instructions": list(instructions),
         "language_model": language_model,
+        "provenance": dict(provenance or {}),
     }
     manifest = PolicyManifest(
         name=name,
@@ -132,11 +136,12 @@ def _build_decision_transformer(
         )
     model = DecisionTransformer(model_config)
     load_tensors(model, weights)
+    cast(torch.nn.Module, model).to(device)
     goals = None
     if model_config.goal_dim:
         known = instructions if table is not None else []
         goals = GoalTable(embed or shared_embedder(language_model).embed, instructions=known, embeddings=table)
-    return DecisionTransformerPolicy(model.to(device), manifest.spec, conditioning=conditioning, goals=goals)
+    return DecisionTransformerPolicy(model, manifest.spec, conditioning=conditioning, goals=goals)
 
 
 _BUILDERS: dict[str, Callable[[PolicyArtifact, Embed | None, str], DecisionTransformerPolicy]] = {

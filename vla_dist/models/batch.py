@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_dist.core.errors import DataError
+from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.core.types import Array, Batch
 from vla_dist.models.actions import ActionCodec
 from vla_dist.models.conditioning import ReturnConditioning
@@ -58,38 +58,49 @@ def to_train_batch(
     conditioning: ReturnConditioning,
     max_episode_steps: int,
     goals: Array | None,
+    num_steps: int,
     cameras: tuple[str, ...] = (),
 ) -> TrainBatch:
     """A replay batch as tensors, actions encoded and returns conditioned; padded steps hold zeros.
 
     Args:
         goals: (B, G) float32, one embedding a window; None for a model without language.
+        num_steps: T, the last steps of each window to keep: as many as the policy will remember.
         cameras: the views to keep.
 
     Raises:
+        ConfigError: the windows are shorter than T, so the policy would act on contexts that it never trained on.
         DataError: a camera is missing, or a valid step is not finite.
     """
+    if batch.timesteps.shape[1] < num_steps:
+        raise ConfigError(
+            f"the replay gives windows of {batch.timesteps.shape[1]} steps but the model's context_steps is "
+            f"{num_steps}; make the windows longer or the context shorter"
+        )
     missing = [name for name in cameras if name not in batch.images]
     if missing:
         held = ", ".join(sorted(batch.images)) or "no images"
         raise DataError(f"the batch lacks cameras {missing}; it holds {held}. Record them or train without them")
-    mask = np.asarray(batch.padding_mask, bool)
+    mask = np.asarray(batch.padding_mask, bool)[:, -num_steps:]
     columns = {
         "proprio": batch.proprio,
         "actions": codec.encode(batch.actions),
         "target_actions": codec.encode(batch.target_actions),
         "returns_to_go": conditioning.training_values(batch, max_episode_steps=max_episode_steps),
     }
-    tensors = {name: _padded_with_zeros(name, column, mask) for name, column in columns.items()}
+    tensors = {name: _padded_with_zeros(name, column[:, -num_steps:], mask) for name, column in columns.items()}
     return TrainBatch(
         states=tensors["proprio"],
         actions=tensors["actions"],
         target_actions=tensors["target_actions"],
         returns_to_go=tensors["returns_to_go"],
-        timesteps=torch.from_numpy(np.where(mask, batch.timesteps, 0).astype(np.int64)),
+        timesteps=torch.from_numpy(np.where(mask, batch.timesteps[:, -num_steps:], 0).astype(np.int64)),
         padding_mask=torch.from_numpy(mask.copy()),
         goals=None if goals is None else torch.from_numpy(np.array(goals, np.float32)),
-        images={name: torch.from_numpy(np.array(batch.images[name])).permute(0, 1, 4, 2, 3) for name in cameras},
+        images={
+            name: torch.from_numpy(np.array(batch.images[name][:, -num_steps:])).permute(0, 1, 4, 2, 3)
+            for name in cameras
+        },
     )
 
 

@@ -301,8 +301,11 @@ class DecisionTransformer(PreTrainedModel):
         output = self.head(hidden[:, prefix + state_index :: len(tokens)])
         return output.tanh() if self.config.head == "tanh" else output
 
-    def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, float]]:
-        """Mean over all valid steps of the squared error or of the cross-entropy against ``target_actions``."""
+    def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over all valid steps of the squared error or of the cross-entropy against ``target_actions``.
+
+        The metrics are detached scalars on the model's device, so that reading them may wait.
+        """
         output = self(
             batch.states,
             batch.actions,
@@ -316,11 +319,11 @@ class DecisionTransformer(PreTrainedModel):
         if self.config.head == "discrete":
             choice = target.argmax(-1)
             loss = cross_entropy(predicted, choice)
-            quality = {"accuracy": (predicted.argmax(-1) == choice).float().mean()}
+            metrics = {"accuracy": (predicted.argmax(-1) == choice).float().mean()}
         else:
             loss = (predicted - target).square().mean()
-            quality = {"action_error": (predicted.detach() - target).abs().mean()}
-        return loss, {"loss": loss.item(), **{name: value.item() for name, value in quality.items()}}
+            metrics = {"action_error": (predicted.detach() - target).abs().mean()}
+        return loss, {"loss": loss.detach(), **metrics}
 
     def _positions(self, timesteps: Tensor, valid: Tensor) -> Tensor:
         """(B, T, D). In ``window`` a step's number is how many valid steps precede it: padding shifts nothing."""

@@ -14,11 +14,19 @@ Embed = Callable[[Sequence[str]], Array]
 class GoalTable:
     """Holds the vectors of known instructions, so that a process which meets no other one loads no encoder."""
 
-    def __init__(self, embed: Embed, *, instructions: Sequence[str] = (), embeddings: Array | None = None) -> None:
+    def __init__(
+        self,
+        embed: Embed,
+        *,
+        instructions: Sequence[str] = (),
+        embeddings: Array | None = None,
+        capacity: int = 4096,
+    ) -> None:
         """Args:
             embed: called for unknown instructions only; it keeps its own cache.
             instructions: N texts already embedded.
             embeddings: (N, G) float32, their vectors.
+            capacity: ``remember`` keeps no more than this many.
 
         Raises:
             DataError: as many rows as texts are needed.
@@ -27,7 +35,12 @@ class GoalTable:
         if rows.ndim != 2 or len(rows) != len(instructions):
             raise DataError(f"goal embeddings of shape {rows.shape} must be ({len(instructions)}, G), a row a text")
         self._embed = embed
+        self._capacity = capacity
         self._rows = dict(zip(instructions, rows, strict=True))
+
+    def with_rows(self, instructions: Sequence[str], embeddings: Array) -> "GoalTable":
+        """A table over the same encoder that holds these rows instead."""
+        return GoalTable(self._embed, instructions=instructions, embeddings=embeddings, capacity=self._capacity)
 
     def lookup(self, instructions: Sequence[str]) -> Array:
         """B instructions to (B, G) float32. Unknown ones are embedded but not kept: robots may send any words."""
@@ -38,9 +51,11 @@ class GoalTable:
         return np.stack([found[text] for text in instructions])
 
     def remember(self, instructions: Iterable[str]) -> None:
-        """Embed those that are new and keep them; they travel with the policy."""
+        """Embed those that are new and keep them while there is room; they travel with the policy."""
         unknown = [text for text in dict.fromkeys(instructions) if text not in self._rows]
+        unknown = unknown[: max(0, self._capacity - len(self._rows))]
         if unknown:
+            # A new dictionary, so that a reader in another thread sees either table whole.
             self._rows = {**self._rows, **self._embedded(unknown)}
 
     def _embedded(self, texts: list[str]) -> dict[str, Array]:
@@ -51,11 +66,7 @@ class GoalTable:
             )
         return dict(zip(texts, vectors, strict=True))
 
-    @property
-    def instructions(self) -> tuple[str, ...]:
-        return tuple(self._rows)
-
-    @property
-    def embeddings(self) -> Array:
-        """(N, G) float32 in the order of ``instructions``; (0, 0) while empty."""
-        return np.stack(list(self._rows.values())) if self._rows else np.zeros((0, 0), np.float32)
+    def contents(self) -> tuple[tuple[str, ...], Array]:
+        """The N texts and their (N, G) float32 vectors; (0, 0) while empty."""
+        rows = self._rows
+        return tuple(rows), np.stack(list(rows.values())) if rows else np.zeros((0, 0), np.float32)

@@ -188,7 +188,7 @@ def _build_backbone(config: VisualEncoderConfig) -> tuple[nn.Module, int]:
     resnet = ResNetModel(settings)
     if config.batch_norm == "group":
         _replace_batch_norm(resnet)
-    return resnet, settings.hidden_sizes[-1]
+    return resnet, list(settings.hidden_sizes or ())[-1]
 
 
 def _small_convolutions(width: int) -> nn.Sequential:

@@ -1,0 +1,390 @@
+"""The learner: samples the replay, updates the policy, publishes versions. It knows nothing of Ray or Redis."""
+
+import copy
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla_dist.core.errors import ConfigError, ReplayWait
+from vla_dist.core.protocols import PolicyRegistry, ReplayTable
+from vla_dist.core.specs import EnvSpec
+from vla_dist.core.types import Metrics
+from vla_dist.learner.checkpoint import Checkpoint, CheckpointStore
+from vla_dist.learner.loader import Collator, Loader
+from vla_dist.learner.statistics import ReplayStatistics
+from vla_dist.learner.train_step import LossModule, OptimiserConfig, TrainStep
+from vla_dist.models.auto import load_tensors, make_artifact, model_settings
+from vla_dist.models.conditioning import ConditioningKind, ReturnConditioning
+from vla_dist.models.decision_transformer import DecisionTransformer
+from vla_dist.models.goals import Embed, GoalTable
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerConfig:
+    """One training run."""
+
+    policy_name: str
+    """Name in the registry."""
+    run_id: str
+    """Names this training run for ever; a resumed run keeps it, and so publishes no milestone twice."""
+    optimiser: OptimiserConfig
+    batch_size: int = 64
+    """Windows an update, of each rank."""
+    updates_per_step: int = 50
+    """Updates in one ``step()``."""
+    publish_updates: tuple[int, ...] = ()
+    """Counts at which a version is published; 0 publishes the untrained policy; the last update always does."""
+    channel: str | None = "stable"
+    """Pointed at each new version; None: only publish."""
+    checkpoint_every: int = 500
+    """Updates between checkpoints; the last update always makes one."""
+    conditioning: ConditioningKind = "none"
+    target_quantile: float = 0.9
+    """How good an episode, among those in the replay, the policy is asked for: 1 is the best."""
+    min_episodes: int = 1
+    """Complete episodes to wait for before the first update."""
+    statistics_episodes: int = 1000
+    """Episodes that the normaliser is computed from, at most."""
+    start_timeout_s: float = 300.0
+    """Longest wait for ``min_episodes``."""
+    sample_timeout_s: float = 30.0
+    """Longest wait for one batch."""
+    num_prefetch: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "updates_per_step", "checkpoint_every", "min_episodes", "statistics_episodes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"learner {name} {getattr(self, name)} must be at least 1")
+        outside = [u for u in self.publish_updates if not 0 <= u <= self.total_updates]
+        if outside:
+            raise ConfigError(f"publish_updates {outside} must be within 0..{self.total_updates}, the total")
+        if not self.policy_name or not self.run_id:
+            raise ConfigError("a learner needs a policy_name and a run_id")
+
+    @property
+    def total_updates(self) -> int:
+        return self.optimiser.total_updates
+
+    @property
+    def milestones(self) -> tuple[int, ...]:
+        return tuple(sorted({*self.publish_updates, self.total_updates}))
+
+    def next_stop(self, updates: int) -> int:
+        """Where a ``step()`` that starts after ``updates`` ends: the next unit, milestone or checkpoint."""
+        unit = (updates // self.updates_per_step + 1) * self.updates_per_step
+        checkpoint = (updates // self.checkpoint_every + 1) * self.checkpoint_every
+        return min([unit, checkpoint, *(m for m in self.milestones if m > updates)])
+
+    def is_checkpoint(self, updates: int) -> bool:
+        return updates == self.total_updates or (updates > 0 and updates % self.checkpoint_every == 0)
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """One learner's place among those that train the same model together."""
+
+    index: int = 0
+    """Rank 0 publishes, and its data statistics hold for all."""
+    device: str = "cpu"
+    wrap: Callable[[nn.Module], nn.Module] = _unchanged
+    """Makes gradients common (DDP)."""
+    share: Callable[[str], str] = _unchanged
+    """Gives every rank rank 0's text."""
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """What exists once the replay has data."""
+
+    statistics: ReplayStatistics
+    conditioning: ReturnConditioning
+    step: TrainStep
+    loader: Loader
+
+
+class Learner:
+    """A worker: each ``step()`` does some updates and publishes what is due; it may be called again after any error.
+
+    The first one waits for data, computes the normaliser and embeds the instructions.
+    """
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        *,
+        model: DecisionTransformer,
+        spec: EnvSpec,
+        table: ReplayTable,
+        registry: PolicyRegistry,
+        embed: Embed,
+        phrases: Mapping[str, Sequence[str]] | None = None,
+        parent: int = 0,
+        git_revision: str = "",
+        checkpoints: CheckpointStore | None = None,
+        rank: Rank | None = None,
+    ) -> None:
+        """Args:
+        embed: the language model; unused where the model has no goal_dim.
+        phrases: task -> wordings to train with instead of each episode's own.
+        parent: version that the model's weights came from.
+        checkpoints: written at each ``checkpoint_every``; None where the host keeps them.
+        """
+        self.config = config
+        self._rank = rank or Rank()
+        self._model = model
+        cast(nn.Module, model).to(self._rank.device)
+        self._spec = spec
+        self._table = table
+        self._registry = registry
+        self._phrases = dict(phrases or {})
+        self._goals = GoalTable(embed)
+        self._parent = parent
+        self._git_revision = git_revision
+        self._checkpoints = checkpoints
+        self._published: set[int] = set()
+        self._resumed: Checkpoint | None = None
+        self._prepared: _Prepared | None = None
+        self._metrics: dict[str, float] = {}
+        # Updates are done whose publication or checkpoint is not: a repeated step() finishes those first, so that
+        # every rank makes the same sequence of steps whatever fails on one of them.
+        self._unfinished = False
+        self.updates = 0
+        """Optimiser steps done."""
+
+    @property
+    def done(self) -> bool:
+        return self.updates >= self.config.total_updates and not self._due()
+
+    def step(self) -> Metrics:
+        """Do the next updates, at most ``updates_per_step``.
+
+        Raises:
+            ReplayWait: too little data in time.
+            Unreachable: the replay or the registry is away; nothing done is lost.
+        """
+        ready = self._prepare()
+        if not self._unfinished and self.updates < self.config.total_updates:
+            self._metrics = self._update(ready)
+            self._unfinished = True
+        if self._unfinished:
+            self._publish_due(ready)
+            if self._checkpoints is not None and self.config.is_checkpoint(self.updates):
+                self._checkpoints.save(self.checkpoint())
+            self._unfinished = False
+        return {**self._metrics, "updates": float(self.updates), "published": float(len(self._published))}
+
+    def close(self) -> None:
+        if self._prepared is not None:
+            self._prepared.loader.close()
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that a new Learner with the same config needs to go on bit for bit (on one rank and a CPU).
+
+        Raises:
+            ConfigError: nothing was learnt yet.
+        """
+        if self._prepared is None:
+            raise ConfigError("there is nothing to save before the first step(); call step() first")
+        tensors = {f"model/{name}": value for name, value in self._model.state_dict().items()}
+        tensors |= self._prepared.step.tensors()
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        instructions, embeddings = self._goals.contents()
+        if instructions:
+            tensors["goals"] = torch.from_numpy(embeddings)
+        state = {
+            "updates": self.updates,
+            "published": sorted(self._published),
+            "config": asdict(self.config),
+            "model": model_settings(self._model.config),
+            "spec": self._spec.to_json(),
+            "statistics": self._prepared.statistics.to_json(),
+            "conditioning": asdict(self._prepared.conditioning),
+            "instructions": list(instructions),
+            "parent": self._parent,
+            "git_revision": self._git_revision,
+        }
+        return Checkpoint(tensors=tensors, state=state)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint; call before the first ``step()``.
+
+        Raises:
+            ConfigError: the checkpoint is of another model or robot, or training has begun.
+        """
+        if self._prepared is not None:
+            raise ConfigError("resume() must come before the first step(); make a new Learner")
+        settings = model_settings(self._model.config)
+        theirs = checkpoint.state["model"]
+        changed = [f"{k} {theirs.get(k)!r} -> {v!r}" for k, v in settings.items() if theirs.get(k) != v]
+        if changed:
+            raise ConfigError(
+                f"the checkpoint is of another model ({', '.join(changed)}); use its settings or no resume"
+            )
+        EnvSpec.from_json(checkpoint.state["spec"]).require_match(self._spec, mine="checkpoint", theirs="learner")
+        weights = _under("model/", checkpoint.tensors)
+        load_tensors(self._model, {name: value.numpy() for name, value in weights.items()})
+        self.updates = checkpoint.updates
+        self._published = set(checkpoint.state["published"])
+        self._parent = checkpoint.state["parent"]
+        self._resumed = checkpoint
+
+    def _update(self, ready: _Prepared) -> dict[str, float]:
+        """Updates up to the next stop, and their mean metrics."""
+        started, waited = time.monotonic(), ready.loader.waited_s
+        stop = self.config.next_stop(self.updates)
+        metrics: list[Mapping[str, Tensor | float]] = []
+        while self.updates < stop:
+            batch = ready.loader.next().to(self._rank.device)
+            metrics.append(ready.step(batch, self.updates))
+            self.updates += 1
+        means = {name: sum(float(m[name]) for m in metrics) / len(metrics) for name in metrics[0]}
+        means["updates_per_s"] = len(metrics) / max(time.monotonic() - started, 1e-9)
+        means["data_wait_s"] = ready.loader.waited_s - waited
+        return means
+
+    def _prepare(self) -> _Prepared:
+        if self._prepared is not None:
+            return self._prepared
+        config, resumed = self.config, self._resumed
+        if resumed is None:
+            statistics = self._gather_statistics()
+            conditioning = statistics.conditioning(
+                config.conditioning, quantile=config.target_quantile, max_episode_steps=self._spec.max_episode_steps
+            )
+            self._normalise(statistics)
+        else:
+            statistics = ReplayStatistics.from_json(dict(resumed.state["statistics"]))
+            conditioning = ReturnConditioning(**resumed.state["conditioning"])
+            self._restore_goals(resumed)
+        torch.manual_seed(_mixed(config.seed, self._rank.index, self.updates))
+        step = TrainStep(self._model, config.optimiser, loss=self._rank.wrap(LossModule(self._model)))
+        if resumed is not None:
+            step.load_tensors({k: v for k, v in resumed.tensors.items() if k.startswith(("adamw/", "ema/"))})
+            if self._rank.index == 0:
+                _restore_rng(resumed.tensors)
+        collator = Collator(
+            model=self._model.config,
+            spec=self._spec,
+            conditioning=conditioning,
+            goals=self._goals,
+            phrases=self._phrases,
+            seed=(config.seed, self._rank.index),
+        )
+        loader = Loader(
+            self._table,
+            collator,
+            batch_size=config.batch_size,
+            timeout_s=config.sample_timeout_s,
+            num_prefetch=config.num_prefetch,
+            first_index=self.updates,
+        )
+        self._prepared = _Prepared(statistics, conditioning, step, loader)
+        self._resumed = None
+        self._unfinished = bool(self._due())
+        return self._prepared
+
+    def _gather_statistics(self) -> ReplayStatistics:
+        text = ""
+        if self._rank.index == 0:
+            self._wait_for_episodes()
+            statistics = ReplayStatistics.of(self._table.episodes(limit=self.config.statistics_episodes))
+            text = json.dumps(statistics.to_json())
+        return ReplayStatistics.from_json(json.loads(self._rank.share(text)))
+
+    def _wait_for_episodes(self) -> None:
+        deadline = time.monotonic() + self.config.start_timeout_s
+        while (held := self._table.stats().num_episodes) < self.config.min_episodes:
+            if time.monotonic() >= deadline:
+                raise ReplayWait(
+                    f"the replay holds {held} complete episodes after {self.config.start_timeout_s:.0f} s, "
+                    f"{self.config.min_episodes} are needed to start; are rollout workers running?"
+                )
+            time.sleep(_POLL_S)
+
+    def _normalise(self, statistics: ReplayStatistics) -> None:
+        goal_mean = goal_std = None
+        if self._model.config.goal_dim:
+            words = [phrase for phrases in self._phrases.values() for phrase in phrases]
+            self._goals.remember([*words, *statistics.instructions])
+            _, vectors = self._goals.contents()
+            goal_mean = torch.from_numpy(vectors.mean(0))
+            # One scale for all dimensions: few phrases say nothing about the spread of a single one.
+            spread = float(np.sqrt(vectors.var(0).mean()))
+            goal_std = torch.full_like(goal_mean, spread)
+        self._model.set_normaliser(
+            proprio_mean=torch.tensor(statistics.proprio_mean, dtype=torch.float32),
+            proprio_std=torch.tensor(statistics.proprio_std, dtype=torch.float32),
+            goal_mean=goal_mean,
+            goal_std=goal_std,
+        )
+
+    def _restore_goals(self, checkpoint: Checkpoint) -> None:
+        instructions = list(checkpoint.state["instructions"])
+        if instructions:
+            vectors = checkpoint.tensors["goals"].numpy()
+            self._goals = self._goals.with_rows(instructions, vectors)
+
+    def _due(self) -> list[int]:
+        if self._rank.index != 0:
+            return []
+        return [m for m in self.config.milestones if m <= self.updates and m not in self._published]
+
+    def _publish_due(self, ready: _Prepared) -> None:
+        for milestone in self._due():
+            if not self._was_published(milestone):
+                self._publish(ready, milestone)
+            self._published.add(milestone)
+
+    def _was_published(self, milestone: int) -> bool:
+        """A run that resumes from before its last publication must not publish that milestone again."""
+        mine = {"run_id": self.config.run_id, "updates": milestone}
+        manifests = self._registry.manifests(self.config.policy_name)
+        return any(manifest.config.get("provenance") == mine for manifest in manifests)
+
+    def _publish(self, ready: _Prepared, milestone: int) -> None:
+        published = copy.deepcopy(self._model)
+        with torch.no_grad():
+            for name, value in ready.step.published_weights().items():
+                published.get_parameter(name).copy_(value)
+        artifact = make_artifact(
+            published,
+            name=self.config.policy_name,
+            spec=self._spec,
+            conditioning=ready.conditioning,
+            goals=self._goals,
+            provenance={"run_id": self.config.run_id, "updates": milestone},
+            parent=self._parent,
+            metrics={"updates": float(self.updates)},
+            created_unix_s=time.time(),
+            git_revision=self._git_revision,
+        )
+        self._parent = self._registry.publish(artifact, channel=self.config.channel)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _restore_rng(tensors: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["rng/cpu"])
+    if "rng/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+
+def _mixed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
