@@ -45,11 +45,15 @@ def test_segments_arrive_in_order_and_once(site, uploader: SegmentUploader) -> N
 
 def test_a_busy_replay_is_tried_again(site, uploader: SegmentUploader) -> None:  # type: ignore[no-untyped-def]
     site.table.fail_with += [ReplayWait("the learner is behind"), Unreachable("redis is away")]
-    for index in range(3):
+    uploader.submit(segment(0), timeout_s=5)
+    uploader.flush(timeout_s=5)
+    assert uploader.metrics()["retries"] == 2
+    site.table.fail_with += [ReplayWait("the learner is behind")]
+    for index in (1, 2, 3):
         uploader.submit(segment(index), timeout_s=5)
     uploader.flush(timeout_s=5)
-    assert sorted(site.table.segments) == [("e", 0), ("e", 1), ("e", 2)]
-    assert uploader.metrics()["retries"] == 2
+    assert sorted(site.table.segments) == [("e", 0), ("e", 1), ("e", 2), ("e", 3)]
+    assert uploader.metrics()["stream_breaks"] == 0
 
 
 def test_a_bad_segment_does_not_hold_up_the_others(site, uploader: SegmentUploader) -> None:  # type: ignore[no-untyped-def]
