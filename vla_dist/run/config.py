@@ -37,8 +37,9 @@ class ReplaySettings:
     """T."""
     min_steps: int = 4_000
     """Steps of complete episodes before anything is sampled."""
-    samples_per_insert: float = 12.0
-    """Windows sampled for each inserted step, at most about."""
+    samples_per_insert: float = 4.0
+    """Windows sampled for each inserted step: whoever is ahead by more than the buffer waits. When the learner is
+    done, inserts are free."""
     error_buffer_steps: float = 60_000.0
 
 

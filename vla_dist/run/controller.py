@@ -21,8 +21,16 @@ import ray
 
 from vla_dist.core.errors import NotFound, ResourceMissing, Unreachable, WaitTimeout
 from vla_dist.evaluation.suite import SuiteConfig
+from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.run.board import BoardLink
-from vla_dist.run.build import Place, build_registry, build_robots, build_rollout_worker, build_services
+from vla_dist.run.build import (
+    Place,
+    build_registry,
+    build_robots,
+    build_rollout_worker,
+    build_services,
+    build_table,
+)
 from vla_dist.run.evaluations import EvaluationBoard
 from vla_dist.run.files import EVALUATIONS, FILM
 from vla_dist.run.host import JudgeHost
@@ -35,6 +43,7 @@ from vla_dist.run.telemetry import Telemetry
 from vla_dist.run.training import Training
 
 _TICK_S = 0.5
+_TABLE_SEED = 3000
 _FIRST_VERSION_TIMEOUT_S = 300.0
 _RUN_TIMEOUT_S = 24 * 3600.0
 _FILM_EVERY = 4
@@ -50,6 +59,8 @@ class RunController:
         self._config = place.config
         self._on_status = on_status
         self._registry = build_registry(place)
+        self._table = build_table(place, seed=_TABLE_SEED)
+        self._inserts_are_free = False
         self._notes: list[str] = []
         self._phase = "starting"
         self._phase_seconds: dict[str, float] = {}
@@ -64,7 +75,7 @@ class RunController:
             self._memory = stack.enter_context(contextlib.closing(MemoryWatch(os.getpid())))
             board = BoardLink(self._place.run_id)
             board.start()
-            self._telemetry = Telemetry(self._place, self._registry, board)
+            self._telemetry = Telemetry(self._place, self._table, self._registry, board)
             stack.callback(self._close_hosts)
             self._start_rollouts(board)
             self._training = Training(self._place, partial(board.post, "learner"))
@@ -148,6 +159,11 @@ class RunController:
     def _is_trained(self) -> bool:
         if not self._training.is_done:
             return False
+        if not self._inserts_are_free:
+            # Nobody samples any more: with the ratio in force, inserts would wait for ever.
+            limiter = LimiterConfig(min_steps=self._config.replay.min_steps, samples_per_insert=None)
+            self._table.override_limiter(limiter)
+            self._inserts_are_free = True
         for host in self._hosts:
             if host.name != "fleet" and not host.is_done:
                 return False

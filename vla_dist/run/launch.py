@@ -36,7 +36,7 @@ def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume:
     run_dir = _begin(config) if resume is None else _require_resumable(config, resume)
     with contextlib.ExitStack() as stack:
         redis_url = stack.enter_context(open_store(config.replay.redis_url, run_dir / REDIS))
-        stack.enter_context(_ray_runtime(config))
+        stack.enter_context(ray_runtime(num_cpus=cpus_wanted(config), object_store_mb=config.object_store_mb))
         place = Place(config=config, run_id=run_dir.name, run_dir=run_dir, redis_url=redis_url, spec=build_spec(config))
         return RunController(place, on_status).execute()
 
@@ -56,8 +56,13 @@ def _require_resumable(config: RunConfig, run_dir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _ray_runtime(config: RunConfig) -> Iterator[None]:
-    """Ray embedded in this process, or the cluster that RAY_ADDRESS names."""
+def ray_runtime(*, num_cpus: int, object_store_mb: int = 100) -> Iterator[None]:
+    """Ray embedded in this process, or the cluster that RAY_ADDRESS names, ready for Serve.
+
+    Args:
+        num_cpus: logical ones that the parts will ask for. They may share cores: on one machine Ray's count is an
+            address book, not a limit.
+    """
     apply_serving_environment()
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     joined = bool(os.environ.get("RAY_ADDRESS"))
@@ -65,9 +70,8 @@ def _ray_runtime(config: RunConfig) -> Iterator[None]:
         {}
         if joined
         else {
-            # Parts of a small run share cores; on one machine Ray's count is an address book, not a limit.
-            "num_cpus": max(os.cpu_count() or 1, cpus_wanted(config)),
-            "object_store_memory": config.object_store_mb * 2**20,
+            "num_cpus": max(os.cpu_count() or 1, num_cpus),
+            "object_store_memory": object_store_mb * 2**20,
             "include_dashboard": False,
         }
     )

@@ -3,9 +3,9 @@
 import importlib.util
 import os
 import platform
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 
@@ -13,6 +13,7 @@ from vla_dist.core.errors import ResourceMissing, VlaDistError
 from vla_dist.envs.gl import find_gl
 from vla_dist.replay.server import find_server_program
 from vla_dist.run.config import RunConfig
+from vla_dist.run.serve_app import remove_orphans, require_free_port
 
 _GIB = 2**30
 
@@ -30,7 +31,8 @@ class Finding:
 def require(config: RunConfig) -> None:
     """Raise ResourceMissing for the first thing that this run cannot do without."""
     require_memory(config.min_memory_gib)
-    require_free_port(config.serving.port)
+    remove_orphans()
+    require_free_port("127.0.0.1", config.serving.port)
     if not config.replay.redis_url:
         find_server_program()
 
@@ -42,19 +44,6 @@ def require_memory(min_gib: float) -> None:
             f"{available:.1f} GiB of memory are available, this run needs {min_gib:.1f}; close other programs, "
             "choose a smaller preset, or lower --min-memory-gib at your own risk"
         )
-
-
-def require_free_port(port: int) -> None:
-    """Raise where somebody listens already: gRPC would silently share the port (SO_REUSEPORT)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise ResourceMissing(
-                f"port {port} is taken ({error.strerror}); stop the program that listens there or choose another one "
-                "with --serving.port"
-            ) from error
 
 
 def available_memory_bytes() -> int:
@@ -90,7 +79,7 @@ def findings(port: int = 9000) -> Iterator[Finding]:
     yield _attempt("language model", "models", _language_model)
     yield _graphics()
     yield _accelerator()
-    yield _attempt("gRPC port", "serving", lambda: require_free_port(port) or f"{port} is free")
+    yield _attempt("gRPC port", "serving", partial(_free_port, port))
 
 
 _PACKAGES = {
@@ -112,6 +101,11 @@ def _attempt(name: str, needed_for: str, action) -> Finding:
         return Finding(name=name, ok=True, text=str(action()), needed_for=needed_for)
     except VlaDistError as error:
         return Finding(name=name, ok=False, text=str(error), needed_for=needed_for)
+
+
+def _free_port(port: int) -> str:
+    require_free_port("127.0.0.1", port)
+    return f"{port} is free"
 
 
 def _language_model() -> str:

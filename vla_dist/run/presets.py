@@ -48,7 +48,7 @@ def babyai() -> RunConfig:
     return RunConfig(
         preset="babyai",
         env=EnvSettings(family="babyai", tasks=("GoToRedBallGrey",), max_episode_steps=64),
-        replay=ReplaySettings(min_steps=300, samples_per_insert=50.0),
+        replay=ReplaySettings(min_steps=300, samples_per_insert=20.0),
         rollout=RolloutSettings(num_workers=1, episodes_per_task=150, noise_scales=(0.0, 0.1)),
         model=ModelSettings(hidden_dim=64, n_layers=2, n_heads=4, context_steps=5),
         learner=LearnerSettings(

@@ -222,7 +222,8 @@ def require_free_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ResourceMissing(
-                f"port {port} on {host} is taken ({error.strerror}); stop the other server or choose another port"
+                f"port {port} on {host} is taken ({error.strerror}); stop the program that listens there or choose "
+                "another port (--serving.port)"
             ) from error
 
 

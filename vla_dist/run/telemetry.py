@@ -4,12 +4,12 @@ import time
 from collections.abc import Mapping
 
 from vla_dist.core.errors import Unreachable
-from vla_dist.core.protocols import PolicyRegistry
+from vla_dist.core.protocols import PolicyRegistry, ReplayTable
 from vla_dist.core.types import TableStats
 from vla_dist.evaluation.statistics import SuccessRate
 from vla_dist.robot.latency import LatencyHistogram
 from vla_dist.run.board import BoardLink
-from vla_dist.run.build import Place, build_table
+from vla_dist.run.build import Place
 from vla_dist.run.status import RunStatus
 
 _STATS_EVERY_S = 1.0
@@ -18,11 +18,11 @@ _STATS_EVERY_S = 1.0
 class Telemetry:
     """Reads, never steers."""
 
-    def __init__(self, place: Place, registry: PolicyRegistry, board: BoardLink) -> None:
+    def __init__(self, place: Place, table: ReplayTable, registry: PolicyRegistry, board: BoardLink) -> None:
         self._place = place
         self._registry = registry
         self._board = board
-        self._table = build_table(place, seed=3000)
+        self._table = table
         self._stats: TableStats | None = None
         self._stats_at = float("-inf")
         self._rate = (0.0, 0.0, 0.0)

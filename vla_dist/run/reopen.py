@@ -1,0 +1,61 @@
+"""A finished or stopped run, opened again: its store answers as long as the block runs."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from vla_dist.core.errors import NotFound
+from vla_dist.run.build import Place, build_services, build_spec
+from vla_dist.run.config import load_config
+from vla_dist.run.files import CONFIG, REDIS
+from vla_dist.run.store import open_store
+
+
+@contextlib.contextmanager
+def reopen(run_dir: Path) -> Iterator[Place]:
+    """The place of a run that is not running now.
+
+    Raises:
+        NotFound: no run lies there.
+        ResourceMissing: the run is still going on.
+    """
+    if not (run_dir / CONFIG).exists():
+        raise NotFound(f"{run_dir} is not the folder of a run: it has no {CONFIG}; runs lie in runs/<preset>-<time>")
+    run_dir = run_dir.resolve()
+    config = load_config(run_dir / CONFIG)
+    with open_store(config.replay.redis_url, run_dir / REDIS) as redis_url:
+        yield Place(config=config, run_id=run_dir.name, run_dir=run_dir, redis_url=redis_url, spec=build_spec(config))
+
+
+def serve_single(place: Place, *, host: str, port: int, token: str | None, on_ready: Callable[[str], None]) -> None:
+    """One process on plain grpc.aio, until Ctrl-C: for one machine and few robots."""
+    from vla_dist.serving.server import SingleServer
+
+    service, ingest = build_services(place)
+    with SingleServer(service, ingest=ingest, host=host, port=port, token=token) as server:
+        on_ready(server.address)
+        _wait_for_ctrl_c()
+
+
+def serve_fleet(
+    place: Place, *, host: str, port: int, token: str | None, num_replicas: int, on_ready: Callable[[str], None]
+) -> None:
+    """Ray Serve with several replicas, until Ctrl-C."""
+    from vla_dist.run.launch import ray_runtime
+    from vla_dist.run.serve_app import start_serving
+
+    with (
+        ray_runtime(num_cpus=num_replicas + 1),
+        start_serving(
+            partial(build_services, place), host=host, port=port, num_replicas=num_replicas, num_cpus=1, token=token
+        ) as serving,
+    ):
+        on_ready(serving.address)
+        _wait_for_ctrl_c()
+
+
+def _wait_for_ctrl_c() -> None:
+    while True:
+        time.sleep(3600)
