@@ -8,7 +8,11 @@ import numpy as np
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.core.types import Segment
+from vla_dist.data.normalisation import RunningMoments
 from vla_dist.models.conditioning import ConditioningKind, ReturnConditioning
+
+_STD_FLOOR = 1e-3
+"""A millimetre or a milliradian: what moves less is noise, what moves more tells scenes apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +23,7 @@ class ReplayStatistics:
     proprio_mean: tuple[float, ...]
     """(P,) raw units."""
     proprio_std: tuple[float, ...]
-    """(P,) raw units."""
+    """(P,) raw units; 1 for a dimension that hardly moves."""
     success_lengths: tuple[int, ...]
     """Steps of each successful episode."""
     episode_returns: tuple[float, ...]
@@ -29,32 +33,31 @@ class ReplayStatistics:
 
     @classmethod
     def of(cls, episodes: Iterable[list[Segment]]) -> "ReplayStatistics":
-        """One pass in float64, padding left out.
+        """One pass, padding left out.
 
         Raises:
             DataError: no episode, or proprio that is not finite.
         """
-        count, mean, squares = 0, np.zeros(0), np.zeros(0)
+        moments: RunningMoments | None = None
         lengths: list[int] = []
         returns: list[float] = []
         instructions: dict[str, None] = {}
         for episode in episodes:
-            rows = np.concatenate([s.proprio[: s.length] for s in episode]).astype(np.float64)
-            if not np.isfinite(rows).all():
-                raise DataError(f"episode {episode[0].episode_id!r} has proprio that is not finite; remove it")
-            if count == 0:
-                mean, squares = np.zeros(rows.shape[1]), np.zeros(rows.shape[1])
-            count, mean, squares = _merged(count, mean, squares, rows)
+            rows = np.concatenate([segment.proprio[: segment.length] for segment in episode])
+            try:
+                moments = (moments or RunningMoments.empty(rows.shape[1])).update(rows)
+            except DataError as error:
+                raise DataError(f"proprio of episode {episode[0].episode_id!r}: {error}") from error
             returns.append(float(sum(s.rewards[: s.length].sum(dtype=np.float64) for s in episode)))
             if episode[-1].success:
                 lengths.append(len(rows))
             instructions[episode[0].instruction] = None
-        if count == 0:
+        if moments is None:
             raise DataError("no complete episode to take statistics from; wait for the first ones")
         return cls(
-            num_steps=count,
-            proprio_mean=tuple(mean.tolist()),
-            proprio_std=tuple(np.sqrt(squares / count).tolist()),
+            num_steps=moments.count,
+            proprio_mean=tuple(moments.mean.tolist()),
+            proprio_std=tuple(moments.std(floor=_STD_FLOOR).tolist()),
             success_lengths=tuple(lengths),
             episode_returns=tuple(returns),
             instructions=tuple(instructions),
@@ -80,11 +83,3 @@ class ReplayStatistics:
         """Inverse of ``to_json``."""
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
         return cls(**values)
-
-
-def _merged(count: int, mean: np.ndarray, squares: np.ndarray, rows: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-    """Source: Chan, Golub, LeVeque 1983, pairwise update of mean and sum of squared deviations."""
-    total = count + len(rows)
-    delta = rows.mean(0) - mean
-    spread = ((rows - rows.mean(0)) ** 2).sum(0)
-    return total, mean + delta * len(rows) / total, squares + spread + delta**2 * count * len(rows) / total

@@ -116,6 +116,7 @@ class LanguageEncoder(PreTrainedModel):
         self.post_init()
         if not isinstance(model_name, LanguageEncoderConfig):
             self.trunk.load_state_dict(_trunk_weights(language_model_path(config.model_name)))
+        self.register_load_state_dict_post_hook(lambda *_: self._pooled.clear())
         if config.freeze:
             self.trunk.requires_grad_(False)
             self.trunk.eval()
@@ -199,7 +200,7 @@ class LanguageEncoder(PreTrainedModel):
                 ids, mask = self.tokenize([text])
                 self._pooled[text] = self._pool(ids.to(device), mask.to(device))[0]
             self._pooled.move_to_end(text)
-        pooled = torch.stack([self._pooled[text] for text in texts])
+        pooled = torch.stack([self._pooled[text] for text in texts]).to(device)
         while len(self._pooled) > self.config.cache_size:
             self._pooled.popitem(last=False)
         return pooled
