@@ -332,6 +332,62 @@ def test_a_silent_server_costs_no_more_than_the_timeout() -> None:
         assert time.monotonic() - started < 2.0
 
 
+class SlowLink:
+    """Relays one address to another; every chunk of bytes takes ``delay_s`` on its way, in either direction."""
+
+    def __init__(self, port: int, delay_s: float) -> None:
+        self._target, self._delay_s = port, delay_s
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> int:
+        self._thread.start()
+        self._server = self._call(asyncio.start_server(self._relay, "127.0.0.1", 0))
+        return self._server.sockets[0].getsockname()[1]
+
+    def __exit__(self, *_: object) -> None:
+        self._call(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+
+    def _call(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(5)
+
+    async def _stop(self) -> None:
+        self._server.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        onward_reader, onward_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        try:
+            await asyncio.gather(self._pump(reader, onward_writer), self._pump(onward_reader, writer))
+        finally:
+            for each in (writer, onward_writer):
+                each.close()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            await asyncio.sleep(self._delay_s)
+            writer.write(data)
+        writer.close()
+
+
+def test_a_slow_link_is_no_dead_link(site) -> None:  # type: ignore[no-untyped-def]
+    """A connect was given up after 250 ms, so that a robot far away, or beside a busy server, never got one."""
+    observation = FakeEnv(SPEC).reset(seed=0, task="go").observation
+    with (
+        SlowLink(site.port, 0.4) as port,
+        PolicyClient(f"127.0.0.1:{port}", timeout_s=8.0) as client,
+        client.open_session(SPEC, policy=REFERENCE, robot_id="far") as session,
+    ):
+        assert session.act(observation, deadline_s=5.0).policy_version == 1
+        assert session.latencies_s[0] > 0.8
+
+
 def test_a_closed_session_says_so(client: PolicyClient) -> None:
     session = client.open_session(SPEC, policy=REFERENCE, robot_id="r")
     session.close()

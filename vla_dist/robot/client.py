@@ -29,8 +29,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", 64 * 2**20),
     # gRPC waits 1 s after the first failed connect, and up to 2 min: a robot that holds still wants to be back sooner.
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 250),
+    # In spite of its name the longest that one connect may take, handshake included: 20 s by default.
+    ("grpc.min_reconnect_backoff_ms", 2000),
     # Clients of one process share a connection otherwise, and a proxy allows only so many streams on one.
     ("grpc.use_local_subchannel_pool", 1),
 )
