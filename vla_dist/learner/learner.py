@@ -264,7 +264,10 @@ class Learner:
         if resumed is None:
             statistics = self._gather_statistics()
             conditioning = statistics.conditioning(
-                config.conditioning, quantile=config.target_quantile, max_episode_steps=self._spec.max_episode_steps
+                config.conditioning,
+                quantile=config.target_quantile,
+                max_episode_steps=self._spec.max_episode_steps,
+                phrases=self._phrases,
             )
             self._normalise(statistics)
         else:

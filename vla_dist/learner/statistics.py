@@ -1,6 +1,6 @@
 """What a learner must know about the data before its first update: scales, lengths, returns and words."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,12 +24,12 @@ class ReplayStatistics:
     """(P,) raw units."""
     proprio_std: tuple[float, ...]
     """(P,) raw units; 1 for a dimension that hardly moves."""
-    success_lengths: tuple[int, ...]
-    """Steps of each successful episode."""
-    episode_returns: tuple[float, ...]
-    """Sum of raw rewards of each episode."""
-    instructions: tuple[str, ...]
-    """Distinct, in order of appearance."""
+    success_lengths: Mapping[str, tuple[int, ...]]
+    """task -> steps of each successful episode."""
+    episode_returns: Mapping[str, tuple[float, ...]]
+    """task -> sum of raw rewards of each episode."""
+    instructions: Mapping[str, str]
+    """Distinct instruction -> its task, in order of appearance."""
 
     @classmethod
     def of(cls, episodes: Iterable[list[Segment]]) -> "ReplayStatistics":
@@ -39,47 +39,82 @@ class ReplayStatistics:
             DataError: no episode, or proprio that is not finite.
         """
         moments: RunningMoments | None = None
-        lengths: list[int] = []
-        returns: list[float] = []
-        instructions: dict[str, None] = {}
+        lengths: dict[str, list[int]] = {}
+        returns: dict[str, list[float]] = {}
+        instructions: dict[str, str] = {}
         for episode in episodes:
             rows = np.concatenate([segment.proprio[: segment.length] for segment in episode])
             try:
                 moments = (moments or RunningMoments.empty(rows.shape[1])).update(rows)
             except DataError as error:
                 raise DataError(f"proprio of episode {episode[0].episode_id!r}: {error}") from error
-            returns.append(float(sum(s.rewards[: s.length].sum(dtype=np.float64) for s in episode)))
+            task = episode[0].task
+            total = float(sum(s.rewards[: s.length].sum(dtype=np.float64) for s in episode))
+            returns.setdefault(task, []).append(total)
             if episode[-1].success:
-                lengths.append(len(rows))
-            instructions[episode[0].instruction] = None
+                lengths.setdefault(task, []).append(len(rows))
+            instructions.setdefault(episode[0].instruction, task)
         if moments is None:
             raise DataError("no complete episode to take statistics from; wait for the first ones")
         return cls(
             num_steps=moments.count,
             proprio_mean=tuple(moments.mean.tolist()),
             proprio_std=tuple(moments.std(floor=_STD_FLOOR).tolist()),
-            success_lengths=tuple(lengths),
-            episode_returns=tuple(returns),
-            instructions=tuple(instructions),
+            success_lengths={task: tuple(found) for task, found in lengths.items()},
+            episode_returns={task: tuple(found) for task, found in returns.items()},
+            instructions=instructions,
         )
 
-    def conditioning(self, kind: ConditioningKind, *, quantile: float, max_episode_steps: int) -> ReturnConditioning:
-        """What a policy trained on these episodes is asked for: the ``quantile`` best of what they reached."""
+    def conditioning(
+        self,
+        kind: ConditioningKind,
+        *,
+        quantile: float,
+        max_episode_steps: int,
+        phrases: Mapping[str, Sequence[str]] | None = None,
+    ) -> ReturnConditioning:
+        """What a policy trained on these episodes is asked for: the ``quantile`` best of what each task reached.
+
+        Tasks differ in length: one target for all would ask the long ones for what no episode ever showed.
+
+        Args:
+            phrases: task -> further wordings of it.
+        """
         if not 0.0 <= quantile <= 1.0:
             raise ConfigError(f"target quantile {quantile} must be within 0..1")
+        if kind == "none":
+            return ReturnConditioning(kind=kind)
         if kind == "steps_to_success":
-            steps = np.quantile(self.success_lengths, 1.0 - quantile) if self.success_lengths else max_episode_steps
-            return ReturnConditioning(kind=kind, scale=float(max_episode_steps), target=-float(max(1.0, steps)))
-        if kind == "reward":
-            scale = float(np.abs(self.episode_returns).max()) or 1.0
-            return ReturnConditioning(kind=kind, scale=scale, target=float(np.quantile(self.episode_returns, quantile)))
-        return ReturnConditioning(kind=kind)
+            scale, ceiling = float(max_episode_steps), -1.0
+            reached = {task: [-float(n) for n in lengths] for task, lengths in self.success_lengths.items()}
+        else:
+            scale = float(np.abs([r for found in self.episode_returns.values() for r in found]).max()) or 1.0
+            ceiling, reached = -1.0, {task: list(found) for task, found in self.episode_returns.items()}
+        everything = [value for found in reached.values() for value in found] or [-float(max_episode_steps)]
+        by_task = {task: float(np.quantile(found, quantile)) for task, found in reached.items()}
+        worded = dict(self.instructions)
+        for task, wordings in (phrases or {}).items():
+            worded |= dict.fromkeys(wordings, task)
+        targets = {words: by_task[task] for words, task in worded.items() if task in by_task}
+        return ReturnConditioning(
+            kind=kind,
+            scale=scale,
+            target=float(np.quantile(everything, quantile)),
+            targets=targets if len(by_task) > 1 else {},
+            ceiling=ceiling,
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ReplayStatistics":
-        """Inverse of ``to_json``."""
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-        return cls(**values)
+        """Inverse of ``to_json``, also after a way through JSON, which knows no tuples."""
+        return cls(
+            num_steps=fields["num_steps"],
+            proprio_mean=tuple(fields["proprio_mean"]),
+            proprio_std=tuple(fields["proprio_std"]),
+            success_lengths={task: tuple(found) for task, found in fields["success_lengths"].items()},
+            episode_returns={task: tuple(found) for task, found in fields["episode_returns"].items()},
+            instructions=dict(fields["instructions"]),
+        )

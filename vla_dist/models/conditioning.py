@@ -1,6 +1,7 @@
 """What a policy is asked to achieve: the number in the return token, in training and while acting."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -27,17 +28,22 @@ class ReturnConditioning:
     """Values are divided by this before the model sees them; about the largest absolute value in the data."""
     target: float = 0.0
     """Unscaled value asked for at the first step, for example -60: succeed in 60 steps."""
+    targets: Mapping[str, float] = field(default_factory=dict[str, float])
+    """instruction -> its own target; other words take ``target``, or that of the nearest ones where a policy can tell.
+    """
     ceiling: float = -1.0
     """``steps_to_success`` counts up to this unscaled value and no further."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ConditioningKind):
             raise ConfigError(f"conditioning {self.kind!r} must be one of {', '.join(get_args(ConditioningKind))}")
-        if not (np.isfinite([self.scale, self.target, self.ceiling]).all() and self.scale > 0):
+        highest = max([self.target, *self.targets.values()])
+        numbers = [self.scale, self.target, self.ceiling, *self.targets.values()]
+        if not (np.isfinite(numbers).all() and self.scale > 0):
             raise ConfigError(f"conditioning scale {self.scale} must be positive, target {self.target} finite")
-        if self.kind == "steps_to_success" and not (self.target < 0 and self.ceiling < 0):
+        if self.kind == "steps_to_success" and not (highest < 0 and self.ceiling < 0):
             raise ConfigError(
-                f"steps_to_success counts steps as negative numbers: target {self.target} and ceiling "
+                f"steps_to_success counts steps as negative numbers: target {highest} and ceiling "
                 f"{self.ceiling} must be below 0"
             )
 
@@ -50,11 +56,12 @@ class ReturnConditioning:
         left = (batch.episode_lengths[:, None] - batch.timesteps).astype(np.float32)
         return -np.where(batch.success[:, None], left, np.float32(max_episode_steps)) / np.float32(self.scale)
 
-    def first(self, timestep: int) -> float:
+    def first(self, timestep: int, *, instruction: str = "") -> float:
         """Unscaled value for the step ``timestep`` of an episode whose earlier steps are not remembered."""
+        target = self.targets.get(instruction, self.target)
         if self.kind == "steps_to_success":
-            return min(self.target + timestep, self.ceiling)
-        return self.target if self.kind == "reward" else 0.0
+            return min(target + timestep, self.ceiling)
+        return target if self.kind == "reward" else 0.0
 
     def after(self, value: float, reward: float) -> float:
         """Unscaled value one step later, given the raw reward of the step in between."""

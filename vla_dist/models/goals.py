@@ -70,3 +70,10 @@ class GoalTable:
         """The N texts and their (N, G) float32 vectors; (0, 0) while empty."""
         rows = self._rows
         return tuple(rows), np.stack(list(rows.values())) if rows else np.zeros((0, 0), np.float32)
+
+    def nearest(self, text: str, candidates: Sequence[str]) -> str:
+        """The candidate whose vector has the highest cosine with the text's, both centred on the candidates' mean."""
+        vectors = self.lookup([text, *candidates])
+        centred = vectors - vectors[1:].mean(0)
+        unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)
+        return candidates[int((unit[1:] @ unit[0]).argmax())]

@@ -126,8 +126,10 @@ class DecisionTransformerPolicy:
     ) -> DecisionTransformerState:
         """The state with this observation as its newest step, its action still unknown."""
         proprio = _checked("proprio", observation.proprio, self._spec.proprio_dim)
-        actions, value = state.actions, self._conditioning.first(state.timestep)
-        if state.num_steps:
+        actions = state.actions
+        if not state.num_steps:
+            value = self._conditioning.first(state.timestep, instruction=self._known_words(observation.instruction))
+        else:
             value = self._conditioning.after(float(state.returns_to_go[-1]), observation.previous_reward)
             if observation.previous_action is not None:
                 executed = _checked("previous_action", observation.previous_action, self._spec.action_dim)
@@ -141,6 +143,21 @@ class DecisionTransformerPolicy:
             timestep=state.timestep + 1,
         )
 
+    def _known_words(self, instruction: str) -> str:
+        """The wording whose target holds for this instruction: itself, or the nearest one in meaning."""
+        targets = self._conditioning.targets
+        if instruction in targets or not targets or not instruction or self._goals is None:
+            return instruction
+        return self._goals.nearest(instruction, tuple(targets))
+
+    def _lookup_goals(self, instructions: Sequence[str]) -> Array:
+        """(B, G) float32. No words at all are the mean of all words, which the model's normaliser makes zero."""
+        assert self._goals is not None
+        words = [text for text in instructions if text]
+        found = dict(zip(words, self._goals.lookup(words), strict=True)) if words else {}
+        nothing = self._model.goal_mean.cpu().numpy()
+        return np.stack([found[text] if text else nothing for text in instructions])
+
     def _predict(self, observations: Sequence[Observation], states: Sequence[DecisionTransformerState]) -> Array:
         """(B, A) outputs for the newest step of each row."""
         steps = self.context_steps
@@ -149,7 +166,7 @@ class DecisionTransformerPolicy:
         newest = np.array([state.timestep - 1 for state in states])
         goals = None
         if self._goals is not None and self._model.config.goal_dim:
-            goals = self._goals.lookup([observation.instruction for observation in observations])
+            goals = self._lookup_goals([observation.instruction for observation in observations])
         returns = np.stack([state.returns_to_go for state in states]) / np.float32(self._conditioning.scale)
         output = self._model(
             self._tensor(np.stack([state.proprio for state in states])),

@@ -37,6 +37,7 @@ def demo_cameras() -> RunConfig:
             language_tasks=SHARED_SCENE_TASKS,
             cameras=(CameraSpec(name="table", height=84, width=84),),
         ),
+        replay=ReplaySettings(min_steps=1_500, capacity_steps=50_000),
         rollout=RolloutSettings(episodes_per_task=20),
         evaluation=EvaluationSettings(episodes_per_task=2, final_episodes_per_task=4, num_envs=4),
         fleet=FleetSettings(num_robots=2, control_hz=5.0),

@@ -1,0 +1,48 @@
+import dataclasses
+
+import pytest
+
+from vla_dist.core.errors import ConfigError
+from vla_dist.run.config import EnvSettings, LearnerSettings, ReplaySettings, load_config
+from vla_dist.run.presets import PRESETS, preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_its_json(name, tmp_path):
+    config = preset(name)
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert load_config(tmp_path / "config.json") == config
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean demo"):
+        preset("demmo")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"env": EnvSettings()}, "at least one task"),
+        ({"env": EnvSettings(tasks=("a",), language_tasks=("b",))}, "not among"),
+        ({"learner": LearnerSettings(publish_updates=(5, 2000))}, "start with 0"),
+        ({"learner": LearnerSettings(publish_updates=(0, 100))}, "ends with 100, expected total_updates 2000"),
+        ({"replay": ReplaySettings(min_steps=10_000_000)}, "exceeds capacity_steps"),
+        ({"replay": ReplaySettings(min_steps=400_000)}, "may never be reached"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_with_the_reason(change, words):
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(preset("demo"), **change)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"preset": "x"}', '{"preset": "x", "sede": 1}'])
+def test_a_damaged_config_names_its_file(text, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="config"):
+        load_config(path)
+
+
+def test_a_missing_config_names_its_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing\.json"):
+        load_config(tmp_path / "nothing.json")
