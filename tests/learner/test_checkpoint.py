@@ -1,0 +1,83 @@
+import json
+
+import pytest
+import torch
+
+from vla_dist.core.errors import ConfigError, IntegrityError, NotFound
+from vla_dist.learner.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+
+
+def at(updates):
+    tensors = {"w": torch.arange(6.0).reshape(2, 3) + updates, "rng": torch.arange(5, dtype=torch.uint8)}
+    return Checkpoint(tensors=tensors, state={"updates": updates, "words": ["öffne"], "nested": {"a": 1.5}})
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    store = CheckpointStore(tmp_path / "deep" / "run")
+    store.save(at(3))
+    loaded = store.load_newest()
+    assert loaded.state == at(3).state
+    assert loaded.updates == 3
+    assert all(
+        torch.equal(loaded.tensors[n], v) and loaded.tensors[n].dtype == v.dtype for n, v in at(3).tensors.items()
+    )
+
+
+def test_the_last_few_are_kept_and_the_newest_is_by_number(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for updates in (5, 90, 100):
+        store.save(at(updates))
+    assert [p.name for p in store.paths()] == ["update-0000000090", "update-0000000100"]
+    assert store.load_newest().updates == 100
+
+
+def test_the_same_update_is_replaced(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.save(at(1))
+    changed = Checkpoint(tensors={"w": torch.zeros(1)}, state={"updates": 1})
+    store.save(changed)
+    assert store.load_newest().tensors.keys() == {"w"}
+    assert len(store.paths()) == 1
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "state", "empty", "not_json"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
+    store = CheckpointStore(tmp_path)
+    store.save(at(1))
+    newest = store.save(at(2))
+    tensors, state = newest / "tensors.safetensors", newest / "state.json"
+    if damage == "flip":
+        data = bytearray(tensors.read_bytes())
+        data[-3] ^= 1
+        tensors.write_bytes(data)
+    elif damage == "cut":
+        tensors.write_bytes(tensors.read_bytes()[:-10])
+    elif damage == "missing":
+        tensors.unlink()
+    elif damage == "state":
+        written = json.loads(state.read_text())
+        written["state"] = written["state"].replace('"updates": 2', '"updates": 7')
+        state.write_text(json.dumps(written))
+    else:
+        state.write_text("" if damage == "empty" else "[1, 2]")
+    with pytest.raises(IntegrityError):
+        read_checkpoint(newest)
+    assert store.load_newest().updates == 1
+
+
+def test_none_and_none_whole_are_different_errors(tmp_path):
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(NotFound):
+        store.load_newest()
+    (store.save(at(1)) / "state.json").write_text("")
+    with pytest.raises(IntegrityError):
+        store.load_newest()
+    with pytest.raises(ConfigError):
+        CheckpointStore(tmp_path, keep=0)
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(TypeError):
+        store.save(Checkpoint(tensors={"w": torch.zeros(1)}, state={"updates": 1, "bad": object()}))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,142 @@
+"""The loop on real ranks: Ray Train, gloo, a rank that dies. Starting Ray takes most of the time."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vla_dist.learner.checkpoint import read_checkpoint
+
+ray = pytest.importorskip("ray")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.integration,
+    pytest.mark.timeout(300),
+    # Ray reads its own deprecated settings, and leaves sockets to the garbage collector.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(tmp_path_factory):
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+    del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
+
+
+def make_build(log, *, dies_at=None):
+    """A build function that is sent by value, so everything it needs is imported inside."""
+
+    def build(rank):
+        import torch
+
+        from vla_dist.learner.learner import Learner, LearnerConfig
+        from vla_dist.learner.train_step import OptimiserConfig
+        from vla_dist.models.decision_transformer import DecisionTransformer
+        from vla_dist.models.presets import preset
+        from vla_dist.testing.episodes import EpisodeTable, fill
+        from vla_dist.testing.fakes import make_spec
+        from vla_dist.testing.registry import InMemoryRegistry
+
+        class LoggedLearner(Learner):
+            def step(self):
+                before = self.updates
+                metrics = super().step()
+                if before == dies_at and not os.path.exists(log + ".died"):
+                    open(log + ".died", "w").close()
+                    os._exit(1)
+                weight = float(self._model.head.weight.double().sum())
+                mean = self._model.proprio_mean.tolist()
+                with open(log, "a") as file:
+                    file.write(json.dumps([rank.index, before, self.updates, weight, mean]) + "\n")
+                return metrics
+
+        def embed(texts):
+            return np.stack([np.random.default_rng(len(t)).normal(size=8).astype(np.float32) for t in texts])
+
+        torch.set_num_threads(1)
+        spec = make_spec()
+        # Each rank sees other episodes and draws, so that equal results prove shared gradients and statistics.
+        table = EpisodeTable(spec, context_steps=4, seed=rank.index)
+        fill(table, num_episodes=5 + 2 * rank.index)
+        config = LearnerConfig(
+            policy_name="p",
+            run_id="r",
+            optimiser=OptimiserConfig(total_updates=40),
+            batch_size=8,
+            updates_per_step=5,
+            checkpoint_every=10,
+            publish_updates=(0, 15),
+        )
+        size = {"hidden_dim": 32, "n_layers": 2, "n_heads": 4, "context_steps": 4, "goal_dim": 8}
+        return LoggedLearner(
+            config,
+            model=DecisionTransformer(preset("small", spec, **size)),
+            spec=spec,
+            table=table,
+            registry=InMemoryRegistry(),
+            embed=embed,
+            rank=rank,
+        )
+
+    return build
+
+
+def fit(build, tmp_path, *, num_workers):
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from vla_dist.learner.ray_loop import train_loop_per_worker
+
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"build": build},
+        scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(
+            name="run",
+            storage_path=str(tmp_path / "storage"),
+            failure_config=FailureConfig(max_failures=1),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    return trainer.fit()
+
+
+def read_log(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_killed_rank_goes_on_from_the_last_reported_checkpoint(ray_cluster, tmp_path):
+    log = tmp_path / "log"
+    result = fit(make_build(str(log), dies_at=25), tmp_path, num_workers=1)
+    assert result.error is None
+    assert result.metrics["updates"] == 40
+    starts = [before for _, before, after, *_ in read_log(log) if after > before]
+    resumed = [b for a, b in zip(starts, starts[1:], strict=False) if b <= a]
+    assert resumed in ([10], [20])  # the report of update 20 may not have reached the controller
+    assert starts[-1] == 35
+    with result.checkpoint.as_directory() as directory:
+        final = read_checkpoint(Path(directory))
+    assert final.updates == 40
+    assert final.state["published"] == [0, 15, 40]
+
+
+def test_two_ranks_keep_one_model(ray_cluster, tmp_path):
+    log = tmp_path / "log"
+    result = fit(make_build(str(log)), tmp_path, num_workers=2)
+    assert result.metrics["updates"] == 40
+    rows = read_log(log)
+    by_update = {}
+    for rank, before, after, weight, mean in rows:
+        if after > before:
+            by_update.setdefault(after, {})[rank] = (weight, mean)
+    assert sorted(by_update) == [5, 10, 15, 20, 25, 30, 35, 40]
+    for ranks in by_update.values():
+        assert ranks[0][0] == pytest.approx(ranks[1][0], abs=1e-9)
+        assert ranks[0][1] == ranks[1][1]

@@ -1,0 +1,108 @@
+import math
+
+import pytest
+import torch
+
+from vla_dist.core.errors import ConfigError, DataError
+from vla_dist.learner.train_step import LossModule, OptimiserConfig, TrainStep
+from vla_dist.models.batch import TrainBatch
+
+
+@pytest.fixture
+def batch():
+    g = torch.Generator().manual_seed(0)
+    return TrainBatch(
+        states=torch.randn(8, 4, 5, generator=g),
+        actions=torch.randn(8, 4, 2, generator=g),
+        target_actions=torch.rand(8, 4, 2, generator=g) - 0.5,
+        returns_to_go=torch.zeros(8, 4),
+        timesteps=torch.arange(4).repeat(8, 1),
+        padding_mask=torch.ones(8, 4, dtype=torch.bool),
+        goals=torch.randn(8, 8, generator=g),
+    )
+
+
+def make_step(model, **settings):
+    return TrainStep(model, OptimiserConfig(**{"total_updates": 100, **settings}), loss=LossModule(model))
+
+
+def test_warm_up_then_cosine_to_the_final_fraction():
+    config = OptimiserConfig(total_updates=110, warmup_updates=10, learning_rate=2.0, final_fraction=0.1)
+    assert [config.learning_rate_at(u) for u in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
+    assert config.learning_rate_at(60) == pytest.approx(1.1)
+    assert config.learning_rate_at(110) == config.learning_rate_at(500) == pytest.approx(0.2)
+
+
+def test_the_loss_falls(make_model, batch):
+    step = make_step(make_model())
+    losses = [float(step(batch, update)["loss"]) for update in range(60)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_gradient_is_clipped(make_model, batch):
+    model = make_model(dropout=0.0, action_dropout=0.0, return_dropout=0.0)
+    norm = float(make_step(model, gradient_clip=1e-3)(batch, 0)["gradient_norm"])
+    clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+    assert norm > 1e-2
+    assert clipped == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_only_matrices_decay(make_model, batch):
+    model = make_model()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    step = make_step(model, weight_decay=0.5, learning_rate=0.1)
+    for parameter in model.parameters():
+        parameter.register_hook(torch.zeros_like)
+    step(batch, 0)
+    for name, parameter in model.named_parameters():
+        factor = 0.95 if parameter.ndim >= 2 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+
+
+def test_the_average_follows_the_weights_and_is_what_gets_published(make_model, batch):
+    model = make_model()
+    first = {n: p.detach().clone() for n, p in model.named_parameters()}
+    step = make_step(model, ema_decay=0.9)
+    step(batch, 0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(step.published_weights()[name], 0.9 * first[name] + 0.1 * parameter.detach())
+
+
+def test_without_an_average_the_weights_are_published(make_model, batch):
+    model = make_model()
+    step = make_step(model)
+    step(batch, 0)
+    assert all(torch.equal(step.published_weights()[n], p) for n, p in model.named_parameters())
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(make_model, batch):
+    model = make_model()
+    step = make_step(model)
+    step(batch, 0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    batch.target_actions[0, 0, 0] = math.nan
+    with pytest.raises(DataError, match="update 1 is not finite"):
+        step(batch, 1)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_tensors_of_another_model_are_refused(make_model, batch):
+    step = make_step(make_model())
+    step(batch, 0)
+    with pytest.raises(DataError, match="fits no parameter"):
+        make_step(make_model(hidden_dim=16)).load_tensors(step.tensors())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"total_updates": 0},
+        {"warmup_updates": 100},
+        {"learning_rate": 0.0},
+        {"ema_decay": 1.0},
+        {"final_fraction": 2.0},
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings):
+    with pytest.raises(ConfigError):
+        OptimiserConfig(**{"total_updates": 100, **settings})
