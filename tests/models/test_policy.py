@@ -280,3 +280,29 @@ def test_every_preset_builds_and_acts(name):
     action = run(policy, [observe(0, images={"top": np.zeros((32, 32, 3), np.uint8)})])[0][0]
     assert action.shape == (2,)
     assert np.isfinite(action).all()
+
+
+def test_each_wording_has_the_target_of_its_task_and_new_words_that_of_the_nearest():
+    conditioning = ReturnConditioning(
+        kind="steps_to_success", scale=50, target=-20, targets={"open the drawer": -40.0, "press it": -10.0}
+    )
+    policy, _ = make_policy(conditioning=conditioning)
+    for words, target in (("open the drawer", -40.0), ("press it", -10.0), ("", -20.0)):
+        observation = Observation(proprio=np.zeros(SPEC.proprio_dim, np.float32), instruction=words)
+        _, (state,) = policy.act([observation], [policy.initial_state()])
+        assert state.returns_to_go[-1] == target
+    embeddings = fake_embed(["open the drawer", "press it"])
+    near = GoalTable(lambda texts: embeddings[:1] * 1.01 if texts == ["pull it open"] else fake_embed(texts))
+    assert near.nearest("pull it open", ("open the drawer", "press it")) == "open the drawer"
+
+
+def test_no_words_are_a_zero_goal():
+    policy, model = make_policy()
+    model.goal_mean.fill_(0.25)
+    seen = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[3]))
+    observations = [Observation(proprio=np.zeros(SPEC.proprio_dim, np.float32), instruction=w) for w in ("", "go")]
+    policy.act(observations, [policy.initial_state() for _ in observations])
+    goals = seen[0].numpy()
+    np.testing.assert_array_equal(goals[0], 0.25)
+    np.testing.assert_allclose(goals[1], fake_embed(["go"])[0])

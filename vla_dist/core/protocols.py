@@ -17,14 +17,13 @@ and the learner's::
     version = registry.publish(artifact, channel="stable")
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import (
-    ActionChunk,
     Array,
     Batch,
     Metrics,
@@ -184,15 +183,3 @@ class Worker(Protocol):
     def step(self) -> Metrics: ...
 
     def close(self) -> None: ...
-
-
-class ActService(Protocol):
-    """The policy service that gRPC and Serve wrap."""
-
-    async def open(self, *, reference: str, spec: EnvSpec, robot_id: str, task: str) -> Mapping[str, Any]: ...
-
-    async def act(
-        self, session_id: str, observation: Observation, *, observation_id: int, deadline_s: float
-    ) -> ActionChunk: ...
-
-    async def close(self, session_id: str) -> None: ...

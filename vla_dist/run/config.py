@@ -207,7 +207,7 @@ def _build(kind: Any, value: Any) -> Any:
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(value) - set(hints))
         if unknown:
-            raise ConfigError(f"unknown settings {unknown} for {kind.__name__}; known are {', '.join(hints)}")
+            raise ConfigError(f"unknown settings {unknown} for {kind!r}; known are {', '.join(hints)}")
         return typing.cast(Any, kind)(**{name: _build(hints[name], value[name]) for name in value})
     origin = typing.get_origin(kind)
     if origin is tuple:

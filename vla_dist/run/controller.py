@@ -16,8 +16,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from vla_dist.core.errors import NotFound, ResourceMissing, Unreachable, WaitTimeout
 from vla_dist.evaluation.suite import SuiteConfig
@@ -236,11 +238,11 @@ class RunController:
 
         tasks = (*self._config.env.tasks[:2], *self._config.env.language_tasks)
         suite = dataclasses.replace(self._suite(), tasks=tuple(dict.fromkeys(tasks)))
-        judge = ray.remote(JudgeHost).options(num_cpus=1).remote(self._place)
+        judge: Any = ray.remote(JudgeHost).options(num_cpus=1).remote(self._place)
         try:
             scenes = ray.get(judge.film.remote(max(self._known_versions), suite, _FILM_EVERY), timeout=_FILM_TIMEOUT_S)
             write_film(self._place.run_dir / FILM, scenes)
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             if not isinstance(error.cause, ResourceMissing):
                 raise
             self._notes.append(f"no film: {error.cause}")

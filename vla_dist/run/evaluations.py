@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from vla_dist.core.errors import WorkerFailed
 from vla_dist.evaluation.statistics import SuccessRate
@@ -61,7 +62,7 @@ class EvaluationBoard:
                 judge, job = self._running.pop(reference)
                 try:
                     self._outcomes[_key(*job)] = ray.get(reference)
-                except ray.exceptions.RayActorError as error:
+                except RayActorError as error:
                     self._deaths += 1
                     if self._deaths > _MAX_DEATHS:
                         raise WorkerFailed(f"evaluation workers died {self._deaths} times: {error}") from error

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
 from vla_dist.core.errors import WorkerFailed
 from vla_dist.core.protocols import Worker
@@ -35,7 +36,7 @@ class HostedWorker:
         self._closed = False
         # Two threads: a call to `stop` must get through while `run` is under way.
         host = ray.remote(WorkerHost).options(max_restarts=-1, max_concurrency=2, num_cpus=num_cpus)
-        self.actor = host.remote(name, build, board)
+        self.actor: Any = host.remote(name, build, board)
         self._run = self._start()
 
     def poll(self) -> str | None:
@@ -51,13 +52,13 @@ class HostedWorker:
             return None
         try:
             ray.get(self._run)
-        except ray.exceptions.RayActorError as error:
+        except RayActorError as error:
             self.deaths += 1
             if self.deaths > self._max_deaths:
                 raise WorkerFailed(f"{self.name} died {self.deaths} times, more than allowed; last: {error}") from error
             self._run = self._start()
             return f"{self.name} died and was started again ({self.deaths} of at most {self._max_deaths})"
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             raise WorkerFailed(f"{self.name} failed: {error.cause or error}") from error
         self.is_done = True
         return None

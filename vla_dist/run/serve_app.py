@@ -9,6 +9,8 @@ one replica; no Python proxy is on the way. Weights do not go through Serve's co
         PolicyClient(serving.address)
 """
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -136,7 +138,9 @@ class ServingHandle:
             return
         self._closed = True
         if ray.is_initialized():
-            serve.shutdown()
+            # The controller ends itself, and Ray tells the terminal of that death as if it were an error.
+            with contextlib.redirect_stdout(io.StringIO()):
+                serve.shutdown()
         _remove_folder(self._folder)
 
     def __enter__(self) -> "ServingHandle":
