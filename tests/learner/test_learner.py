@@ -261,6 +261,9 @@ def test_statistics_leave_out_padding_and_name_bad_episodes(make_table):
     bad = replace(episodes[1][0], proprio=np.full_like(episodes[1][0].proprio, np.nan))
     with pytest.raises(DataError, match="episode-1"):
         ReplayStatistics.of([episodes[0], [bad]])
+    bad = replace(episodes[2][0], rewards=np.full_like(episodes[2][0].rewards, np.inf))
+    with pytest.raises(DataError, match="rewards of episode 'episode-2'"):
+        ReplayStatistics.of([episodes[0], [bad]])
     with pytest.raises(DataError, match="no complete episode"):
         ReplayStatistics.of([])
 

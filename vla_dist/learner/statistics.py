@@ -36,7 +36,7 @@ class ReplayStatistics:
         """One pass, padding left out.
 
         Raises:
-            DataError: no episode, or proprio that is not finite.
+            DataError: no episode, or proprio or rewards that are not finite.
         """
         moments: RunningMoments | None = None
         lengths: dict[str, list[int]] = {}
@@ -50,6 +50,8 @@ class ReplayStatistics:
                 raise DataError(f"proprio of episode {episode[0].episode_id!r}: {error}") from error
             task = episode[0].task
             total = float(sum(s.rewards[: s.length].sum(dtype=np.float64) for s in episode))
+            if not np.isfinite(total):
+                raise DataError(f"rewards of episode {episode[0].episode_id!r} sum to {total}; remove that episode")
             returns.setdefault(task, []).append(total)
             if episode[-1].success:
                 lengths.setdefault(task, []).append(len(rows))
