@@ -94,11 +94,11 @@ def _option_names(kind: type, prefix: str = "--") -> Iterator[str]:
 
 def print_summary(console: Console, summary: RunSummary) -> None:
     """The tables a person reads at the end of a run."""
-    table = Table(title="success on unseen seeds, 95 % Wilson interval")
-    table.add_column("task")
+    table = Table(title="success on unseen seeds by version and its updates, 95 % Wilson interval")
+    table.add_column("task", no_wrap=True)
     versions = list(summary.rates)
     for version in versions:
-        table.add_column(f"v{version}\n{summary.updates_by_version.get(version)} updates", justify="right")
+        table.add_column(f"v{version}\n{summary.updates_by_version.get(version)}", justify="right")
     rates = {version: by_task(summary.outcomes[version]) for version in versions}
     for task in rates[versions[-1]]:
         table.add_row(task, *(f"{rates[v][task].mean:.2f}" for v in versions))

@@ -34,7 +34,7 @@ def draw_learning_curve(
     """
     if len(updates) != len(overall) or not updates:
         raise DataError(f"{len(updates)} versions and {len(overall)} success rates; expected as many, at least one")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 1), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), width_ratios=(3, 1), layout="constrained")
     places = np.arange(len(updates))
     for index, task in enumerate(by_task[-1]):
         rates = [version[task].mean if task in version else np.nan for version in by_task]
@@ -43,7 +43,7 @@ def draw_learning_curve(
     left.plot(places, [r.mean for r in overall], color="black", lw=2.5, marker="o", label="all tasks (95 % Wilson)")
     left.set_xticks(places, [f"v{i + 1}\n{u}" for i, u in enumerate(updates)])
     left.set(xlabel="version and learner updates", ylabel="success", ylim=(-0.03, 1.03), title=title)
-    left.legend(fontsize=7, loc="lower right")
+    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=5)
     left.grid(alpha=0.3)
     if language:
         modes = list(language)

@@ -93,16 +93,21 @@ class ReplayStatistics:
             scale = float(np.abs([r for found in self.episode_returns.values() for r in found]).max()) or 1.0
             ceiling, reached = -1.0, {task: list(found) for task, found in self.episode_returns.items()}
         everything = [value for found in reached.values() for value in found] or [-float(max_episode_steps)]
-        by_task = {task: float(np.quantile(found, quantile)) for task, found in reached.items()}
-        worded = dict(self.instructions)
+        worded: dict[str, set[str]] = {words: {task} for words, task in self.instructions.items()}
         for task, wordings in (phrases or {}).items():
-            worded |= dict.fromkeys(wordings, task)
-        targets = {words: by_task[task] for words, task in worded.items() if task in by_task}
+            for words in wordings:
+                worded.setdefault(words, set()).add(task)
+        targets: dict[str, float] = {}
+        for words, tasks in worded.items():
+            # Tasks in different scenes may share a wording; what all of them reached is pooled.
+            values = [value for task in sorted(tasks) for value in reached.get(task, ())]
+            if values:
+                targets[words] = float(np.quantile(values, quantile))
         return ReturnConditioning(
             kind=kind,
             scale=scale,
             target=float(np.quantile(everything, quantile)),
-            targets=targets if len(by_task) > 1 else {},
+            targets=targets if len(reached) > 1 else {},
             ceiling=ceiling,
         )
 

@@ -65,7 +65,8 @@ class ModelSettings:
     """K."""
     action_dropout: float = 0.5
     """Share of past-action tokens hidden in training, so that the policy does not copy itself."""
-    return_dropout: float = 0.0
+    return_dropout: float = 0.2
+    """Share of windows without return tokens in training, so that an unreachable target does no harm."""
     conditioning: Literal["none", "steps_to_success", "reward"] = "steps_to_success"
     """none, steps_to_success or reward."""
     target_quantile: float = 0.9
