@@ -72,8 +72,9 @@ class SegmentCodec:
         record["is_last"] = segment.is_last
         record["success"] = segment.success
         valid = segment.length
-        for name in ("proprio", "actions", "target_actions", "rewards", "interventions"):
-            record[name][:valid] = getattr(segment, name)[:valid]
+        with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite and is refused below.
+            for name in ("proprio", "actions", "target_actions", "rewards", "interventions"):
+                record[name][:valid] = getattr(segment, name)[:valid]
         for name in ("proprio", "actions", "target_actions", "rewards"):
             if not np.isfinite(record[name]).all():
                 raise DataError(
@@ -101,21 +102,25 @@ class SegmentCodec:
             texts = {name: record[name].decode() for name in _TEXT_BYTES}
         except UnicodeDecodeError as error:
             raise IntegrityError(f"row with text that is not UTF-8 ({error}); append the segment again") from error
-        return Segment(
-            **texts,
-            segment_index=int(record["segment_index"]),
-            policy_version=int(record["policy_version"]),
-            source=SOURCES[source],
-            is_last=bool(record["is_last"]),
-            success=bool(record["success"]),
-            length=length,
-            proprio=record["proprio"],
-            actions=record["actions"],
-            target_actions=record["target_actions"],
-            rewards=record["rewards"],
-            interventions=record["interventions"].view(bool),
-            images=self._decode_images(images or {}, length),
-        )
+        frames = self._decode_images(images or {}, length)
+        try:
+            return Segment(
+                **texts,
+                segment_index=int(record["segment_index"]),
+                policy_version=int(record["policy_version"]),
+                source=SOURCES[source],
+                is_last=bool(record["is_last"]),
+                success=bool(record["success"]),
+                length=length,
+                proprio=record["proprio"],
+                actions=record["actions"],
+                target_actions=record["target_actions"],
+                rewards=record["rewards"],
+                interventions=record["interventions"].view(bool),
+                images=frames,
+            )
+        except DataError as error:
+            raise IntegrityError(f"row that no encoder writes ({error}); append the segment again") from error
 
     def decode_rows(self, rows: Sequence[bytes]) -> Array:
         """Structured (N,) view of one joined copy of ``rows``; fields named as in ``row_dtype``.
@@ -228,8 +233,8 @@ def _constant_layout(schema: pa.Schema, spec: EnvSpec, num_steps: int) -> tuple[
         if pa.types.is_fixed_size_binary(column.type):
             columns.append(pa.array([b"\0" * column.type.byte_width], column.type))
         elif pa.types.is_fixed_size_list(column.type):
-            zeros = pa.array(np.zeros(column.type.list_size, column.type.value_type.to_pandas_dtype()))
-            columns.append(pa.FixedSizeListArray.from_arrays(zeros, type=column.type))
+            # Not FixedSizeListArray.from_arrays: for an empty list (P = 0) it divides by zero and kills the process.
+            columns.append(pa.array([[0] * column.type.list_size], column.type))
         else:
             columns.append(pa.array([0], column.type))
     message = pa.RecordBatch.from_arrays(columns, schema=schema).serialize()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import redis
 from redis.backoff import ExponentialBackoff
+from redis.exceptions import NoPermissionError, OutOfMemoryError
 from redis.retry import Retry
 
 from vla_dist.core.errors import ConfigError, ResourceMissing, Unauthorised, Unreachable
@@ -37,13 +38,13 @@ def named_errors() -> Iterator[None]:
     """Turn what redis-py raises into the package's errors."""
     try:
         yield
-    except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+    except (redis.AuthenticationError, NoPermissionError) as error:
         raise Unauthorised(f"the registry's Redis refuses this user ({error}); use the URL the server gave") from error
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise Unreachable(
             f"the registry's Redis does not answer ({error}); is it running, and is the URL right?"
         ) from error
-    except redis.exceptions.OutOfMemoryError as error:
+    except OutOfMemoryError as error:
         raise ResourceMissing(
             f"the registry's Redis is out of memory ({error}); raise its limit, or keep tensors in DirectoryBlobs"
         ) from error

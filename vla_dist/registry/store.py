@@ -10,8 +10,10 @@ import json
 import re
 import time
 from dataclasses import dataclass, replace
+from typing import cast
 
 import redis
+from redis.client import Pipeline
 
 from vla_dist.core.errors import ConfigError, NotFound, Unreachable
 from vla_dist.core.types import PolicyArtifact, PolicyManifest
@@ -160,8 +162,8 @@ class RedisPolicyRegistry:
         """Channel to version; empty for an unknown name."""
         with named_errors():
             found = self._client.hgetall(_channels(name))
-        assert isinstance(found, dict)
-        return {channel.decode(): int(version) for channel, version in sorted(found.items())}
+        moves = cast("dict[bytes, bytes]", found)
+        return {channel.decode(): int(version) for channel, version in sorted(moves.items())}
 
     def history(self, name: str) -> list[ChannelMove]:
         """Every move of every channel of a name, oldest first."""
@@ -174,8 +176,7 @@ class RedisPolicyRegistry:
         """Names that have a version, sorted."""
         with named_errors():
             found = self._client.smembers("{registry}:names")
-        assert isinstance(found, set)
-        return sorted(name.decode() for name in found)
+        return sorted(name.decode() for name in cast("set[bytes]", found))
 
     def manifests(self, name: str) -> list[PolicyManifest]:
         """Oldest first; empty for an unknown name."""
@@ -246,7 +247,7 @@ class RedisPolicyRegistry:
         return f"policy {name!r} has no {target!r}; nearest: {', '.join(known)}. Publish it or set the channel first."
 
 
-def _queue_move(pipe: redis.client.Pipeline, name: str, channel: str, version: int, previous: int) -> None:
+def _queue_move(pipe: Pipeline, name: str, channel: str, version: int, previous: int) -> None:
     move = {"channel": channel, "version": version, "previous": previous, "unix_s": time.time()}
     pipe.hset(_channels(name), channel, str(version))
     pipe.rpush(_history(name), json.dumps(move))

@@ -1,8 +1,12 @@
 """A Redis or Valkey that somebody else runs."""
 
 import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import NoPermissionError
+from redis.retry import Retry
 
 from vla_dist.core.errors import ConfigError, Unauthorised, Unreachable
+from vla_dist.replay.link import address_of
 
 _OLDEST_REDIS, _OLDEST_VALKEY = 7, 8
 
@@ -16,13 +20,15 @@ def require_server(url: str, *, timeout_s: float = 5.0) -> None:
         ConfigError: not a Redis URL, or a server that is too old.
     """
     try:
-        client = redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
+        client = redis.Redis.from_url(
+            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
+        )
     except ValueError as error:
         raise ConfigError(f"{error}; expected redis://host:6379, rediss://... or unix:///path") from error
-    where = url.rpartition("@")[2]
+    where = address_of(url)
     try:
         server = client.info("server")
-    except redis.AuthenticationError as error:
+    except (redis.AuthenticationError, NoPermissionError) as error:
         raise Unauthorised(f"Redis at {where} refuses this user ({error}); put user:password@ into the URL") from error
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise Unreachable(

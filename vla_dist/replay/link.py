@@ -33,6 +33,11 @@ def function_name(verb: str) -> str:
     return f"vla_{verb}_{_DIGEST}"
 
 
+def address_of(url: str) -> str:
+    """What of a URL may stand in a message: neither user nor password, wherever they were written."""
+    return url.partition("?")[0].rpartition("@")[2]
+
+
 def load_functions(client: redis.Redis) -> None:
     """Load our library where it is missing. Raises redis.RedisError where the server refuses."""
     try:
@@ -87,7 +92,7 @@ class RedisLink:
         except ValueError as error:
             raise ConfigError(f"not a Redis URL ({error}); expected unix://... or redis://...") from error
         # The password must not end up in a message.
-        self.address = url.rpartition("@")[2].partition("?")[0] if "@" in url else url.partition("?")[0]
+        self.address = address_of(url)
 
     def call(self, commands: Sequence[Command], *, timeout_s: float) -> list[Any]:
         """Replies of all commands, tried again while the server does not answer; so they must bear repetition.

@@ -123,13 +123,13 @@ class EmbeddedServer:
         self._make_private(self.directory)
         self._socket_path = self._place_socket()
         self._append_only = append_only
-        self._password = self._read_or_make_password()
         self._admin_password = secrets.token_urlsafe(24)
         self._log_path = self.directory / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
         self.port = _free_port() if port == 0 else port
         lock = self._lock_directory()
         try:
+            self._password = self._read_or_make_password()
             self._write_config(memory)
             self._spawn(find_server_program(), lock)
         finally:
@@ -213,7 +213,8 @@ class EmbeddedServer:
     def _read_or_make_password(self) -> str:
         """Kept beside the data, so that the URL outlives a restart."""
         path = self.directory / "client.password"
-        if not path.exists():
+        # An empty file is what a crash between creating and writing left behind.
+        if not path.exists() or not path.read_text():
             with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
                 file.write(secrets.token_urlsafe(24))
         return path.read_text()
