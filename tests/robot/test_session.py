@@ -80,7 +80,9 @@ def test_all_transports_give_the_same_actions(site, client: PolicyClient) -> Non
     seen: list[Observation] = []
 
     def unary(observation: Observation) -> Array:
-        chunk = client.act(SPEC, observation, policy=REFERENCE, grant=grant, history=seen[-grant.context_steps :])
+        history = seen[-grant.context_steps :]
+        start = len(seen) - len(history)
+        chunk = client.act(SPEC, observation, policy=REFERENCE, grant=grant, history=history, history_start=start)
         seen.append(observation)
         return chunk.actions
 

@@ -81,7 +81,7 @@ async def test_sessions_do_not_share_memory(service: PolicyService) -> None:
 async def test_history_rebuilds_the_memory(service: PolicyService) -> None:
     whole = await open_session(service)
     actions = [await act(service, whole, value) for value in (1, 2, 3, 4)]
-    rebuilt = await open_session(service, history=[observe(2), observe(3)])
+    rebuilt = await open_session(service, history=[observe(2), observe(3)], history_start=1)
     assert await act(service, rebuilt, 4) == actions[3]
     await service.close(rebuilt)
     forgetful = await open_session(service)
@@ -148,6 +148,7 @@ async def test_act_once_agrees_with_a_session(service: PolicyService) -> None:
         policy_version=1,
         spec_digest=SPEC.digest,
         history=[observe(1), observe(2)],
+        history_start=0,
         observation=observe(3),
         observation_id=5,
         deadline_s=2.0,
@@ -160,6 +161,7 @@ async def test_act_once_agrees_with_a_session(service: PolicyService) -> None:
             policy_version=1,
             spec_digest="0" * 64,
             history=[],
+            history_start=0,
             observation=observe(3),
             observation_id=5,
             deadline_s=2.0,

@@ -102,10 +102,15 @@ class Policy(Protocol[S]):
 
     @property
     def context_steps(self) -> int:
-        """K: replaying the last K observations (with their executed actions) rebuilds the state."""
+        """K: replaying the last K observations, with their executed actions, rebuilds the state.
+
+        It starts from ``initial_state(timestep=t)``, where t is the step of the first of them.
+        """
         ...
 
-    def initial_state(self) -> S: ...
+    def initial_state(self, *, timestep: int = 0) -> S:
+        """The state before an episode, or before its step ``timestep`` with nothing remembered."""
+        ...
 
     def act(
         self,

@@ -102,6 +102,7 @@ class PolicyClient:
         policy: str,
         grant: SessionGrant,
         history: Sequence[Observation] = (),
+        history_start: int = 0,
         observation_id: int = 0,
         deadline_s: float = 10.0,
     ) -> ActionChunk:
@@ -113,6 +114,7 @@ class PolicyClient:
             policy: ``name@channel``.
             grant: from ``check``; fixes the version.
             history: earlier observations of the episode, oldest first, at most ``grant.context_steps``.
+            history_start: steps of the episode before the first of them.
             observation_id: comes back in the chunk.
             deadline_s: of the computation and of the call.
         """
@@ -121,6 +123,7 @@ class PolicyClient:
             policy_version=grant.policy_version,
             spec_digest=grant.spec_digest,
             history=[encode_observation(h) for h in history],
+            history_start=history_start,
             observation=encode_observation(observation),
             observation_id=observation_id,
             deadline_ms=1000 * deadline_s,

@@ -89,6 +89,8 @@ class Session:
         self._stream: ControlStream | None = None
         self._grant: SessionGrant | None = None
         self._history: deque[types_pb2.Observation] = deque(maxlen=0)
+        self._num_remembered = 0
+        """Answered observations of the episode, those that left the history included."""
         self._sent: dict[int, _Sent] = {}
         self._answers: dict[int, ActionChunk | policy_pb2.ControlRefusal] = {}
         self._awaited = -1
@@ -240,12 +242,14 @@ class Session:
         with self._changed:
             # What was on its way is lost; only answered observations are part of the policy's memory.
             self._sent.clear()
-            history = list(self._history)
+            history, start = list(self._history), self._num_remembered - len(self._history)
         request = encode_request(replace(self.request, policy_version=version))
         self._attempt_since = time.monotonic()
         stream = self._stream = ControlStream(
             self._start_call,
-            policy_pb2.ControlRequest(open=policy_pb2.ControlOpen(session=request, history=history)),
+            policy_pb2.ControlRequest(
+                open=policy_pb2.ControlOpen(session=request, history=history, history_start=start)
+            ),
             address=self._address,
             on_response=self._on_response,
             on_end=self._on_end,
@@ -308,6 +312,7 @@ class Session:
         if sent is not None and kind == "chunk":
             # The server's memory moved on with it, even where the chunk came too late to be executed.
             self._history.append(sent.message)
+            self._num_remembered += 1
         if observation_id == self._awaited:
             self._answers[observation_id] = answer
         elif kind == "chunk":

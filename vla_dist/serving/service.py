@@ -97,6 +97,7 @@ class PolicyService:
         task: str,
         policy_version: int = 0,
         history: Sequence[Observation] = (),
+        history_start: int = 0,
     ) -> SessionGrant:
         """Start a session.
 
@@ -107,6 +108,7 @@ class PolicyService:
             task: for the log.
             policy_version: 0 for the channel's; a reconnecting episode names the one it began with.
             history: last K observations of an episode that reconnects, oldest first, with their executed actions.
+            history_start: steps of the episode before the first of them.
 
         Raises:
             ContractMismatch: robot and policy differ; lists every difference.
@@ -125,7 +127,9 @@ class PolicyService:
             loaded = await self._acquire(reference, policy_version)
             try:
                 loaded.policy.spec.require_match(spec)
-                state = await self._rebuild(loaded, history, deadline_s=self.config.limits.max_deadline_s)
+                state = await self._rebuild(
+                    loaded, history, history_start, deadline_s=self.config.limits.max_deadline_s
+                )
             except BaseException:
                 self.versions.release(loaded)
                 raise
@@ -174,6 +178,7 @@ class PolicyService:
         policy_version: int,
         spec_digest: str,
         history: Sequence[Observation],
+        history_start: int,
         observation: Observation,
         observation_id: int,
         deadline_s: float,
@@ -188,7 +193,7 @@ class PolicyService:
                     f"spec digest {spec_digest[:12]!r} is not the policy's {loaded.policy.spec.digest[:12]!r}; "
                     "call OpenSession with the whole spec, it lists every difference"
                 )
-            state = await self._rebuild(loaded, history, deadline_s=deadline_s)
+            state = await self._rebuild(loaded, history, history_start, deadline_s=deadline_s)
             remaining = deadline_s - (time.monotonic() - started)
             actions, _ = await self._advance(loaded, observation, state, remaining)
             return self._chunk(loaded, actions, observation_id)
@@ -247,14 +252,16 @@ class PolicyService:
         # Loading a pinned version takes seconds; the other robots' streams go on meanwhile.
         return await asyncio.get_running_loop().run_in_executor(None, self.versions.acquire, reference, policy_version)
 
-    async def _rebuild(self, loaded: LoadedPolicy, history: Sequence[Observation], *, deadline_s: float) -> Any:
+    async def _rebuild(
+        self, loaded: LoadedPolicy, history: Sequence[Observation], history_start: int, *, deadline_s: float
+    ) -> Any:
         if len(history) > loaded.policy.context_steps:
             raise DataError(
                 f"the history has {len(history)} observations, expected at most the policy's "
                 f"{loaded.policy.context_steps}"
             )
         deadline = time.monotonic() + deadline_s
-        state = loaded.policy.initial_state()
+        state = loaded.policy.initial_state(timestep=history_start)
         for observation in history:
             _, state = await self._advance(loaded, observation, state, deadline - time.monotonic())
         return state

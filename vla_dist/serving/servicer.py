@@ -196,6 +196,7 @@ class PolicyServicer:
             task=asked.task,
             policy_version=version,
             history=history,
+            history_start=message.history_start,
         )
         return grant, asked.spec
 
@@ -237,6 +238,7 @@ class PolicyServicer:
             policy_version=request.policy_version,
             spec_digest=request.spec_digest,
             history=history,
+            history_start=request.history_start,
             observation=decode_observation(
                 request.observation, spec, max_instruction_bytes=limits.max_instruction_bytes
             ),

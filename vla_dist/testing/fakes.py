@@ -79,7 +79,10 @@ class FakeState:
 
 
 class FakePolicy:
-    """Action = bias + 0.01 x (sum of this and the previous observation); rows do not depend on each other."""
+    """Action = bias + 0.01 x (sum of this and the previous observation) + 0.001 x (steps of the episode so far).
+
+    Rows do not depend on each other.
+    """
 
     def __init__(self, spec: EnvSpec, *, horizon: int = 1, bias: float = 0.0) -> None:
         self.spec = spec
@@ -87,8 +90,8 @@ class FakePolicy:
         self.context_steps = 2
         self.bias = bias
 
-    def initial_state(self) -> FakeState:
-        return FakeState()
+    def initial_state(self, *, timestep: int = 0) -> FakeState:
+        return FakeState(count=timestep)
 
     def act(
         self,
@@ -101,7 +104,7 @@ class FakePolicy:
         after: list[FakeState] = []
         for observation, state in zip(observations, states, strict=True):
             total = float(observation.proprio.sum())
-            value = self.bias + 0.01 * (total + state.last_sum)
+            value = self.bias + 0.01 * (total + state.last_sum) + 0.001 * state.count
             chunks.append(np.full((self.horizon, self.spec.action_dim), value, np.float32))
             after.append(FakeState(state.count + 1, total))
         return chunks, after

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from vla_dist.protocol.v1 import types_pb2 as vla__dist_dot_protocol_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!vla_dist/protocol/v1/policy.proto\x12\x0bvla_dist.v1\x1a vla_dist/protocol/v1/types.proto\"\x80\x01\n\x12OpenSessionRequest\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x14.vla_dist.v1.EnvSpec\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12\x10\n\x08robot_id\x18\x04 \x01(\t\x12\x0c\n\x04task\x18\x05 \x01(\t\"\x96\x01\n\x13OpenSessionResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x0f\n\x07horizon\x18\x02 \x01(\r\x12\x15\n\rcontext_steps\x18\x03 \x01(\r\x12*\n\x06limits\x18\x04 \x01(\x0b\x32\x1a.vla_dist.v1.SessionLimits\x12\x13\n\x0bspec_digest\x18\x05 \x01(\t\"^\n\rSessionLimits\x12\x16\n\x0eidle_timeout_s\x18\x01 \x01(\x01\x12\x1d\n\x15max_instruction_bytes\x18\x02 \x01(\r\x12\x16\n\x0emax_deadline_s\x18\x03 \x01(\x01\"\xd0\x01\n\nActRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x13\n\x0bspec_digest\x18\x03 \x01(\t\x12)\n\x07history\x18\x04 \x03(\x0b\x32\x18.vla_dist.v1.Observation\x12-\n\x0bobservation\x18\x05 \x01(\x0b\x32\x18.vla_dist.v1.Observation\x12\x16\n\x0eobservation_id\x18\x06 \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\x01\"6\n\x0b\x41\x63tResponse\x12\'\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x18.vla_dist.v1.ActionChunk\"\xad\x01\n\x0e\x43ontrolRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.vla_dist.v1.ControlOpenH\x00\x12\x36\n\x0bobservation\x18\x02 \x01(\x0b\x32\x1f.vla_dist.v1.ControlObservationH\x00\x12.\n\x07goodbye\x18\x03 \x01(\x0b\x32\x1b.vla_dist.v1.ControlGoodbyeH\x00\x42\t\n\x07message\"j\n\x0b\x43ontrolOpen\x12\x30\n\x07session\x18\x01 \x01(\x0b\x32\x1f.vla_dist.v1.OpenSessionRequest\x12)\n\x07history\x18\x02 \x03(\x0b\x32\x18.vla_dist.v1.Observation\"p\n\x12\x43ontrolObservation\x12-\n\x0bobservation\x18\x01 \x01(\x0b\x32\x18.vla_dist.v1.Observation\x12\x16\n\x0eobservation_id\x18\x02 \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\x01\"\x10\n\x0e\x43ontrolGoodbye\"\xab\x01\n\x0f\x43ontrolResponse\x12\x32\n\x06opened\x18\x01 \x01(\x0b\x32 .vla_dist.v1.OpenSessionResponseH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.vla_dist.v1.ActionChunkH\x00\x12.\n\x07refusal\x18\x03 \x01(\x0b\x32\x1b.vla_dist.v1.ControlRefusalH\x00\x42\t\n\x07message\"d\n\x0e\x43ontrolRefusal\x12\x16\n\x0eobservation_id\x18\x01 \x01(\x04\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.vla_dist.v1.RefusalReason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x15\n\x13ListPoliciesRequest\"A\n\x14ListPoliciesResponse\x12)\n\x08policies\x18\x01 \x03(\x0b\x32\x17.vla_dist.v1.PolicyInfo\"a\n\nPolicyInfo\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x17\n\x0f\x63urrent_version\x18\x02 \x01(\x04\x12*\n\x08versions\x18\x03 \x03(\x0b\x32\x18.vla_dist.v1.VersionInfo\"s\n\x0bVersionInfo\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06parent\x18\x02 \x01(\x04\x12\"\n\x04spec\x18\x03 \x01(\x0b\x32\x14.vla_dist.v1.EnvSpec\x12\x0f\n\x07horizon\x18\x04 \x01(\r\x12\x0e\n\x06loaded\x18\x05 \x01(\x08\"\x14\n\x12\x43heckHealthRequest\"}\n\x13\x43heckHealthResponse\x12*\n\x06loaded\x18\x01 \x03(\x0b\x32\x1a.vla_dist.v1.LoadedVersion\x12\x14\n\x0cnum_sessions\x18\x02 \x01(\r\x12\x10\n\x08problems\x18\x03 \x03(\t\x12\x12\n\nreplica_id\x18\x04 \x01(\t\"D\n\rLoadedVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x14\n\x0cnum_sessions\x18\x03 \x01(\r*\x83\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x17\n\x13REFUSAL_REASON_LATE\x10\x01\x12\x1a\n\x16REFUSAL_REASON_INVALID\x10\x02\x12\x1d\n\x19REFUSAL_REASON_OVERLOADED\x10\x03\x32\x8c\x03\n\rPolicyService\x12P\n\x0bOpenSession\x12\x1f.vla_dist.v1.OpenSessionRequest\x1a .vla_dist.v1.OpenSessionResponse\x12\x38\n\x03\x41\x63t\x12\x17.vla_dist.v1.ActRequest\x1a\x18.vla_dist.v1.ActResponse\x12H\n\x07\x43ontrol\x12\x1b.vla_dist.v1.ControlRequest\x1a\x1c.vla_dist.v1.ControlResponse(\x01\x30\x01\x12S\n\x0cListPolicies\x12 .vla_dist.v1.ListPoliciesRequest\x1a!.vla_dist.v1.ListPoliciesResponse\x12P\n\x0b\x43heckHealth\x12\x1f.vla_dist.v1.CheckHealthRequest\x1a .vla_dist.v1.CheckHealthResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!vla_dist/protocol/v1/policy.proto\x12\x0bvla_dist.v1\x1a vla_dist/protocol/v1/types.proto\"\x80\x01\n\x12OpenSessionRequest\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x14.vla_dist.v1.EnvSpec\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12\x10\n\x08robot_id\x18\x04 \x01(\t\x12\x0c\n\x04task\x18\x05 \x01(\t\"\x96\x01\n\x13OpenSessionResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x0f\n\x07horizon\x18\x02 \x01(\r\x12\x15\n\rcontext_steps\x18\x03 \x01(\r\x12*\n\x06limits\x18\x04 \x01(\x0b\x32\x1a.vla_dist.v1.SessionLimits\x12\x13\n\x0bspec_digest\x18\x05 \x01(\t\"^\n\rSessionLimits\x12\x16\n\x0eidle_timeout_s\x18\x01 \x01(\x01\x12\x1d\n\x15max_instruction_bytes\x18\x02 \x01(\r\x12\x16\n\x0emax_deadline_s\x18\x03 \x01(\x01\"\xe7\x01\n\nActRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x13\n\x0bspec_digest\x18\x03 \x01(\t\x12)\n\x07history\x18\x04 \x03(\x0b\x32\x18.vla_dist.v1.Observation\x12-\n\x0bobservation\x18\x05 \x01(\x0b\x32\x18.vla_dist.v1.Observation\x12\x16\n\x0eobservation_id\x18\x06 \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\x01\x12\x15\n\rhistory_start\x18\x08 \x01(\r\"6\n\x0b\x41\x63tResponse\x12\'\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x18.vla_dist.v1.ActionChunk\"\xad\x01\n\x0e\x43ontrolRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.vla_dist.v1.ControlOpenH\x00\x12\x36\n\x0bobservation\x18\x02 \x01(\x0b\x32\x1f.vla_dist.v1.ControlObservationH\x00\x12.\n\x07goodbye\x18\x03 \x01(\x0b\x32\x1b.vla_dist.v1.ControlGoodbyeH\x00\x42\t\n\x07message\"\x81\x01\n\x0b\x43ontrolOpen\x12\x30\n\x07session\x18\x01 \x01(\x0b\x32\x1f.vla_dist.v1.OpenSessionRequest\x12)\n\x07history\x18\x02 \x03(\x0b\x32\x18.vla_dist.v1.Observation\x12\x15\n\rhistory_start\x18\x03 \x01(\r\"p\n\x12\x43ontrolObservation\x12-\n\x0bobservation\x18\x01 \x01(\x0b\x32\x18.vla_dist.v1.Observation\x12\x16\n\x0eobservation_id\x18\x02 \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\x01\"\x10\n\x0e\x43ontrolGoodbye\"\xab\x01\n\x0f\x43ontrolResponse\x12\x32\n\x06opened\x18\x01 \x01(\x0b\x32 .vla_dist.v1.OpenSessionResponseH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.vla_dist.v1.ActionChunkH\x00\x12.\n\x07refusal\x18\x03 \x01(\x0b\x32\x1b.vla_dist.v1.ControlRefusalH\x00\x42\t\n\x07message\"d\n\x0e\x43ontrolRefusal\x12\x16\n\x0eobservation_id\x18\x01 \x01(\x04\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.vla_dist.v1.RefusalReason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x15\n\x13ListPoliciesRequest\"A\n\x14ListPoliciesResponse\x12)\n\x08policies\x18\x01 \x03(\x0b\x32\x17.vla_dist.v1.PolicyInfo\"a\n\nPolicyInfo\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x17\n\x0f\x63urrent_version\x18\x02 \x01(\x04\x12*\n\x08versions\x18\x03 \x03(\x0b\x32\x18.vla_dist.v1.VersionInfo\"s\n\x0bVersionInfo\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06parent\x18\x02 \x01(\x04\x12\"\n\x04spec\x18\x03 \x01(\x0b\x32\x14.vla_dist.v1.EnvSpec\x12\x0f\n\x07horizon\x18\x04 \x01(\r\x12\x0e\n\x06loaded\x18\x05 \x01(\x08\"\x14\n\x12\x43heckHealthRequest\"}\n\x13\x43heckHealthResponse\x12*\n\x06loaded\x18\x01 \x03(\x0b\x32\x1a.vla_dist.v1.LoadedVersion\x12\x14\n\x0cnum_sessions\x18\x02 \x01(\r\x12\x10\n\x08problems\x18\x03 \x03(\t\x12\x12\n\nreplica_id\x18\x04 \x01(\t\"D\n\rLoadedVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x14\n\x0cnum_sessions\x18\x03 \x01(\r*\x83\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x17\n\x13REFUSAL_REASON_LATE\x10\x01\x12\x1a\n\x16REFUSAL_REASON_INVALID\x10\x02\x12\x1d\n\x19REFUSAL_REASON_OVERLOADED\x10\x03\x32\x8c\x03\n\rPolicyService\x12P\n\x0bOpenSession\x12\x1f.vla_dist.v1.OpenSessionRequest\x1a .vla_dist.v1.OpenSessionResponse\x12\x38\n\x03\x41\x63t\x12\x17.vla_dist.v1.ActRequest\x1a\x18.vla_dist.v1.ActResponse\x12H\n\x07\x43ontrol\x12\x1b.vla_dist.v1.ControlRequest\x1a\x1c.vla_dist.v1.ControlResponse(\x01\x30\x01\x12S\n\x0cListPolicies\x12 .vla_dist.v1.ListPoliciesRequest\x1a!.vla_dist.v1.ListPoliciesResponse\x12P\n\x0b\x43heckHealth\x12\x1f.vla_dist.v1.CheckHealthRequest\x1a .vla_dist.v1.CheckHealthResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vla_dist.protocol.v1.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REFUSALREASON']._serialized_start=1949
-  _globals['_REFUSALREASON']._serialized_end=2080
+  _globals['_REFUSALREASON']._serialized_start=1996
+  _globals['_REFUSALREASON']._serialized_end=2127
   _globals['_OPENSESSIONREQUEST']._serialized_start=85
   _globals['_OPENSESSIONREQUEST']._serialized_end=213
   _globals['_OPENSESSIONRESPONSE']._serialized_start=216
@@ -41,35 +41,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONLIMITS']._serialized_start=368
   _globals['_SESSIONLIMITS']._serialized_end=462
   _globals['_ACTREQUEST']._serialized_start=465
-  _globals['_ACTREQUEST']._serialized_end=673
-  _globals['_ACTRESPONSE']._serialized_start=675
-  _globals['_ACTRESPONSE']._serialized_end=729
-  _globals['_CONTROLREQUEST']._serialized_start=732
-  _globals['_CONTROLREQUEST']._serialized_end=905
-  _globals['_CONTROLOPEN']._serialized_start=907
-  _globals['_CONTROLOPEN']._serialized_end=1013
-  _globals['_CONTROLOBSERVATION']._serialized_start=1015
-  _globals['_CONTROLOBSERVATION']._serialized_end=1127
-  _globals['_CONTROLGOODBYE']._serialized_start=1129
-  _globals['_CONTROLGOODBYE']._serialized_end=1145
-  _globals['_CONTROLRESPONSE']._serialized_start=1148
-  _globals['_CONTROLRESPONSE']._serialized_end=1319
-  _globals['_CONTROLREFUSAL']._serialized_start=1321
-  _globals['_CONTROLREFUSAL']._serialized_end=1421
-  _globals['_LISTPOLICIESREQUEST']._serialized_start=1423
-  _globals['_LISTPOLICIESREQUEST']._serialized_end=1444
-  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1446
-  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1511
-  _globals['_POLICYINFO']._serialized_start=1513
-  _globals['_POLICYINFO']._serialized_end=1610
-  _globals['_VERSIONINFO']._serialized_start=1612
-  _globals['_VERSIONINFO']._serialized_end=1727
-  _globals['_CHECKHEALTHREQUEST']._serialized_start=1729
-  _globals['_CHECKHEALTHREQUEST']._serialized_end=1749
-  _globals['_CHECKHEALTHRESPONSE']._serialized_start=1751
-  _globals['_CHECKHEALTHRESPONSE']._serialized_end=1876
-  _globals['_LOADEDVERSION']._serialized_start=1878
-  _globals['_LOADEDVERSION']._serialized_end=1946
-  _globals['_POLICYSERVICE']._serialized_start=2083
-  _globals['_POLICYSERVICE']._serialized_end=2479
+  _globals['_ACTREQUEST']._serialized_end=696
+  _globals['_ACTRESPONSE']._serialized_start=698
+  _globals['_ACTRESPONSE']._serialized_end=752
+  _globals['_CONTROLREQUEST']._serialized_start=755
+  _globals['_CONTROLREQUEST']._serialized_end=928
+  _globals['_CONTROLOPEN']._serialized_start=931
+  _globals['_CONTROLOPEN']._serialized_end=1060
+  _globals['_CONTROLOBSERVATION']._serialized_start=1062
+  _globals['_CONTROLOBSERVATION']._serialized_end=1174
+  _globals['_CONTROLGOODBYE']._serialized_start=1176
+  _globals['_CONTROLGOODBYE']._serialized_end=1192
+  _globals['_CONTROLRESPONSE']._serialized_start=1195
+  _globals['_CONTROLRESPONSE']._serialized_end=1366
+  _globals['_CONTROLREFUSAL']._serialized_start=1368
+  _globals['_CONTROLREFUSAL']._serialized_end=1468
+  _globals['_LISTPOLICIESREQUEST']._serialized_start=1470
+  _globals['_LISTPOLICIESREQUEST']._serialized_end=1491
+  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1493
+  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1558
+  _globals['_POLICYINFO']._serialized_start=1560
+  _globals['_POLICYINFO']._serialized_end=1657
+  _globals['_VERSIONINFO']._serialized_start=1659
+  _globals['_VERSIONINFO']._serialized_end=1774
+  _globals['_CHECKHEALTHREQUEST']._serialized_start=1776
+  _globals['_CHECKHEALTHREQUEST']._serialized_end=1796
+  _globals['_CHECKHEALTHRESPONSE']._serialized_start=1798
+  _globals['_CHECKHEALTHRESPONSE']._serialized_end=1923
+  _globals['_LOADEDVERSION']._serialized_start=1925
+  _globals['_LOADEDVERSION']._serialized_end=1993
+  _globals['_POLICYSERVICE']._serialized_start=2130
+  _globals['_POLICYSERVICE']._serialized_end=2526
 # @@protoc_insertion_point(module_scope)

@@ -58,7 +58,7 @@ class SessionLimits(_message.Message):
     def __init__(self, idle_timeout_s: _Optional[float] = ..., max_instruction_bytes: _Optional[int] = ..., max_deadline_s: _Optional[float] = ...) -> None: ...
 
 class ActRequest(_message.Message):
-    __slots__ = ("policy", "policy_version", "spec_digest", "history", "observation", "observation_id", "deadline_ms")
+    __slots__ = ("policy", "policy_version", "spec_digest", "history", "observation", "observation_id", "deadline_ms", "history_start")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     SPEC_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +66,7 @@ class ActRequest(_message.Message):
     OBSERVATION_FIELD_NUMBER: _ClassVar[int]
     OBSERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_START_FIELD_NUMBER: _ClassVar[int]
     policy: str
     policy_version: int
     spec_digest: str
@@ -73,7 +74,8 @@ class ActRequest(_message.Message):
     observation: _types_pb2.Observation
     observation_id: int
     deadline_ms: float
-    def __init__(self, policy: _Optional[str] = ..., policy_version: _Optional[int] = ..., spec_digest: _Optional[str] = ..., history: _Optional[_Iterable[_Union[_types_pb2.Observation, _Mapping]]] = ..., observation: _Optional[_Union[_types_pb2.Observation, _Mapping]] = ..., observation_id: _Optional[int] = ..., deadline_ms: _Optional[float] = ...) -> None: ...
+    history_start: int
+    def __init__(self, policy: _Optional[str] = ..., policy_version: _Optional[int] = ..., spec_digest: _Optional[str] = ..., history: _Optional[_Iterable[_Union[_types_pb2.Observation, _Mapping]]] = ..., observation: _Optional[_Union[_types_pb2.Observation, _Mapping]] = ..., observation_id: _Optional[int] = ..., deadline_ms: _Optional[float] = ..., history_start: _Optional[int] = ...) -> None: ...
 
 class ActResponse(_message.Message):
     __slots__ = ("chunk",)
@@ -92,12 +94,14 @@ class ControlRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[ControlOpen, _Mapping]] = ..., observation: _Optional[_Union[ControlObservation, _Mapping]] = ..., goodbye: _Optional[_Union[ControlGoodbye, _Mapping]] = ...) -> None: ...
 
 class ControlOpen(_message.Message):
-    __slots__ = ("session", "history")
+    __slots__ = ("session", "history", "history_start")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_START_FIELD_NUMBER: _ClassVar[int]
     session: OpenSessionRequest
     history: _containers.RepeatedCompositeFieldContainer[_types_pb2.Observation]
-    def __init__(self, session: _Optional[_Union[OpenSessionRequest, _Mapping]] = ..., history: _Optional[_Iterable[_Union[_types_pb2.Observation, _Mapping]]] = ...) -> None: ...
+    history_start: int
+    def __init__(self, session: _Optional[_Union[OpenSessionRequest, _Mapping]] = ..., history: _Optional[_Iterable[_Union[_types_pb2.Observation, _Mapping]]] = ..., history_start: _Optional[int] = ...) -> None: ...
 
 class ControlObservation(_message.Message):
     __slots__ = ("observation", "observation_id", "deadline_ms")
