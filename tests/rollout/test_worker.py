@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 
-from vla_dist.core.errors import ConfigError, ReplayWait
+from vla_dist.core.errors import ConfigError, ReplayWait, WaitTimeout
 from vla_dist.core.seeding import is_evaluation_seed
-from vla_dist.rollout.behaviour import NoisyExpert
+from vla_dist.rollout.behaviour import FollowedPolicy, NoisyExpert
 from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
 from vla_dist.testing.fakes import FakeEnv, make_spec
+from vla_dist.testing.registry import InMemoryRegistry, fake_artifact, load_fake
 
 SPEC = make_spec()
 
@@ -137,3 +138,27 @@ def test_noise_on_discrete_actions_stays_one_hot():
     assert (executed.sum(axis=1) == 1).all()
     assert 0.4 < executed[:, 0].mean() < 0.85
     assert all(label[0] == 1 for _, label in actions)
+
+
+def test_a_policy_rollout_keeps_its_version_for_the_episode_and_takes_the_newest_for_the_next():
+    registry = InMemoryRegistry()
+    registry.publish(fake_artifact(SPEC, name="demo"), channel="stable")
+    table = ListTable()
+    config = RolloutConfig(run_id="p", tasks=("go",), episodes_per_task=2, segment_steps=8)
+    behaviour = FollowedPolicy(registry, "demo@stable", load_fake)
+    worker = RolloutWorker(FakeEnv(SPEC, ("go",)), behaviour, table, config, worker_index=0)
+    worker.step()
+    registry.publish(fake_artifact(SPEC, name="demo"), channel="stable")
+    drain(worker)
+    versions = {}
+    for segment in table.segments:
+        versions.setdefault(segment.episode_id, set()).add(segment.policy_version)
+    assert [*versions.values()] == [{1}, {2}]
+    assert {s.source for s in table.segments} == {"policy"}
+
+
+def test_a_policy_rollout_says_that_nothing_was_published(monkeypatch):
+    monkeypatch.setattr("vla_dist.rollout.behaviour._FIRST_VERSION_TIMEOUT_S", 0.05)
+    behaviour = FollowedPolicy(InMemoryRegistry(), "demo@stable", load_fake)
+    with pytest.raises(WaitTimeout, match="no version of demo@stable"):
+        behaviour.begin(task="go", seed=0)

@@ -54,7 +54,7 @@ def draw(status: RunStatus) -> Panel:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
     grid.add_column(ratio=1)
-    grid.add_row("collection", _bar(status.episodes_expert, status.episodes_wanted), _collection(status))
+    grid.add_row("collection", _bar(status.rollout_episodes, status.rollout_episodes_wanted), _collection(status))
     grid.add_row("replay", f"{status.steps_stored:,} steps", _replay(status))
     grid.add_row("learner", _bar(status.updates, status.total_updates), _learner(status))
     grid.add_row("fleet", f"{status.robots_running} robots", _fleet(status))
@@ -80,7 +80,7 @@ def _bar(done: float, wanted: float) -> ProgressBar:
 
 def _collection(status: RunStatus) -> str:
     rate = f"{status.collect_steps_per_s:.0f} steps/s"
-    return f"{status.episodes_expert} of {status.episodes_wanted} expert episodes, {rate}"
+    return f"{status.rollout_episodes} of {status.rollout_episodes_wanted} rollout episodes, {rate}"
 
 
 def _replay(status: RunStatus) -> str:

@@ -253,8 +253,10 @@ class Learner:
             metrics.append(ready.step(batch, self.updates))
             self.updates += 1
         means = {name: sum(float(m[name]) for m in metrics) / len(metrics) for name in metrics[0]}
-        means["updates_per_s"] = len(metrics) / max(time.monotonic() - started, 1e-9)
+        seconds = max(time.monotonic() - started, 1e-9)
+        means["updates_per_s"] = len(metrics) / seconds
         means["data_wait_s"] = ready.loader.waited_s - waited
+        means["data_wait_share"] = means["data_wait_s"] / seconds
         return means
 
     def _prepare(self) -> _Prepared:

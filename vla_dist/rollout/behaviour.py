@@ -4,10 +4,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vla_dist.core.errors import ConfigError
+from vla_dist.core.errors import ConfigError, WaitTimeout
 from vla_dist.core.protocols import Expert, Policy, PolicyLoader, PolicyRegistry
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Array, Observation, Source
+
+_FIRST_VERSION_TIMEOUT_S = 10.0
 
 
 class Behaviour(Protocol):
@@ -80,7 +82,12 @@ class FollowedPolicy:
         self.policy_version = 0
 
     def begin(self, *, task: str, seed: int) -> None:
-        version = self._registry.resolve(self._reference)
+        """Raises WaitTimeout while there is no version yet."""
+        version = self._registry.follow(self._reference, after=0, timeout_s=_FIRST_VERSION_TIMEOUT_S)
+        if version == 0:
+            raise WaitTimeout(
+                f"no version of {self._reference} after {_FIRST_VERSION_TIMEOUT_S:.0f} s; is a learner publishing?"
+            )
         if self._policy is None or version != self.policy_version:
             name = self._reference.partition("@")[0]
             self._policy = self._load(self._registry.fetch(name, version))

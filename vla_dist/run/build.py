@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vla_dist.evaluation.suite import PhraseSource, VersionJudge
     from vla_dist.learner.learner import Learner, Rank
     from vla_dist.robot.simulated_robot import SimulatedRobot
-    from vla_dist.rollout.worker import RolloutWorker
+    from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
     from vla_dist.serving.ingest import FleetIngest
     from vla_dist.serving.service import PolicyService
 
@@ -106,9 +106,29 @@ def build_rollout_worker(place: Place, worker_index: int) -> list[RolloutWorker]
         segment_steps=config.replay.segment_steps,
         seed=config.seed,
     )
-    behaviour = NoisyExpert(make_expert(env), env.spec, noise_scales=rollout.noise_scales)
+    expert = NoisyExpert(make_expert(env), env.spec, noise_scales=rollout.noise_scales)
     table = build_table(place, seed=worker_index)
-    return [RolloutWorker(env, behaviour, table, rollout, worker_index=worker_index)]
+    workers = [RolloutWorker(env, expert, table, rollout, worker_index=worker_index)]
+    if config.rollout.policy_episodes_per_task:
+        workers.append(_build_policy_rollout(place, rollout, table, worker_index))
+    return workers
+
+
+def _build_policy_rollout(
+    place: Place, expert: RolloutConfig, table: RedisReplayTable, worker_index: int
+) -> RolloutWorker:
+    from vla_dist.models.auto import build_policy
+    from vla_dist.rollout.behaviour import FollowedPolicy
+    from vla_dist.rollout.worker import RolloutWorker
+
+    rollout = replace(
+        expert,
+        run_id=f"{place.run_id}-policy",
+        episodes_per_task=place.config.rollout.policy_episodes_per_task,
+        seed=place.config.seed + 1,
+    )
+    behaviour = FollowedPolicy(build_registry(place), place.config.reference, build_policy)
+    return RolloutWorker(build_env(place.config), behaviour, table, rollout, worker_index=worker_index)
 
 
 def build_learner(place: Place, rank: Rank) -> Learner:

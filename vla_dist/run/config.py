@@ -45,11 +45,19 @@ class ReplaySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSettings:
-    """Scripted experts that fill the replay."""
+    """Scripted experts that fill the replay, and the policy itself beside them."""
 
     num_workers: int = 2
     episodes_per_task: int = 50
+    """By the expert, over all workers."""
     noise_scales: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
+    """Each expert episode draws one: standard deviation in action units, or the chance of a random discrete action."""
+    policy_episodes_per_task: int = 0
+    """By the newest version, over all workers, in the same processes; robots of the fleet come on top."""
+
+    @property
+    def total_episodes_per_task(self) -> int:
+        return self.episodes_per_task + self.policy_episodes_per_task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,7 +50,9 @@ def babyai() -> RunConfig:
         preset="babyai",
         env=EnvSettings(family="babyai", tasks=("GoToRedBallGrey",), max_episode_steps=64),
         replay=ReplaySettings(min_steps=300, samples_per_insert=20.0),
-        rollout=RolloutSettings(num_workers=1, episodes_per_task=150, noise_scales=(0.0, 0.1)),
+        rollout=RolloutSettings(
+            num_workers=1, episodes_per_task=150, noise_scales=(0.0, 0.1), policy_episodes_per_task=5
+        ),
         model=ModelSettings(hidden_dim=64, n_layers=2, n_heads=4, context_steps=5),
         learner=LearnerSettings(
             total_updates=300, publish_updates=(0, 100, 200, 300), batch_size=32, checkpoint_every_updates=50

@@ -17,8 +17,8 @@ class RunStatus:
     elapsed_s: float = 0.0
     memory_mb: float = 0.0
     """Of all processes of the run, shared pages counted once."""
-    episodes_expert: int = 0
-    episodes_wanted: int = 0
+    rollout_episodes: int = 0
+    rollout_episodes_wanted: int = 0
     collect_steps_per_s: float = 0.0
     steps_stored: int = 0
     episodes_stored: int = 0
