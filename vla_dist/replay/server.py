@@ -39,9 +39,11 @@ _ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "1073741824",
     "MALLOC_TOP_PAD_": "67108864",
 }
-# What a client may do: data, transactions, pub/sub and our functions. Not CONFIG, SHUTDOWN, FLUSH*, KEYS or EVAL.
+# What a client may do: data, transactions, pub/sub and calling our functions. Not CONFIG, SHUTDOWN, FLUSH*, KEYS or
+# EVAL; and not loading or flushing functions, which count as writes too: the server loads them when it starts.
 _CLIENT_RULES = (
-    "~* &* -@all +@read +@write +@connection +@transaction +@pubsub -@dangerous +fcall +fcall_ro +info +time"
+    "~* &* -@all +@read +@write +@connection +@transaction +@pubsub -@dangerous -@scripting "
+    "+fcall +fcall_ro +info +time"
 )
 # Replaces itself by the server, after asking the kernel for SIGTERM when the parent dies (PR_SET_PDEATHSIG is 1).
 # The parent may have died before that call, hence the comparison.
