@@ -11,6 +11,7 @@ from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
+from redis.exceptions import NoPermissionError, OutOfMemoryError
 from redis.retry import Retry
 
 from vla_dist.core.errors import ConfigError, DataError, NotFound, ReplayWait, Unauthorised, Unreachable
@@ -121,9 +122,10 @@ class RedisLink:
 
     def _meaning(self, reply: redis.RedisError) -> Exception:
         text = str(reply)
-        if "OOM" in text:
+        # By type: redis-py takes the code off the messages that it knows. A function may still quote one.
+        if isinstance(reply, OutOfMemoryError) or "OOM" in text:
             return ServerFull(f"Redis at {self.address} is out of memory; raise its limit or lower capacity_steps")
-        if "no permissions" in text or "NOPERM" in text or "NOAUTH" in text:
+        if isinstance(reply, (NoPermissionError, redis.AuthenticationError)):
             return Unauthorised(f"Redis at {self.address} refuses this user ({text}); use the URL the server gave")
         if "NOTABLE" in text:
             return NotFound(
