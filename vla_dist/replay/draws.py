@@ -120,11 +120,11 @@ def replaced(draws: Array, drawn: DrawnSlots, rows: Array, present: Array) -> Ar
     """
     span = drawn.window_rows.shape[1]
     wanted = draws["segment_index"].astype(np.int64)[:, None] - np.arange(span - 1, -1, -1)
-    found = rows[drawn.window_rows]
+    # Column first: indexing whole records would copy every row.
     same = (
         present[drawn.window_rows]
-        & (found["episode_id"] == draws["episode_id"][:, None])
-        & (found["segment_index"] == wanted)
+        & (rows["episode_id"][drawn.window_rows] == draws["episode_id"][:, None])
+        & (rows["segment_index"][drawn.window_rows] == wanted)
     )
     return ~(same | (drawn.window_rows < 0)).all(axis=1)
 
@@ -148,7 +148,7 @@ def assemble(
         num_steps=num_steps,
     )
     to_go = returns_to_go(rows["rewards"], lengths=rows["length"], tail_returns=drawn.tail_returns)
-    ends = rows[drawn.window_rows[:, -1]]
+    ends = drawn.window_rows[:, -1]
     return Batch(
         proprio=index.gather(rows["proprio"]),
         actions=index.gather(rows["actions"]),
@@ -160,8 +160,8 @@ def assemble(
         episode_lengths=draws["episode_length"].astype(np.int64),
         success=draws["success"].astype(bool),
         policy_versions=draws["policy_version"].astype(np.int64),
-        instructions=tuple(text.decode() for text in ends["instruction"].tolist()),
-        tasks=tuple(text.decode() for text in ends["task"].tolist()),
+        instructions=tuple(text.decode() for text in rows["instruction"][ends].tolist()),
+        tasks=tuple(text.decode() for text in rows["task"][ends].tolist()),
         sources=tuple(SOURCES[i] for i in draws["source"].tolist()),
         images=images,
         ages_s=np.maximum(0.0, now_s - draws["inserted_at_s"]),
