@@ -103,7 +103,9 @@ def print_summary(console: Console, summary: RunSummary) -> None:
     for task in rates[versions[-1]]:
         table.add_row(task, *(f"{rates[v][task].mean:.2f}" for v in versions))
     table.add_section()
-    table.add_row("all", *(f"{r.mean:.2f}\n{r.low:.2f}-{r.high:.2f}" for r in summary.rates.values()), style="bold")
+    rows = (("all", "mean"), ("interval from", "low"), ("interval to", "high"))
+    for label, name in rows:
+        table.add_row(label, *(f"{getattr(rate, name):.2f}" for rate in summary.rates.values()), style="bold")
     console.print(table)
     if summary.language:
         language = Table(title="one scene, three tasks: only the words differ")
