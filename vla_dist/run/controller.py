@@ -56,7 +56,10 @@ _FILM_TIMEOUT_S = 300.0
 class RunController:
     """Drives one run on a Ray that is initialised, with a store that answers."""
 
-    def __init__(self, place: Place, on_status: Callable[[RunStatus], None]) -> None:
+    def __init__(self, place: Place, on_status: Callable[[RunStatus], None], *, started_s: float) -> None:
+        """Args:
+        started_s: ``time.monotonic()`` when the run began, before Ray and the store did.
+        """
         self._place = place
         self._config = place.config
         self._on_status = on_status
@@ -66,7 +69,7 @@ class RunController:
         self._notes: list[str] = []
         self._phase = "starting"
         self._phase_seconds: dict[str, float] = {}
-        self._started_s = self._phase_started_s = time.monotonic()
+        self._started_s = self._phase_started_s = started_s
         self._hosts: list[HostedWorker] = []
         self._judged: EvaluationBoard | None = None
         self._known_versions: set[int] = set()

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,13 +33,15 @@ def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume:
         Unreachable: the given Redis does not answer.
         WorkerFailed: a part failed more often than allowed.
     """
+    started_s = time.monotonic()
     preflight.require(config)
     run_dir = _begin(config) if resume is None else _require_resumable(config, resume)
+    on_status(RunStatus(preset=config.preset, run_dir=run_dir))
     with contextlib.ExitStack() as stack:
         redis_url = stack.enter_context(open_store(config.replay.redis_url, run_dir / REDIS))
         stack.enter_context(ray_runtime(num_cpus=cpus_wanted(config), object_store_mb=config.object_store_mb))
         place = Place(config=config, run_id=run_dir.name, run_dir=run_dir, redis_url=redis_url, spec=build_spec(config))
-        return RunController(place, on_status).execute()
+        return RunController(place, on_status, started_s=started_s).execute()
 
 
 def _begin(config: RunConfig) -> Path:
