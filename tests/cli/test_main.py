@@ -92,6 +92,16 @@ def test_an_unreachable_redis_is_one_sentence(capsys, tmp_path):
     assert err.count("\n") == 1
 
 
+def test_cameras_without_graphics_name_the_packages(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "disable")
+    words = ("--cameras", "--runs-dir", str(tmp_path), "--min-memory-gib", "0")
+    code, _, err = run(capsys, "run", "demo", *words)
+    assert code == 1
+    assert "libegl1" in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_resume_needs_a_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = run(capsys, "run", "demo", "--resume")

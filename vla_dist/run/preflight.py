@@ -10,7 +10,7 @@ from functools import partial
 import psutil
 
 from vla_dist.core.errors import ResourceMissing, VlaDistError
-from vla_dist.envs.gl import find_gl
+from vla_dist.envs.gl import find_gl, require_gl
 from vla_dist.replay.server import find_server_program
 from vla_dist.run.config import RunConfig
 from vla_dist.run.serve_app import remove_orphans, require_free_port
@@ -35,6 +35,8 @@ def require(config: RunConfig) -> None:
     require_free_port("127.0.0.1", config.serving.port)
     if not config.replay.redis_url:
         find_server_program()
+    if config.env.cameras:
+        require_gl()
 
 
 def require_memory(min_gib: float) -> None:
