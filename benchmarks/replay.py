@@ -1,196 +1,205 @@
-"""The replay table against a bare socket that moves the same bytes through the same server, in one run.
+"""The replay table beside the limits it cannot pass, in one run: inserting and sampling in steps a second.
 
-    vla-dist bench replay [--steps 10000 100000] [--seconds 2] [--windows 64] [--camera 84] [--json FILE]
+    vla-dist bench replay [--seconds 10] [--json FILE]
 
-Inserts are segments of T = 32 steps, one append at a time; samples are batches of K = 20 step windows. The limit side
-does one SET, and one MGET of as many rows as such a batch touches (plus the frames of its windows), without looking at
-an answer but for its size. Both sides take turns in short slices, so that a busy machine slows both.
+- ``table``: RedisReplayTable on an embedded server over its Unix socket, one process.
+- ``raw_protocol``: a second such server given the same bytes by plain redis-py pipelines: one SET of each payload, one
+  MGET and the GETRANGEs of a batch; no codec, no dedupe, no limiter, no windows.
+- ``numpy_ring``: arrays in this process, the upper bound of any replay.
 
-An insert rate counts environment steps; a sample rate counts window steps, B x K for each batch. One client, which
-waits for each answer: what one writer and one reader see.
+Segments of T = 32 steps, windows of K = 20: low-dim alone (39 proprio, 4 action), and with an 84x84x3 frame a step. An
+insert is acknowledged before the next one; a sample counts B x K steps. The systems take turns, so that all meet the
+same noise; the medians over the turns are compared. Both servers log every write, as in a run. About 300 MB of memory.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
-import socket
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 import numpy as np
+import redis
 
-from vla_dist.core.specs import CameraSpec
+from vla_dist.core.specs import CameraSpec, Dimension, EnvSpec
 from vla_dist.core.types import Segment
 from vla_dist.data.segment_codec import SegmentCodec
 from vla_dist.replay.config import TableConfig
 from vla_dist.replay.server import EmbeddedServer
 from vla_dist.replay.table import RedisReplayTable
-from vla_dist.testing.fakes import make_segment, make_spec
+from vla_dist.testing.fakes import make_segment
 
-NUM_STEPS, CONTEXT_STEPS, SEGMENTS_PER_EPISODE = 32, 20, 5
-SLICE_S = 0.25
-
-
-class BareSocket:
-    """The least a client can do: commands packed by hand, answers counted and thrown away."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlparse(url)
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(unquote(parts.path))
-        self._sink = memoryview(bytearray(1 << 20))
-        self.exchange(self.pack("AUTH", parts.username or "", parts.password or ""), len(b"+OK\r\n"))
-
-    @staticmethod
-    def pack(*words: str | bytes) -> bytes:
-        parts = [word.encode() if isinstance(word, str) else word for word in words]
-        return b"".join([b"*%d\r\n" % len(parts), *(b"$%d\r\n%b\r\n" % (len(p), p) for p in parts)])
-
-    @staticmethod
-    def bulk_size(size: int) -> int:
-        return len(b"$%d\r\n" % size) + size + 2
-
-    def exchange(self, request: bytes, answer_bytes: int) -> None:
-        self._socket.sendall(request)
-        while answer_bytes > 0:
-            received = self._socket.recv_into(self._sink)
-            if not received:
-                raise ConnectionError("the server closed the connection")
-            answer_bytes -= received
-
-    def close(self) -> None:
-        self._socket.close()
+T, K = 32, 20
+EPISODE_SEGMENTS = 4
+ROUNDS = 4
+SYSTEMS = ("table", "raw_protocol", "numpy_ring")
+COLUMNS = ("proprio", "actions", "target_actions", "rewards", "interventions")
+Work = Callable[[], int]
+"""Does one insert or one sample and returns its steps."""
 
 
-class Episodes:
-    """An endless stream of segments that differ only in their identity, made ahead of the clock."""
-
-    def __init__(self, template: list[Segment]) -> None:
-        self._template = template
-        self._next = 0
-
-    def take(self) -> Segment:
-        episode, index = divmod(self._next, len(self._template))
-        self._next += 1
-        return replace(self._template[index], episode_id=f"bench-{episode}")
-
-
-def rate(action: Callable[[], None], seconds: float) -> float:
-    """Calls per second."""
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        action()
-        count += 1
-    return count / (time.perf_counter() - started)
-
-
-def in_turns(actions: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
-    """Median calls per second of each, measured in alternating slices."""
-    found: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(max(1, round(seconds / SLICE_S))):
-        for name, action in actions.items():
-            found[name].append(rate(action, SLICE_S))
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
-def measure(url: str, *, stored_steps: int, num_windows: int, camera_size: int, seconds: float) -> dict[str, float]:
-    cameras = (CameraSpec(name="front", height=camera_size, width=camera_size),) if camera_size else ()
-    spec = make_spec(proprio_dim=39, action_dim=4, max_episode_steps=500, cameras=cameras)
-    config = TableConfig(
-        name=f"bench-{stored_steps}", num_steps=NUM_STEPS, context_steps=CONTEXT_STEPS, capacity_steps=stored_steps
+def tabletop(cameras: tuple[CameraSpec, ...] = ()) -> EnvSpec:
+    return EnvSpec(
+        name="bench",
+        proprio=tuple(Dimension(name=f"p{i}") for i in range(39)),
+        action=tuple(Dimension(name=f"a{i}", low=-1.0, high=1.0) for i in range(4)),
+        control_hz=10.0,
+        max_episode_steps=EPISODE_SEGMENTS * T,
+        cameras=cameras,
     )
-    table = RedisReplayTable(url, spec, config, seed=0)
-    stream = Episodes(
-        [
-            make_segment(
-                spec, episode_id="x", segment_index=i, num_steps=NUM_STEPS, is_last=i == SEGMENTS_PER_EPISODE - 1
-            )
-            for i in range(SEGMENTS_PER_EPISODE)
-        ]
+
+
+def endless_segments(spec: EnvSpec) -> Iterator[Segment]:
+    """Complete episodes of four segments, for ever, from one episode of noise."""
+    noise = [
+        make_segment(spec, episode_id="x", segment_index=i, num_steps=T, is_last=i == EPISODE_SEGMENTS - 1)
+        for i in range(EPISODE_SEGMENTS)
+    ]
+    for episode in itertools.count():
+        for segment in noise:
+            yield replace(segment, episode_id=f"episode-{episode}")
+
+
+def table_system(spec: EnvSpec, url: str, num_segments: int, batch: int) -> tuple[Work, Work]:
+    table = RedisReplayTable(
+        url, spec, TableConfig(name="bench", num_steps=T, context_steps=K, capacity_steps=num_segments * T)
     )
-    # Full to the brim first: from here on each insert pays for its share of evictions.
-    for _ in range(stored_steps // NUM_STEPS + SEGMENTS_PER_EPISODE):
-        table.append(stream.take(), timeout_s=30)
+    segments = endless_segments(spec)
 
-    codec = SegmentCodec(spec, NUM_STEPS)
-    encoded = codec.encode(stream.take())
-    bare = BareSocket(url)
-    rows_touched = round(num_windows * (1 + (CONTEXT_STEPS - 1) / NUM_STEPS * (1 - 1 / SEGMENTS_PER_EPISODE)))
-    keys = [f"bare:row:{i}" for i in range(min(rows_touched, stored_steps // NUM_STEPS))]
-    for key in keys:
-        bare.exchange(bare.pack("SET", key, encoded.row), len(b"+OK\r\n"))
-    payloads = [encoded.row, *encoded.images.values()]
-    set_all = b"".join(bare.pack("SET", f"bare:write:{i}", data) for i, data in enumerate(payloads))
-    get_all = bare.pack("MGET", *keys)
-    get_bytes = len(b"*%d\r\n" % len(keys)) + len(keys) * bare.bulk_size(codec.row_bytes)
-    if camera_size:
-        frames = CONTEXT_STEPS * codec.frame_bytes["front"]
-        get_all += bare.pack("GETRANGE", "bare:write:1", "0", str(frames - 1)) * num_windows
-        get_bytes += num_windows * bare.bulk_size(frames)
+    def insert() -> int:
+        table.append(next(segments), timeout_s=10.0)
+        return T
 
-    def append() -> None:
-        table.append(stream.take(), timeout_s=30)
+    def sample() -> int:
+        return table.sample(batch, timeout_s=10.0).timesteps.size
 
-    def sample() -> None:
-        table.sample(num_windows, timeout_s=30)
+    return insert, sample
 
-    inserts = in_turns(
-        {"table": append, "bare": lambda: bare.exchange(set_all, len(payloads) * len(b"+OK\r\n"))}, seconds
-    )
-    samples = in_turns({"table": sample, "bare": lambda: bare.exchange(get_all, get_bytes)}, seconds)
-    latencies = []
-    for _ in range(100):
-        started = time.perf_counter()
-        sample()
-        latencies.append(time.perf_counter() - started)
-    table.close()
-    bare.close()
-    window_steps = num_windows * CONTEXT_STEPS
+
+def raw_system(spec: EnvSpec, url: str, num_segments: int, batch: int) -> tuple[Work, Work]:
+    client = redis.Redis.from_url(url, protocol=2, socket_read_size=1 << 20)
+    codec = SegmentCodec(spec, T)
+    encoded = [codec.encode(segment) for segment in itertools.islice(endless_segments(spec), EPISODE_SEGMENTS)]
+    slots = itertools.count()
+    rng = np.random.default_rng(0)
+
+    def insert() -> int:
+        number = next(slots)
+        slot, payload = number % num_segments, encoded[number % EPISODE_SEGMENTS]
+        with client.pipeline(transaction=False) as pipe:
+            pipe.set(f"row:{slot}", payload.row)
+            for name, frames in payload.images.items():
+                pipe.set(f"image:{name}:{slot}", frames)
+            pipe.execute()
+        return T
+
+    def sample() -> int:
+        # The windows of the table: most begin in the segment before the one they end in, if there is one.
+        ends = rng.integers(num_segments * T, size=batch)
+        firsts = np.maximum(ends - K + 1, ends - ends % (EPISODE_SEGMENTS * T))
+        with client.pipeline(transaction=False) as pipe:
+            pipe.mget([f"row:{slot}" for slot in np.union1d(ends // T, firsts // T)])
+            for name, size in codec.frame_bytes.items():
+                for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
+                    for slot in range(first // T, end // T + 1):
+                        low, high = max(first - slot * T, 0), min(end - slot * T, T - 1)
+                        pipe.getrange(f"image:{name}:{slot}", low * size, (high + 1) * size - 1)
+            replies = pipe.execute()
+        assert None not in replies[0]
+        return batch * K
+
+    return insert, sample
+
+
+def ring_system(spec: EnvSpec, num_segments: int, batch: int) -> tuple[Work, Work]:
+    episode = list(itertools.islice(endless_segments(spec), EPISODE_SEGMENTS))
+    ring = {
+        name: np.zeros((num_segments * T, *getattr(episode[0], name).shape[1:]), getattr(episode[0], name).dtype)
+        for name in COLUMNS
+    }
+    ring |= {c.name: np.zeros((num_segments * T, c.height, c.width, 3), np.uint8) for c in spec.cameras}
+    slots = itertools.count()
+    rng = np.random.default_rng(0)
+
+    def insert() -> int:
+        number = next(slots)
+        segment, at = episode[number % EPISODE_SEGMENTS], number % num_segments * T
+        for name, column in ring.items():
+            column[at : at + T] = segment.images[name] if name in segment.images else getattr(segment, name)
+        return T
+
+    def sample() -> int:
+        ends = rng.integers(K - 1, num_segments * T, size=batch)
+        steps = ends[:, None] + np.arange(1 - K, 1)
+        gathered = {name: column[steps] for name, column in ring.items()}
+        return gathered["rewards"].size
+
+    return insert, sample
+
+
+def steps_per_s(work: Work, seconds: float) -> float:
+    work()
+    steps, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        steps += work()
+    return steps / elapsed
+
+
+def compare(spec: EnvSpec, *, num_segments: int, batch: int, seconds: float) -> dict[str, dict[str, float]]:
+    """Medians over the rounds, each of which gives every system its turn."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        urls = [stack.enter_context(EmbeddedServer(folder / name, max_memory_bytes=2**28)).url for name in SYSTEMS[:2]]
+        systems = {
+            "table": table_system(spec, urls[0], num_segments, batch),
+            "raw_protocol": raw_system(spec, urls[1], num_segments, batch),
+            "numpy_ring": ring_system(spec, num_segments, batch),
+        }
+        for insert, _ in systems.values():
+            for _ in range(num_segments):
+                insert()
+        found: dict[str, dict[str, list[float]]] = {"insert": {}, "sample": {}}
+        for _ in range(ROUNDS):
+            for number, verb in enumerate(found):
+                for name, works in systems.items():
+                    found[verb].setdefault(name, []).append(steps_per_s(works[number], seconds))
+    medians = {verb: {name: statistics.median(rates) for name, rates in row.items()} for verb, row in found.items()}
     return {
-        "insert_steps_per_s": inserts["table"] * NUM_STEPS,
-        "insert_limit_steps_per_s": inserts["bare"] * NUM_STEPS,
-        "insert_share_of_limit": inserts["table"] / inserts["bare"],
-        "sample_steps_per_s": samples["table"] * window_steps,
-        "sample_limit_steps_per_s": samples["bare"] * window_steps,
-        "sample_share_of_limit": samples["table"] / samples["bare"],
-        "sample_p50_ms": float(np.percentile(latencies, 50)) * 1000,
-        "sample_p99_ms": float(np.percentile(latencies, 99)) * 1000,
+        "insert_steps_per_s": medians["insert"],
+        "sample_steps_per_s": medians["sample"],
+        "ratio_vs_raw": {verb: row["table"] / row["raw_protocol"] for verb, row in medians.items()},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs="+", default=[10_000, 100_000], help="stored steps, one table each")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each side of each measurement")
-    parser.add_argument("--windows", type=int, default=64, help="B, windows of a batch")
-    parser.add_argument("--camera", type=int, default=0, help="side of one square camera in pixels; 0: no camera")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring, in all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-
-    answer: dict[str, dict[str, float]] = {}
-    for steps in options.steps:
-        # A server for each size: the one before must not hold memory or fork for its log meanwhile.
-        with tempfile.TemporaryDirectory() as folder, EmbeddedServer(Path(folder) / "redis") as server:
-            found = measure(
-                server.url,
-                stored_steps=steps,
-                num_windows=options.windows,
-                camera_size=options.camera,
-                seconds=options.seconds,
+    if options.seconds <= 0:
+        parser.error(f"--seconds {options.seconds} must be positive")
+    turn_s = options.seconds / (2 * ROUNDS * 2 * len(SYSTEMS))
+    shapes = {
+        "low_dim": (tabletop(), 2048, 256),
+        "image": (tabletop((CameraSpec(name="front", height=84, width=84),)), 80, 32),
+    }
+    answer = {}
+    for shape, (spec, num_segments, batch) in shapes.items():
+        answer[shape] = compare(spec, num_segments=num_segments, batch=batch, seconds=turn_s)
+        for verb in ("insert", "sample"):
+            rates = answer[shape][f"{verb}_steps_per_s"]
+            print(
+                f"{shape:>7} {verb}: "
+                + ", ".join(f"{name} {rate / 1000:.0f}" for name, rate in rates.items())
+                + f" thousand steps/s; table / raw_protocol {answer[shape]['ratio_vs_raw'][verb]:.2f}",
+                file=sys.stderr,
             )
-        answer[str(steps)] = found
-        print(
-            f"{steps:>9} steps stored: insert {found['insert_steps_per_s'] / 1000:7.1f} k steps/s "
-            f"({found['insert_share_of_limit']:.0%} of a bare socket), sample "
-            f"{found['sample_steps_per_s'] / 1000:7.1f} k steps/s ({found['sample_share_of_limit']:.0%}), "
-            f"p50 {found['sample_p50_ms']:.2f} ms, p99 {found['sample_p99_ms']:.2f} ms",
-            file=sys.stderr,
-        )
     print(json.dumps(answer, indent=2))
     if options.json:
         options.json.write_text(json.dumps(answer, indent=2))

@@ -22,6 +22,7 @@ _STALL_S = 5.0
 """An exchange that takes longer is given up and tried again."""
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.002, 0.05
 _READ_SIZE = 1 << 20
+_JOIN_BYTES = 1 << 17
 _SOURCE = files("vla_dist.replay").joinpath("functions.lua").read_text()
 _DIGEST = hashlib.sha256(_SOURCE.encode()).hexdigest()[:8]
 _LIBRARY = _SOURCE.replace("DIGEST", _DIGEST)
@@ -143,7 +144,11 @@ class RedisLink:
         try:
             connection = self._pool.get_connection()
             connection.update_current_socket_timeout(timeout_s)
-            connection.send_packed_command(connection.pack_commands(commands))
+            packed = connection.pack_commands(commands)
+            if sum(map(len, packed)) <= _JOIN_BYTES:
+                # redis-py cuts after 6 kB; each piece would be a system call here and a wake-up over there.
+                packed = [b"".join(packed)]
+            connection.send_packed_command(packed)
             replies: list[Any] = []
             for _ in commands:
                 connection.update_current_socket_timeout(max(0.001, end - time.monotonic()))
