@@ -54,6 +54,7 @@ def test_inserts_wait_until_enough_is_sampled(waiting_writer, make_episode, appe
     table.sample(10, timeout_s=1.0)
     assert table.append(segment, timeout_s=1.0) == "inserted"
     assert table.limiter_state().balance == 30.0
+    assert append_all(table, make_episode("fourth", 4)) == ["inserted"], "the buffer may be filled to its brim"
 
 
 def test_a_waiting_insert_goes_on_when_a_reader_comes(waiting_writer, make_episode):

@@ -1,5 +1,6 @@
 """Drawing: the right windows, from complete episodes only, each step as likely as any other."""
 
+import itertools
 import threading
 from collections import Counter
 
@@ -10,6 +11,7 @@ from vla_dist.core.errors import ConfigError, IntegrityError, ReplayWait
 from vla_dist.core.specs import CameraSpec
 from vla_dist.replay.draws import replaced
 from vla_dist.replay.limiter import LimiterConfig
+from vla_dist.replay.link import Deadline
 from vla_dist.testing.fakes import make_spec
 
 
@@ -81,6 +83,16 @@ def test_windows_equal_those_cut_from_the_raw_episodes(make_table, make_episode,
     assert_windows_are_cut_from(batch, episodes, context_steps)
     assert (batch.ages_s >= 0).all()
     assert (batch.ages_s < 60).all()
+
+
+def test_a_window_asks_only_for_the_segments_it_touches(make_table, make_episode, append_all):
+    table = make_table(context_steps=6)
+    append_all(table, make_episode("e", 20))
+    draws, _ = table._draw(200, Deadline(5.0), 5.0, charge=False)
+    ends = draws["segment_index"].astype(int) * 4 + draws["offset"]
+    touched = ends // 4 - np.maximum(ends - 5, 0) // 4 + 1
+    assert set(touched.tolist()) == {1, 2, 3}
+    np.testing.assert_array_equal((draws["segments"]["slot"] >= 0).sum(axis=1), touched)
 
 
 def test_the_types_are_those_promised(make_table, make_episode, append_all):
@@ -173,7 +185,7 @@ def test_the_oldest_episodes_make_room_whole(make_table, make_episode, append_al
         assert kept == list(episodes)[len(episodes) - len(kept) :], "the newest ones, none in part"
         assert stats.num_steps == sum(s.length for name in kept for s in episodes[name])
         assert stats.num_episodes == len(kept) == sum(stats.episodes_by_task.values())
-        assert sum(stats.steps_by_source.values()) == stats.num_steps
+        assert sum(stats.steps_by_source.values()) == stats.num_steps == table.limiter_state().drawable_steps
         batch = table.sample(60, timeout_s=5.0)
         assert set(batch.instructions) == set(kept)
         assert_windows_are_cut_from(batch, episodes, 9)
@@ -244,6 +256,22 @@ def test_draws_whose_slots_were_given_away_are_made_anew(make_table, make_episod
     assert set(batch.instructions) == {"new"}
     np.testing.assert_array_equal(batch.rewards[:, -1], batch.timesteps[:, -1])
     assert table.stats().steps_sampled == 30, "the second draw is not counted again"
+
+
+def test_a_reader_that_eviction_outruns_is_told_so_in_time(make_table, make_episode, append_all, monkeypatch):
+    table = make_table(capacity_steps=45)
+    numbers = itertools.count()
+    fetch = table._fetch
+
+    def fetch_after_eviction(*args):
+        for _ in range(3):
+            append_all(table, make_episode(f"e{next(numbers)}", 20))
+        return fetch(*args)
+
+    append_all(table, make_episode("first", 20))
+    monkeypatch.setattr(table, "_fetch", fetch_after_eviction)
+    with pytest.raises(ReplayWait, match=r"5 of 5 windows were evicted.* for 0\.2 s; raise capacity_steps 45"):
+        table.sample(5, timeout_s=0.2)
 
 
 def test_only_windows_with_a_lost_slot_are_replaced(make_table, make_episode, append_all):

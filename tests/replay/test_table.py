@@ -55,7 +55,7 @@ def test_more_episodes_than_one_scan_are_all_given(make_table, make_episode, app
     assert len(list(table.episodes(limit=40))) == 40
 
 
-def test_appending_again_stores_once(make_table, make_episode, append_all):
+def test_appending_again_stores_once(make_table, make_episode, append_all, server):
     table = make_table()
     segments = make_episode("e", 10)
     assert append_all(table, [segments[0], *segments, *segments]) == [
@@ -65,6 +65,8 @@ def test_appending_again_stores_once(make_table, make_episode, append_all):
     ]
     stats = table.stats()
     assert (stats.num_steps, stats.steps_inserted, stats.duplicates, stats.num_episodes) == (10, 10, 4, 1)
+    with redis.Redis.from_url(server.url) as client:
+        assert list(client.scan_iter(table._prefix + "stage:*")) == [], "nor does a duplicate's payload stay"
 
 
 def test_a_lost_answer_is_asked_for_again(make_table, make_episode, append_all, monkeypatch):
@@ -288,15 +290,16 @@ def test_a_full_server_makes_writers_wait_and_readers_go_on(make_server, make_ta
         fill()
     stored = table.stats().num_episodes
     assert 2 <= stored < 12
-    assert table.sample(4, timeout_s=2.0).num_windows == 4
 
-    def make_room():
+    def limit_memory(num_bytes):
         with redis.Redis(
             unix_socket_path=str(running.directory / "server.sock"), username="admin", password=running._admin_password
         ) as admin:
-            admin.config_set("maxmemory", 2**26)
+            admin.config_set("maxmemory", num_bytes)
 
-    timer = threading.Timer(0.3, make_room)
+    limit_memory(2**20)
+    assert table.sample(4, timeout_s=2.0).num_windows == 4
+    timer = threading.Timer(0.3, limit_memory, args=(2**26,))
     timer.start()
     assert table.append(segment(stored), timeout_s=10.0) == "inserted"
     timer.join()

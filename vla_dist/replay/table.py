@@ -128,7 +128,8 @@ class RedisReplayTable:
         """B windows, each ending at a step drawn uniformly from the steps of all complete episodes.
 
         Raises:
-            ReplayWait: the limiter refused for ``timeout_s``; the message holds its numbers.
+            ReplayWait: the limiter refused for ``timeout_s``, or eviction outran the reader; the message holds the
+                numbers.
             Unreachable: no answer.
             IntegrityError: a stored row is not of this spec.
         """
@@ -142,6 +143,11 @@ class RedisReplayTable:
             gone = replaced(draws, drawn, rows, present)
             if not gone.any():
                 break
+            if deadline.left_s <= 0:
+                raise ReplayWait(
+                    f"{gone.sum()} of {num_windows} windows were evicted again and again before they could be read, "
+                    f"for {timeout_s} s; raise capacity_steps {self.config.capacity_steps}"
+                )
             # Evicted between draw and fetch: those windows, and only those, are drawn anew.
             fresh, now_s = self._draw(int(gone.sum()), deadline, timeout_s, charge=False)
             draws = draws.copy()
