@@ -283,6 +283,8 @@ def test_only_windows_with_a_lost_slot_are_replaced(make_table, make_episode, ap
     rows = np.zeros(3, table.codec.row_dtype)
     rows["episode_id"] = [b"e", b"e", b"other"]
     rows["segment_index"] = [0, 1, 2]
+    moved = rows.copy()
+    moved["episode_id"], moved["segment_index"] = b"e", [0, 4, 2]
     window_rows = np.array([[-1, -1, 0], [-1, 0, 1], [-1, 1, 2]])
 
     class Drawn:
@@ -291,6 +293,7 @@ def test_only_windows_with_a_lost_slot_are_replaced(make_table, make_episode, ap
     Drawn.window_rows = window_rows
     assert replaced(draws, Drawn, rows, np.ones(3, bool)).tolist() == [False, False, True]
     assert replaced(draws, Drawn, rows, np.array([False, True, True])).tolist() == [True, True, True]
+    assert replaced(draws, Drawn, moved, np.ones(3, bool)).tolist() == [False, True, True]
 
 
 def test_readers_see_whole_episodes_while_writers_evict(make_table, make_episode, append_all):
