@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 from vla_dist.core.errors import WorkerFailed
 from vla_dist.evaluation.statistics import SuccessRate
 from vla_dist.evaluation.suite import EpisodeOutcome, SuiteConfig, overall
+from vla_dist.run.comeback import Comeback
 from vla_dist.run.files import write_atomically
 
 _MAX_DEATHS = 5
@@ -36,6 +37,7 @@ class EvaluationBoard:
         self._jobs: deque[tuple[int, SuiteConfig]] = deque()
         self._running: dict[Any, tuple[Any, tuple[int, SuiteConfig]]] = {}
         self._outcomes: dict[str, list[EpisodeOutcome]] = {}
+        self._returning: list[tuple[Any, Comeback]] = []
         self._asked: set[str] = set()
         self._deaths = 0
         if path.exists():
@@ -67,9 +69,15 @@ class EvaluationBoard:
                     if self._deaths > _MAX_DEATHS:
                         raise WorkerFailed(f"evaluation workers died {self._deaths} times: {error}") from error
                     self._jobs.appendleft(job)
+                    self._returning.append((judge, Comeback("an evaluation worker", judge)))
+                    continue
                 self._idle.append(judge)
             if done:
                 self._save()
+        for judge, comeback in list(self._returning):
+            if comeback.is_complete():
+                self._returning.remove((judge, comeback))
+                self._idle.append(judge)
         while self._idle and self._jobs:
             judge, job = self._idle.popleft(), self._jobs.popleft()
             self._running[judge.judge.remote(*job)] = (judge, job)

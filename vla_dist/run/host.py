@@ -86,6 +86,10 @@ class JudgeHost:
     def __init__(self, place: Place) -> None:
         self._judge = build_judge(place)
 
+    def ping(self) -> int:
+        """The process id, once the environments are built."""
+        return os.getpid()
+
     def judge(self, version: int, suite: SuiteConfig) -> list[EpisodeOutcome]:
         return self._judge.judge(version, suite)
 

@@ -9,6 +9,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from vla_dist.core.errors import WorkerFailed
 from vla_dist.core.protocols import Worker
 from vla_dist.run.board import BoardLink
+from vla_dist.run.comeback import Comeback
 from vla_dist.run.host import WorkerHost
 
 
@@ -38,6 +39,7 @@ class HostedWorker:
         host = ray.remote(WorkerHost).options(max_restarts=-1, max_concurrency=2, num_cpus=num_cpus)
         self.actor: Any = host.remote(name, build, board)
         self._run = self._start()
+        self._comeback: Comeback | None = None
 
     def poll(self) -> str | None:
         """Notice the end or a death; what happened in one sentence, if something did.
@@ -46,6 +48,10 @@ class HostedWorker:
             WorkerFailed: it died too often, or its worker raised.
         """
         if self.is_done or self._closed:
+            return None
+        if self._comeback is not None:
+            if self._comeback.is_complete():
+                self._comeback, self._run = None, self._start()
             return None
         done, _ = ray.wait([self._run], timeout=0)
         if not done:
@@ -56,15 +62,12 @@ class HostedWorker:
             self.deaths += 1
             if self.deaths > self._max_deaths:
                 raise WorkerFailed(f"{self.name} died {self.deaths} times, more than allowed; last: {error}") from error
-            self._run = self._start()
+            self._comeback = Comeback(self.name, self.actor)
             return f"{self.name} died and was started again ({self.deaths} of at most {self._max_deaths})"
         except RayTaskError as error:
             raise WorkerFailed(f"{self.name} failed: {error.cause or error}") from error
         self.is_done = True
         return None
-
-    def pid(self, *, timeout_s: float = 60.0) -> int:
-        return ray.get(self.actor.ping.remote(), timeout=timeout_s)
 
     def stop(self, *, timeout_s: float) -> None:
         """Let the steps under way end, then close."""
