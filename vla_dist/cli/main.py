@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         near = difflib.get_close_matches(words[0], VERBS, n=1)
         hint = f"did you mean 'vla-dist {near[0]}'? " if near else ""
         _fail(f"no verb {words[0]!r}; {hint}The verbs are {', '.join(VERBS)}.", status=2)
+    # A polite kill ends things like Ctrl-C does, and Ctrl-C works even where a shell started us with it ignored (`&`).
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         # Each verb is imported by itself: a robot's or a newcomer's install may lack what another verb needs.
         verb = importlib.import_module(f"vla_dist.cli.{words[0]}")

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import logging
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,8 +49,6 @@ def main(arguments: Sequence[str]) -> None:
         _require_known_options(words)
         config = tyro.cli(RunConfig, default=config, args=words, prog=f"vla-dist run {name}", config=_TYRO)
     logging.basicConfig(level=logging.ERROR)
-    # A polite kill, as service managers and `timeout` send it, ends a run like Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
     with LiveView(console) as view:
         summary = launch(config, view.show, resume=resume)
