@@ -49,16 +49,27 @@ def test_the_loop_closes_and_survives_two_kills(child, tmp_path):
     assert alive == []
 
 
-def test_ctrl_c_leaves_no_process_and_resume_goes_on_from_the_checkpoint(child, tmp_path):
-    start_small(child)
-    child.wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/*/checkpoint_*")), what="first checkpoint")
+def interrupt(child, *, within_s):
+    """Ctrl-C, and nothing of the run is left."""
     everything = child.descendants()
     stopped_at = time.monotonic()
     child.process.send_signal(signal.SIGINT)
-    assert child.process.wait(timeout=40) == 130
-    assert time.monotonic() - stopped_at < 30
+    assert child.process.wait(timeout=60) == 130
+    assert time.monotonic() - stopped_at < within_s
     _, alive = psutil.wait_procs(everything, timeout=5)
     assert alive == []
+
+
+def test_ctrl_c_while_serve_starts_does_not_hang(child):
+    start_small(child)
+    child.wait_for(lambda: child.named("ray::ServeController"), what="Serve controller")
+    interrupt(child, within_s=40)
+
+
+def test_ctrl_c_leaves_no_process_and_resume_goes_on_from_the_checkpoint(child, tmp_path):
+    start_small(child)
+    child.wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/*/checkpoint_*")), what="first checkpoint")
+    interrupt(child, within_s=30)
     assert not list(tmp_path.glob("runs/*/summary.json"))
 
     child.start("babyai", "--resume")

@@ -14,7 +14,6 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -39,6 +38,7 @@ from vla_dist.run.host import JudgeHost
 from vla_dist.run.hosts import HostedWorker
 from vla_dist.run.memory import MemoryWatch
 from vla_dist.run.serve_app import ServingHandle, start_serving
+from vla_dist.run.serving_start import ServingStart
 from vla_dist.run.status import RunStatus
 from vla_dist.run.summary import RunSummary
 from vla_dist.run.telemetry import Telemetry
@@ -86,10 +86,9 @@ class RunController:
             self._training = Training(self._place, partial(board.post, "learner"))
             self._enter("collecting")
             # Serve takes as long to start as the learner to publish version 1: both at once.
-            starting = ThreadPoolExecutor(1, thread_name_prefix="serving").submit(self._start_serving)
-            self._tick_until(starting.done, timeout_s=_FIRST_VERSION_TIMEOUT_S, what="the policy service")
-            serving = stack.enter_context(starting.result())
-            self._start_fleet(board, serving)
+            starting = stack.enter_context(contextlib.closing(ServingStart(self._start_serving)))
+            self._tick_until(lambda: starting.is_done, timeout_s=_FIRST_VERSION_TIMEOUT_S, what="the policy service")
+            self._start_fleet(board, starting.result())
             self._enter("training")
             self._tick_until(self._is_trained)
             self._enter("judging")
@@ -108,7 +107,7 @@ class RunController:
             build = partial(build_rollout_worker, self._place, index)
             self._hosts.append(HostedWorker(name, build, board, max_seconds=_RUN_TIMEOUT_S))
 
-    def _start_serving(self) -> ServingHandle:
+    def _start_serving(self, is_cancelled: Callable[[], bool]) -> ServingHandle:
         settings = self._config.serving
         return start_serving(
             partial(build_services, self._place),
@@ -117,6 +116,7 @@ class RunController:
             num_cpus=1,
             token=settings.token or None,
             timeout_s=settings.startup_timeout_s,
+            is_cancelled=is_cancelled,
         )
 
     def _start_fleet(self, board: BoardLink, serving: ServingHandle) -> None:

@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,7 +82,11 @@ def ray_runtime(*, num_cpus: int, object_store_mb: int = 100) -> Iterator[None]:
     )
     for name in ("ray", "ray.serve", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler would end this process at once, without ending what it started.
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:

@@ -95,6 +95,8 @@ def apply_serving_environment(*, drain_s: float = 2.0) -> Path:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(drain_s),
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": str(drain_s),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # A late call, after this process has shut Ray down, must fail: it would start another Ray.
+        "RAY_ENABLE_AUTO_CONNECT": "0",
     }
     return folder
 
@@ -162,6 +164,7 @@ def start_serving(
     num_gpus: float = 0.0,
     host: str = "127.0.0.1",
     timeout_s: float = 120.0,
+    is_cancelled: Callable[[], bool] = lambda: False,
 ) -> ServingHandle:
     """Serve both services on ``host:port`` and return when every replica answers.
 
@@ -174,6 +177,7 @@ def start_serving(
         num_gpus: that Ray reserves for one replica.
         host: address the ingress binds; loopback unless robots are on other machines.
         timeout_s: for all replicas to be ready.
+        is_cancelled: asked while it waits; True ends what was begun and raises WaitTimeout.
 
     Raises:
         ConfigError: the environment was not applied before ``ray.init``.
@@ -211,7 +215,7 @@ def start_serving(
             wait_for_ingress_deployment_creation=True,
             wait_for_applications_running=False,
         )
-        _wait_until_running(timeout_s)
+        _wait_until_running(timeout_s, is_cancelled)
     except BaseException:
         handle.close()
         raise
@@ -318,7 +322,7 @@ def _require_no_serve() -> None:
     )
 
 
-def _wait_until_running(timeout_s: float) -> None:
+def _wait_until_running(timeout_s: float, is_cancelled: Callable[[], bool]) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         application = serve.status().applications.get(APP_NAME)
@@ -328,6 +332,8 @@ def _wait_until_running(timeout_s: float) -> None:
             return
         if status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise WorkerFailed(f"the policy service could not be built ({status}): {message}")
+        if is_cancelled():
+            raise WaitTimeout("the start of the policy service was cancelled")
         if time.monotonic() > deadline:
             raise WaitTimeout(
                 f"the policy service is {status} after {timeout_s} s: {message or 'no reason given'}; "
