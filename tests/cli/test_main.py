@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from vla_dist.cli.main import VERBS, main
@@ -42,6 +45,14 @@ def test_every_verb_explains_itself(capsys):
         code, out, _ = run(capsys, verb, "--help")
         assert code == 0, verb
         assert "usage" in out.lower(), verb
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback():
+    command = [sys.executable, "-m", "vla_dist.cli", "run", "demo", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        child.stdout.close()
+        assert child.stderr.read() == ""
+        assert child.wait(timeout=60) in (0, 1)
 
 
 def test_a_folder_that_is_no_run_is_named(capsys, tmp_path):

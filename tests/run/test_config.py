@@ -3,7 +3,14 @@ import dataclasses
 import pytest
 
 from vla_dist.core.errors import ConfigError
-from vla_dist.run.config import EnvSettings, LearnerSettings, ReplaySettings, load_config
+from vla_dist.run.config import (
+    EnvSettings,
+    EvaluationSettings,
+    FleetSettings,
+    LearnerSettings,
+    ReplaySettings,
+    load_config,
+)
 from vla_dist.run.presets import PRESETS, preset
 
 
@@ -24,6 +31,10 @@ def test_an_unknown_preset_is_answered_with_the_nearest():
     [
         ({"env": EnvSettings()}, "at least one task"),
         ({"env": EnvSettings(tasks=("a",), language_tasks=("b",))}, "not among"),
+        ({"env": EnvSettings(tasks=("a", "b"), language_tasks=("b",))}, "needs a second task"),
+        ({"evaluation": EvaluationSettings(num_envs=0)}, r"evaluation\.num_envs 0 must be at least 1"),
+        ({"fleet": FleetSettings(num_robots=-1)}, "must not be negative"),
+        ({"learner": LearnerSettings(batch_size=63, num_workers=2)}, "does not divide over 2"),
         ({"learner": LearnerSettings(publish_updates=(5, 2000))}, "start with 0"),
         ({"learner": LearnerSettings(publish_updates=(0, 100))}, "ends with 100, expected total_updates 2000"),
         ({"replay": ReplaySettings(min_steps=10_000_000)}, "exceeds capacity_steps"),

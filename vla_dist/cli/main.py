@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"'vla-dist {words[0]}' needs the package {error.name!r}; pip install 'vla-dist[all]'")
     except VlaDistError as error:
         _fail(str(error))
+    except BrokenPipeError:
+        # The reader of our output has gone, as with `| head`; nothing more can be said, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)

@@ -9,7 +9,6 @@ from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Segment
 
 AckStatus = Literal["stored", "duplicate", "quarantined", "retry"]
-RefusalReason = Literal["late", "invalid", "overloaded"]
 FleetCommand = Literal["continue", "drain", "stop"]
 SegmentKey = tuple[str, int]
 
@@ -58,15 +57,6 @@ class SessionGrant:
     spec_digest: str
     session_id: str = ""
     """Only within a process; a stream needs none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """No action for one observation; the session goes on and its memory is as before."""
-
-    observation_id: int
-    reason: RefusalReason
-    detail: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

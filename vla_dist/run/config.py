@@ -162,6 +162,12 @@ class RunConfig:
         strangers = sorted(set(self.env.language_tasks) - set(self.env.tasks))
         if strangers:
             raise ConfigError(f"env.language_tasks {strangers} are not among env.tasks {list(self.env.tasks)}")
+        if len(self.env.language_tasks) == 1:
+            raise ConfigError(
+                f"env.language_tasks names only {self.env.language_tasks[0]!r}; a wrong instruction needs a second "
+                "task of the same scene. Name two or more, or none"
+            )
+        self._require_counts()
         updates = self.learner.publish_updates
         if not updates or list(updates) != sorted(set(updates)) or updates[0] != 0:
             raise ConfigError(f"learner.publish_updates {updates} must start with 0 and increase")
@@ -176,6 +182,35 @@ class RunConfig:
                 "the learner would wait for ever; raise the capacity"
             )
         self._require_enough_inserts()
+
+    def _require_counts(self) -> None:
+        """What would fail only minutes later, inside a component."""
+        counts = {
+            "rollout.num_workers": self.rollout.num_workers,
+            "rollout.episodes_per_task": self.rollout.episodes_per_task,
+            "learner.num_workers": self.learner.num_workers,
+            "learner.batch_size": self.learner.batch_size,
+            "learner.updates_per_step": self.learner.updates_per_step,
+            "learner.checkpoint_every_updates": self.learner.checkpoint_every_updates,
+            "serving.num_replicas": self.serving.num_replicas,
+            "evaluation.num_workers": self.evaluation.num_workers,
+            "evaluation.num_envs": self.evaluation.num_envs,
+            "evaluation.episodes_per_task": self.evaluation.episodes_per_task,
+            "evaluation.final_episodes_per_task": self.evaluation.final_episodes_per_task,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ConfigError(f"{name} {count} must be at least 1")
+        if self.fleet.num_robots < 0 or self.fleet.control_hz <= 0:
+            raise ConfigError(
+                f"fleet.num_robots {self.fleet.num_robots} must not be negative, fleet.control_hz "
+                f"{self.fleet.control_hz} must be positive"
+            )
+        if self.learner.batch_size % self.learner.num_workers:
+            raise ConfigError(
+                f"learner.batch_size {self.learner.batch_size} does not divide over {self.learner.num_workers} learner "
+                "workers; make it a multiple"
+            )
 
     def _require_enough_inserts(self) -> None:
         # Shortest episodes seen are some 25 steps; a quota below this can leave the learner waiting at the end.
