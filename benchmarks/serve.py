@@ -25,7 +25,7 @@ def build_services(redis_url: str):
     from vla_dist.models.auto import build_policy
     from vla_dist.registry.blobs import RedisBlobs
     from vla_dist.registry.store import RedisPolicyRegistry
-    from vla_dist.replay.config import TableConfig
+    from vla_dist.replay.config import BufferConfig
     from vla_dist.replay.table import RedisReplayTable
     from vla_dist.serving.batcher import BatcherConfig, DeadlineBatcher
     from vla_dist.serving.ingest import FleetIngest, IngestConfig
@@ -36,7 +36,7 @@ def build_services(redis_url: str):
     versions = PolicyVersions(registry, build_policy, VersionsConfig(references=(REFERENCE,)))
     versions.start()
     spec = tabletop_spec()
-    table = RedisReplayTable(redis_url, spec, TableConfig(name="bench"))
+    table = RedisReplayTable(redis_url, spec, BufferConfig(name="bench"))
     service = PolicyService(
         versions, DeadlineBatcher(BatcherConfig(bucket_sizes=(1, 2, 4, 8, 16, 32))), ServiceConfig()
     )

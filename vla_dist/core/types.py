@@ -138,7 +138,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """B windows of K consecutive steps, each ending at a uniformly drawn step of a complete episode.
+    """B windows of K consecutive steps, each ending at a drawn step of a complete episode.
 
     Windows that start before the episode are padded on the left; ``padding_mask`` is True where a step is real.
     """
@@ -169,7 +169,13 @@ class Batch:
     images: Mapping[str, Array] = field(default_factory=dict[str, Array])
     """camera name -> (B, K, H, W, 3) uint8."""
     ages_s: Array | None = None
-    """(B,) float64, seconds since each window's segment was stored, by the server's clock."""
+    """(B,) float64, seconds since each window's episode was stored whole, by the server's clock."""
+    interventions: Array | None = None
+    """(B, K) bool, a person had taken over."""
+    items: Array | None = None
+    """(B,) int64, identity of the segment in which each window ends, for ``update_priorities``."""
+    weights: Array | None = None
+    """(B,) float32 importance weights of a prioritised table, at most 1; None: all equal."""
 
     @property
     def num_windows(self) -> int:
@@ -195,6 +201,7 @@ class TableStats:
     samples_waited: int
     """Samples that the limiter asked to wait."""
     steps_by_source: Mapping[str, int]
+    """Of complete episodes."""
     episodes_by_task: Mapping[str, int]
     num_bytes: int
     """Memory the server uses."""

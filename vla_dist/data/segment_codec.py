@@ -4,22 +4,63 @@ For a fixed schema without nulls and variable lengths, Arrow writes the same hea
 time. So encoding is a copy of a template and a few assignments, and a whole array of rows is decoded as strided NumPy
 views after one comparison with the header, which doubles as the check that the bytes belong to this spec.
 
-Dimensions: N rows, T segment steps, P proprio, A action.
+All numbers of a step lie side by side in the column ``steps``, so that the steps of a window are one range of bytes
+and can be fetched without the rest of the row. Beside what the robot recorded, each step holds the sum of the rewards
+from it to the end of its segment, as a float32 and the float32 of what that one rounds off: returns-to-go then need no
+other step of the segment.
+
+Images are not part of the row: see ``image_codec``.
+
+Dimensions: N rows, T segment steps, P proprio, A action, D = P + 2 A + 4 numbers of a step.
 """
 
 import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from vla_dist.core.errors import ConfigError, DataError, IntegrityError
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import SOURCES, Array, Segment
+from vla_dist.data.image_codec import RAW, ImageCodec, ImageEncoding
 
 _TEXT_BYTES = {"episode_id": 64, "robot_id": 64, "task": 64, "instruction": 256}
-_LAYOUT_VERSION = "1"
+_LAYOUT_VERSION = "2"
+_STRUCT_CODES = {"i4": "i", "i8": "q", "u1": "B", "u8": "Q"}
+
+
+class StepLayout:
+    """Which columns of a step's D float32 numbers hold what."""
+
+    def __init__(self, proprio_dim: int, action_dim: int) -> None:
+        bounds = np.cumsum([0, proprio_dim, action_dim, action_dim]).tolist()
+        self.proprio = slice(bounds[0], bounds[1])
+        self.actions = slice(bounds[1], bounds[2])
+        self.target_actions = slice(bounds[2], bounds[3])
+        self.reward: int = bounds[3]
+        self.intervention = self.reward + 1
+        self.segment_return = self.reward + 2
+        """Rewards from this step to the end of its segment; the next column holds what float32 rounds off."""
+        self.num_columns = self.reward + 4
+        """D."""
+
+    def describe(self) -> str:
+        """For the schema's metadata: name and width of each column."""
+        widths = {
+            name: where.stop - where.start
+            for name, where in (
+                ("proprio", self.proprio),
+                ("actions", self.actions),
+                ("target_actions", self.target_actions),
+            )
+        }
+        single = {"reward": 1, "intervention": 1, "segment_return": 1, "segment_return_rest": 1}
+        return ",".join(f"{name}:{width}" for name, width in {**widths, **single}.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,8 +69,10 @@ class EncodedSegment:
 
     row: bytes
     """A valid Arrow record batch message of ``SegmentCodec.row_bytes`` bytes; everything but the images."""
-    images: Mapping[str, bytes] = field(default_factory=dict)
-    """camera name -> the ``length`` valid frames, raw, one fixed stride after the other."""
+    images: Mapping[str, bytes | memoryview] = field(default_factory=dict)
+    """camera name -> the ``length`` valid frames as the camera's ``ImageCodec`` packs them."""
+    segment_return: float = 0.0
+    """Sum of its valid rewards, float64."""
 
 
 class SegmentCodec:
@@ -38,20 +81,46 @@ class SegmentCodec:
     Steps after ``Segment.length`` are padding: they are stored as zeros (frames not at all) whatever they held.
     """
 
-    def __init__(self, spec: EnvSpec, num_steps: int) -> None:
+    def __init__(
+        self, spec: EnvSpec, num_steps: int, image_encodings: Mapping[str, ImageEncoding] | None = None
+    ) -> None:
         """
         Args:
             spec: gives P, A and the cameras.
             num_steps: T, rows of every segment.
+            image_encodings: camera name -> how its frames are stored; raw where not given.
+
+        Raises:
+            ConfigError: no step, or an encoding for a camera that the spec lacks.
         """
         if num_steps < 1:
             raise ConfigError(f"num_steps {num_steps} must be at least 1")
+        encodings = dict(image_encodings or {})
+        unknown = set(encodings) - {camera.name for camera in spec.cameras}
+        if unknown:
+            raise ConfigError(
+                f"image encodings for {sorted(unknown)}, which spec {spec.name!r} lacks; it has "
+                f"{sorted(camera.name for camera in spec.cameras)}"
+            )
         self.spec = spec
         self.num_steps = num_steps
-        self.frame_bytes = {c.name: c.height * c.width * 3 for c in spec.cameras}
-        self.schema = _schema(spec, num_steps)
-        self._template, self.row_dtype, header_bytes = _constant_layout(self.schema, spec, num_steps)
-        self._header = self._template[:header_bytes]
+        self.layout = StepLayout(spec.proprio_dim, spec.action_dim)
+        self.image_codecs = {c.name: ImageCodec(c, encodings.get(c.name, RAW)) for c in spec.cameras}
+        self.schema = _schema(spec, num_steps, self.layout)
+        template, self.row_dtype, header_bytes = _constant_layout(self.schema, num_steps, self.layout)
+        self._shapes = {
+            "proprio": (num_steps, spec.proprio_dim),
+            "actions": (num_steps, spec.action_dim),
+            "target_actions": (num_steps, spec.action_dim),
+            "rewards": (num_steps,),
+            "interventions": (num_steps,),
+        }
+        self._header = template[:header_bytes]
+        self._template = template.tobytes()
+        self._fields, self._fields_offset = _packed_fields(self.row_dtype)
+        self._checksum_offset = _field(self.row_dtype, "checksum")[1]
+        self.steps_offset = _field(self.row_dtype, "steps")[1]
+        self.step_bytes = 4 * self.layout.num_columns
         self.schema_id = hashlib.sha256(self.schema.serialize().to_pybytes() + self._header.tobytes()).hexdigest()[:16]
 
     @property
@@ -61,34 +130,42 @@ class SegmentCodec:
     def encode(self, segment: Segment) -> EncodedSegment:
         """Raises DataError where the segment does not fit the spec or holds a number that is not finite."""
         self._require_shapes(segment)
-        row = self._template.copy()
-        record = row.view(self.row_dtype)[0]
-        for name, capacity in _TEXT_BYTES.items():
-            record[name] = _text_bytes(name, getattr(segment, name), capacity)
-        record["segment_index"] = segment.segment_index
-        record["policy_version"] = segment.policy_version
-        record["length"] = segment.length
-        record["source"] = SOURCES.index(segment.source)
-        record["is_last"] = segment.is_last
-        record["success"] = segment.success
-        valid = segment.length
+        valid, layout = segment.length, self.layout
+        texts = [_text_bytes(name, getattr(segment, name), capacity) for name, capacity in _TEXT_BYTES.items()]
+        images = {name: codec.pack(segment.images[name][:valid]) for name, codec in self.image_codecs.items()}
+        row = bytearray(self._template)
+        steps = np.frombuffer(row, "<f4", self.num_steps * layout.num_columns, self.steps_offset)
+        steps = steps.reshape(self.num_steps, layout.num_columns)[:valid]
         with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite and is refused below.
-            for name in ("proprio", "actions", "target_actions", "rewards", "interventions"):
-                record[name][:valid] = getattr(segment, name)[:valid]
-        for name in ("proprio", "actions", "target_actions", "rewards"):
-            if not np.isfinite(record[name]).all():
-                raise DataError(
-                    f"segment {segment.episode_id}/{segment.segment_index}: {name} holds NaN or infinity within its "
-                    f"{valid} valid steps; every number must be finite. Fix the sensor or end the episode before it."
-                )
-        images = {name: np.ascontiguousarray(segment.images[name][:valid]).tobytes() for name in self.frame_bytes}
-        return EncodedSegment(row=row.tobytes(), images=images)
+            steps[:, layout.proprio] = segment.proprio[:valid]
+            steps[:, layout.actions] = segment.actions[:valid]
+            steps[:, layout.target_actions] = segment.target_actions[:valid]
+            steps[:, layout.reward] = segment.rewards[:valid]
+        if not np.isfinite(steps).all():
+            raise DataError(_not_finite(segment, steps, layout))
+        steps[:, layout.intervention] = segment.interventions[:valid]
+        to_end = steps[::-1, layout.reward].cumsum(dtype=np.float64)[::-1]
+        steps[:, layout.segment_return] = to_end
+        steps[:, layout.segment_return + 1] = to_end - steps[:, layout.segment_return]
+        fields = (
+            *texts,
+            segment.segment_index,
+            segment.policy_version,
+            valid,
+            SOURCES.index(segment.source),
+            segment.is_last,
+            segment.success,
+        )
+        checksums = [xxhash.xxh3_64_intdigest(data) for data in images.values()]
+        self._fields.pack_into(row, self._fields_offset, *fields, 0, *checksums)
+        struct.pack_into("<Q", row, self._checksum_offset, xxhash.xxh3_64_intdigest(row))
+        return EncodedSegment(row=bytes(row), images=images, segment_return=float(to_end[0]))
 
     def decode(self, row: bytes, images: Mapping[str, bytes] | None = None) -> Segment:
         """Inverse of ``encode``; arrays are read-only views of ``row``, the images are copies.
 
         Raises:
-            IntegrityError: wrong size, header, or a field that no encoder writes.
+            IntegrityError: wrong size, header or checksum, or a field that no encoder writes.
         """
         record = self.decode_rows([row])[0]
         length = int(record["length"])
@@ -102,9 +179,9 @@ class SegmentCodec:
             texts = {name: record[name].decode() for name in _TEXT_BYTES}
         except UnicodeDecodeError as error:
             raise IntegrityError(f"row with text that is not UTF-8 ({error}); append the segment again") from error
-        frames = self._decode_images(images or {}, length)
+        steps, layout = record["steps"], self.layout
         try:
-            return Segment(
+            segment = Segment(
                 **texts,
                 segment_index=int(record["segment_index"]),
                 policy_version=int(record["policy_version"]),
@@ -112,21 +189,32 @@ class SegmentCodec:
                 is_last=bool(record["is_last"]),
                 success=bool(record["success"]),
                 length=length,
-                proprio=record["proprio"],
-                actions=record["actions"],
-                target_actions=record["target_actions"],
-                rewards=record["rewards"],
-                interventions=record["interventions"].view(bool),
-                images=frames,
+                proprio=steps[:, layout.proprio],
+                actions=steps[:, layout.actions],
+                target_actions=steps[:, layout.target_actions],
+                rewards=steps[:, layout.reward],
+                interventions=steps[:, layout.intervention] != 0,
+                images=self._unpack_images(record, images or {}, length),
             )
         except DataError as error:
             raise IntegrityError(f"row that no encoder writes ({error}); append the segment again") from error
+        self._require_checksum(row, record)
+        return segment
+
+    def _require_checksum(self, row: bytes, record: np.void) -> None:
+        blank = bytearray(row)
+        blank[self._checksum_offset : self._checksum_offset + 8] = bytes(8)
+        if xxhash.xxh3_64_intdigest(blank) != int(record["checksum"]):
+            raise IntegrityError(
+                f"row of {record['episode_id'].decode()!r}/{record['segment_index']} differs from its checksum; the "
+                "bytes were damaged, append the segment again"
+            )
 
     def decode_rows(self, rows: Sequence[bytes]) -> Array:
         """Structured (N,) view of one joined copy of ``rows``; fields named as in ``row_dtype``.
 
-        Shapes: ``proprio`` (N, T, P), ``actions`` and ``target_actions`` (N, T, A), ``rewards`` and
-        ``interventions`` (N, T), the rest (N,). ``source`` indexes ``core.types.SOURCES``.
+        Shapes: ``steps`` (N, T, D), see ``layout``, ``image_checksums`` (N, cameras), the rest (N,). ``source`` indexes
+        ``core.types.SOURCES``.
 
         Raises:
             IntegrityError: a row of another size, or with another header.
@@ -147,23 +235,16 @@ class SegmentCodec:
         return joined.reshape(-1).view(self.row_dtype)
 
     def _require_shapes(self, segment: Segment) -> None:
-        expected = {
-            "proprio": (self.num_steps, self.spec.proprio_dim),
-            "actions": (self.num_steps, self.spec.action_dim),
-            "target_actions": (self.num_steps, self.spec.action_dim),
-            "rewards": (self.num_steps,),
-            "interventions": (self.num_steps,),
-        }
-        for name, shape in expected.items():
+        for name, shape in self._shapes.items():
             if getattr(segment, name).shape != shape:
                 raise DataError(
                     f"segment {segment.episode_id}/{segment.segment_index}: {name} has shape "
                     f"{getattr(segment, name).shape}, spec {self.spec.name!r} with T = {self.num_steps} expects {shape}"
                 )
-        if set(segment.images) != set(self.frame_bytes):
+        if set(segment.images) != set(self.image_codecs):
             raise DataError(
                 f"segment {segment.episode_id}/{segment.segment_index} has cameras {sorted(segment.images)}, spec "
-                f"{self.spec.name!r} expects {sorted(self.frame_bytes)}; send every camera of the spec and no other"
+                f"{self.spec.name!r} expects {sorted(self.image_codecs)}; send every camera of the spec and no other"
             )
         for camera in self.spec.cameras:
             frames = segment.images[camera.name]
@@ -174,19 +255,34 @@ class SegmentCodec:
                     f"{frames.dtype} frames of shape {frames.shape}, expected uint8 of {shape}"
                 )
 
-    def _decode_images(self, images: Mapping[str, bytes], length: int) -> dict[str, Array]:
-        decoded = {}
-        for camera in self.spec.cameras:
-            data = images.get(camera.name, b"")
-            if len(data) != length * self.frame_bytes[camera.name]:
+    def _unpack_images(self, record: np.void, images: Mapping[str, bytes], length: int) -> dict[str, Array]:
+        unpacked = {}
+        for number, (name, codec) in enumerate(self.image_codecs.items()):
+            data = images.get(name, b"")
+            frames = codec.unpack(data, length)
+            if xxhash.xxh3_64_intdigest(data) != int(record["image_checksums"][number]):
                 raise IntegrityError(
-                    f"camera {camera.name!r} has {len(data)} bytes, expected {length} frames of "
-                    f"{self.frame_bytes[camera.name]}; fetch the images of the same segment as the row"
+                    f"camera {name!r}: the frames differ from their checksum; the bytes were damaged, or belong to "
+                    "another segment than the row"
                 )
-            frames = np.zeros((self.num_steps, camera.height, camera.width, 3), np.uint8)
-            frames[:length] = np.frombuffer(data, np.uint8).reshape(length, camera.height, camera.width, 3)
-            decoded[camera.name] = frames
-        return decoded
+            padded = np.zeros((self.num_steps, *frames.shape[1:]), np.uint8)
+            padded[:length] = frames
+            unpacked[name] = padded
+        return unpacked
+
+
+def _not_finite(segment: Segment, steps: Array, layout: StepLayout) -> str:
+    columns = {
+        "proprio": layout.proprio,
+        "actions": layout.actions,
+        "target_actions": layout.target_actions,
+        "rewards": layout.reward,
+    }
+    bad = [name for name, where in columns.items() if not np.isfinite(steps[:, where]).all()]
+    return (
+        f"segment {segment.episode_id}/{segment.segment_index}: {' and '.join(bad)} holds NaN or infinity within its "
+        f"{segment.length} valid steps; every number must be finite. Fix the sensor or end the episode before it."
+    )
 
 
 def _text_bytes(name: str, text: str, capacity: int) -> bytes:
@@ -198,14 +294,8 @@ def _text_bytes(name: str, text: str, capacity: int) -> bytes:
     return data
 
 
-def _schema(spec: EnvSpec, num_steps: int) -> pa.Schema:
+def _schema(spec: EnvSpec, num_steps: int, layout: StepLayout) -> pa.Schema:
     """Every column has a fixed width, so that every row has one and the same layout."""
-    floats = {
-        "proprio": num_steps * spec.proprio_dim,
-        "actions": num_steps * spec.action_dim,
-        "target_actions": num_steps * spec.action_dim,
-        "rewards": num_steps,
-    }
     return pa.schema(
         [
             *(pa.field(name, pa.binary(size), nullable=False) for name, size in _TEXT_BYTES.items()),
@@ -215,10 +305,17 @@ def _schema(spec: EnvSpec, num_steps: int) -> pa.Schema:
             pa.field("source", pa.uint8(), nullable=False),
             pa.field("is_last", pa.uint8(), nullable=False),
             pa.field("success", pa.uint8(), nullable=False),
-            *(pa.field(name, _fixed_list(pa.float32(), size), nullable=False) for name, size in floats.items()),
-            pa.field("interventions", _fixed_list(pa.uint8(), num_steps), nullable=False),
+            pa.field("checksum", pa.uint64(), nullable=False),
+            pa.field("image_checksums", _fixed_list(pa.uint64(), len(spec.cameras)), nullable=False),
+            pa.field("steps", _fixed_list(pa.float32(), num_steps * layout.num_columns), nullable=False),
         ],
-        metadata={"layout": _LAYOUT_VERSION, "spec": spec.digest, "num_steps": str(num_steps)},
+        metadata={
+            "layout": _LAYOUT_VERSION,
+            "spec": spec.digest,
+            "num_steps": str(num_steps),
+            "step_columns": layout.describe(),
+            "checksums": "XXH3-64; the row's own over the row with this field zero",
+        },
     )
 
 
@@ -226,14 +323,14 @@ def _fixed_list(value: pa.DataType, size: int) -> pa.DataType:
     return pa.list_(pa.field("item", value, nullable=False), size)
 
 
-def _constant_layout(schema: pa.Schema, spec: EnvSpec, num_steps: int) -> tuple[Array, np.dtype, int]:
+def _constant_layout(schema: pa.Schema, num_steps: int, layout: StepLayout) -> tuple[Array, np.dtype, int]:
     """An all-zero row as (row_bytes,) uint8, the structured dtype of its columns, and the size of its header."""
     columns = []
     for column in schema:
         if pa.types.is_fixed_size_binary(column.type):
             columns.append(pa.array([b"\0" * column.type.byte_width], column.type))
         elif pa.types.is_fixed_size_list(column.type):
-            # Not FixedSizeListArray.from_arrays: for an empty list (P = 0) it divides by zero and kills the process.
+            # Not FixedSizeListArray.from_arrays: for an empty list it divides by zero and kills the process.
             columns.append(pa.array([[0] * column.type.list_size], column.type))
         else:
             columns.append(pa.array([0], column.type))
@@ -241,11 +338,7 @@ def _constant_layout(schema: pa.Schema, spec: EnvSpec, num_steps: int) -> tuple[
     template = np.frombuffer(message, np.uint8).copy()
     # Reading back is zero-copy, so the addresses of the buffers give the offsets without parsing the header.
     batch = pa.ipc.read_record_batch(message, schema)
-    shapes = {
-        "proprio": (num_steps, spec.proprio_dim),
-        "actions": (num_steps, spec.action_dim),
-        "target_actions": (num_steps, spec.action_dim),
-    }
+    shapes = {"steps": (num_steps, layout.num_columns)}
     names, formats, offsets = [], [], []
     for column, array in zip(schema, batch.columns, strict=True):
         kind = column.type
@@ -253,13 +346,34 @@ def _constant_layout(schema: pa.Schema, spec: EnvSpec, num_steps: int) -> tuple[
             dtype = np.dtype((np.bytes_, kind.byte_width))
         elif pa.types.is_fixed_size_list(kind):
             scalar = np.dtype(kind.value_type.to_pandas_dtype()).newbyteorder("<")
-            dtype = np.dtype((scalar, shapes.get(column.name, (num_steps,))))
+            dtype = np.dtype((scalar, shapes.get(column.name, (kind.list_size,))))
         else:
             dtype = np.dtype(kind.to_pandas_dtype()).newbyteorder("<")
-        # An empty vector (P = 0) has no buffer of its own to point at: any place in the body will do.
+        # An empty list (no camera) has no buffer of its own to point at: any place in the body will do.
         offset = array.buffers()[-1].address - message.address if dtype.itemsize else offsets[0]
         names.append(column.name)
         formats.append(dtype)
         offsets.append(offset)
-    layout = np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": len(template)})
-    return template, layout, min(offsets)
+    dtype = np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": len(template)})
+    return template, dtype, min(offsets)
+
+
+def _field(row_dtype: np.dtype, name: str) -> tuple[np.dtype, int]:
+    """Type and offset of a column."""
+    fields = cast(Mapping[str, tuple[np.dtype, int]], row_dtype.fields)
+    return fields[name][:2]
+
+
+def _packed_fields(row_dtype: np.dtype) -> tuple[struct.Struct, int]:
+    """One packer for all columns but ``steps``, in the order of the schema, and where it starts."""
+    names = [name for name in row_dtype.names or () if name != "steps" and _field(row_dtype, name)[0].itemsize]
+    start = position = _field(row_dtype, names[0])[1]
+    text = "<"
+    for name in names:
+        dtype, offset = _field(row_dtype, name)
+        assert offset >= position, "columns lie in the order of the schema"
+        text += f"{offset - position}x"
+        kind, size = dtype.base.kind, dtype.base.itemsize
+        text += f"{size}s" if kind == "S" else _STRUCT_CODES[f"{kind}{size}"] * int(np.prod(dtype.shape))
+        position = offset + dtype.itemsize
+    return struct.Struct(text), start

@@ -1,39 +1,171 @@
-"""What a table is: the settings every client of it must agree on."""
+"""What a buffer and its tables are: the settings every client of them must agree on.
+
+A buffer holds the segments of one contract, once. Tables are ways to sample them: each has a sampler, a limiter and,
+where wanted, a most number of draws, of its own.
+"""
 
 import json
+import math
 import re
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
-from vla_dist.core.errors import ConfigError
+from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.core.specs import EnvSpec
+from vla_dist.data.image_codec import RAW, ImageEncoding
 from vla_dist.data.segment_codec import SegmentCodec
 from vla_dist.replay.limiter import LimiterConfig
+
+Stratum = Literal["demo", "intervention", "success", "failure"]
+STRATA: tuple[Stratum, ...] = ("demo", "intervention", "success", "failure")
+"""Experts and persons; policies that a person corrected; policies that succeeded; and that did not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """Each step of the complete episodes is as likely as any other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recency:
+    """A step's probability halves with every ``half_life_steps`` steps that were completed after it."""
+
+    half_life_steps: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.half_life_steps) and self.half_life_steps > 0):
+            raise ConfigError(f"half_life_steps {self.half_life_steps} must be above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stratified:
+    """Shares of the strata, uniform over steps within each; the share of an empty one goes to the others."""
+
+    shares: Mapping[Stratum, float]
+
+    def __post_init__(self) -> None:
+        unknown = set(self.shares) - set(STRATA)
+        if unknown:
+            raise ConfigError(f"strata {sorted(unknown)} must be among {', '.join(STRATA)}")
+        _require_shares("strata", {str(stratum): share for stratum, share in self.shares.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByTask:
+    """Shares of the tasks, uniform over steps within each; the share of an absent one goes to the others."""
+
+    shares: Mapping[str, float] | None = None
+    """None: all tasks alike."""
+
+    def __post_init__(self) -> None:
+        if self.shares is not None:
+            _require_shares("tasks", self.shares)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prioritised:
+    """Segments in proportion to (length x priority^alpha), uniform over steps within each.
+
+    Source: Schaul et al. 2016, "Prioritized Experience Replay", equation 1 and section 3.4, with sequences as items as
+    in Kapturowski et al. 2019 (R2D2). A segment that nobody has scored has the highest priority seen so far.
+    """
+
+    alpha: float = 0.6
+    beta: float = 0.4
+    """Of the importance weights (N P(i))^-beta, scaled so that the largest weight of a batch is 1."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{name} {value} must be within 0..1")
+
+
+@dataclass(frozen=True, slots=True)
+class Fifo:
+    """Whole episodes, each once, to a group of consumers; read by ``EpisodeQueue``."""
+
+
+Sampler = Uniform | Recency | Stratified | ByTask | Prioritised | Fifo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableConfig:
-    """One named table."""
+    """One way to sample the buffer."""
 
     name: str = "default"
     """Letters, digits, ``.``, ``_`` and ``-``, at most 64."""
+    sampler: Sampler = field(default_factory=Uniform)
+    """Its numbers are a reader's own choice; only the kind is agreed on."""
+    limiter: LimiterConfig = field(default_factory=LimiterConfig)
+    """In force until ``override_limiter``."""
+    max_draws: int | None = None
+    """Windows that may end in one segment; then it is removed from this table, and from memory when every table has
+    removed it. None: only the capacity removes."""
+
+    def __post_init__(self) -> None:
+        _require_name("table", self.name)
+        if self.max_draws is not None and self.max_draws < 1:
+            raise ConfigError(f"table {self.name!r}: max_draws {self.max_draws} must be at least 1, or None")
+        if self.max_draws is not None and isinstance(self.sampler, Fifo):
+            raise ConfigError(f"table {self.name!r}: a FIFO table gives each episode once; leave max_draws out")
+
+    @property
+    def kind(self) -> str:
+        return type(self.sampler).__name__.lower()
+
+    def packed(self) -> bytes:
+        """The table's part of the server's state, see ``functions.lua``."""
+        queue = isinstance(self.sampler, Fifo)
+        limiter = self.limiter
+        return struct.pack(
+            "<13d",
+            limiter.min_steps,
+            ratio_field(limiter.samples_per_insert),
+            limiter.error_buffer_steps,
+            1 if queue else self.max_draws or 0,
+            isinstance(self.sampler, Prioritised),
+            queue,
+            *(0, 0, 0, 0, 0),
+            1.0,  # The priority of a segment before anything was scored.
+            0,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferConfig:
+    """The segments, and the tables over them."""
+
+    name: str = "default"
+    """As a table's; buffers of one server are told apart by it."""
     num_steps: int = 32
     """T, rows of every segment."""
     context_steps: int = 20
     """K, steps of a sampled window. A reader's own choice: not part of what clients must agree on."""
     capacity_steps: int = 1_000_000
     """Valid steps kept; the episode that began first is evicted first, whole."""
-    limiter: LimiterConfig = field(default_factory=LimiterConfig)
-    """In force until ``override_limiter``."""
     remembered_episodes: int = 100_000
     """Evicted episodes whose late retries are still recognised as duplicates."""
+    image_encodings: Mapping[str, ImageEncoding] = field(default_factory=dict[str, ImageEncoding])
+    """camera -> how its frames are stored; raw where not given."""
+    tables: tuple[TableConfig, ...] = field(default_factory=lambda: (TableConfig(),))
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.name):
-            raise ConfigError(f"table name {self.name!r} must be 1 to 64 letters, digits, '.', '_' or '-'")
+        _require_name("buffer", self.name)
         for name in ("num_steps", "context_steps", "capacity_steps", "remembered_episodes"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"table {self.name!r}: {name} {getattr(self, name)} must be at least 1")
+                raise ConfigError(f"buffer {self.name!r}: {name} {getattr(self, name)} must be at least 1")
+        names = [table.name for table in self.tables]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"buffer {self.name!r}: tables {names} must be at least one, each with its own name")
+
+    def table_index(self, name: str) -> int:
+        """Raises NotFound with the tables there are."""
+        names = [table.name for table in self.tables]
+        if name not in names:
+            raise NotFound(f"no table {name!r} in buffer {self.name!r}; it has {', '.join(names)}")
+        return names.index(name)
 
     def require_capacity(self, spec: EnvSpec) -> None:
         """Refuse a capacity at which sampling could never start.
@@ -45,49 +177,93 @@ class TableConfig:
         Raises:
             ConfigError: too small, with the smallest capacity that works.
         """
-        needed = self.limiter.min_steps + 2 * spec.max_episode_steps
-        if self.capacity_steps < needed:
-            raise ConfigError(
-                f"table {self.name!r}: capacity_steps {self.capacity_steps} must be at least {needed}: min_steps "
-                f"{self.limiter.min_steps} plus two episodes of {spec.max_episode_steps} steps, one open and one just "
-                "evicted; with less the limiter might wait for ever for complete episodes"
-            )
+        for table in self.tables:
+            needed = table.limiter.min_steps + 2 * spec.max_episode_steps
+            if self.capacity_steps < needed:
+                raise ConfigError(
+                    f"buffer {self.name!r}: capacity_steps {self.capacity_steps} must be at least {needed}: min_steps "
+                    f"{table.limiter.min_steps} of table {table.name!r} plus two episodes of {spec.max_episode_steps} "
+                    "steps, one open and one just evicted; with less the limiter might wait for ever for complete "
+                    "episodes"
+                )
 
-    def identity(self, spec: EnvSpec, codec: SegmentCodec) -> str:
+    def identity(self, spec: EnvSpec, codec: SegmentCodec, *, images_apart: bool) -> str:
         """JSON of what clients must agree on."""
+        encodings = {c.name: str(self.image_encodings.get(c.name, RAW)) for c in spec.cameras}
+        tables = [
+            {
+                "name": table.name,
+                "kind": table.kind,
+                "max_draws": table.max_draws,
+                "min_steps": table.limiter.min_steps,
+                "samples_per_insert": table.limiter.samples_per_insert,
+                "error_buffer_steps": table.limiter.error_buffer_steps,
+            }
+            for table in self.tables
+        ]
         fields = {
             "spec": spec.digest,
             "schema": codec.schema_id,
             "num_steps": self.num_steps,
             "capacity_steps": self.capacity_steps,
-            "min_steps": self.limiter.min_steps,
-            "samples_per_insert": self.limiter.samples_per_insert,
-            "error_buffer_steps": self.limiter.error_buffer_steps,
             "remembered_episodes": self.remembered_episodes,
+            "image_encodings": encodings,
+            "images_apart": images_apart,
+            "tables": tables,
         }
         return json.dumps(fields, sort_keys=True)
 
-    def stored_fields(self, spec: EnvSpec) -> dict[str, Any]:
-        """What the server's functions read; the spec's JSON is kept so that a stranger can decode the rows."""
-        return {
-            "num_steps": self.num_steps,
-            "capacity_steps": self.capacity_steps,
-            "min_steps": self.limiter.min_steps,
-            "samples_per_insert": ratio_field(self.limiter.samples_per_insert),
-            "error_buffer_steps": repr(float(self.limiter.error_buffer_steps)),
-            "remembered_episodes": self.remembered_episodes,
-            "num_cameras": len(spec.cameras),
-            "spec_json": spec.to_json(),
-        }
+    def packed(self, spec: EnvSpec, *, images_apart: bool) -> bytes:
+        """The server's state of an empty buffer, see ``functions.lua``."""
+        cameras_here = 0 if images_apart else len(spec.cameras)
+        head = struct.pack("<14d", self.capacity_steps, self.remembered_episodes, cameras_here, *([0] * 11))
+        return head + b"".join(table.packed() for table in self.tables)
 
 
-def ratio_field(samples_per_insert: float | None) -> str:
+def buffer_from_identity(name: str, identity: str) -> BufferConfig:
+    """The config of a buffer somebody else created, for tools that only have its URL and name.
+
+    Samplers carry default numbers: those are a reader's own choice.
+    """
+    stored = json.loads(identity)
+    kinds: dict[str, Sampler] = {
+        "uniform": Uniform(),
+        "recency": Recency(half_life_steps=100_000),
+        "stratified": Stratified(shares=dict.fromkeys(STRATA, 1.0)),
+        "bytask": ByTask(),
+        "prioritised": Prioritised(),
+        "fifo": Fifo(),
+    }
+    tables = tuple(
+        TableConfig(
+            name=fields["name"],
+            sampler=kinds[fields["kind"]],
+            max_draws=fields["max_draws"],
+            limiter=LimiterConfig(
+                min_steps=fields["min_steps"],
+                samples_per_insert=fields["samples_per_insert"],
+                error_buffer_steps=fields["error_buffer_steps"],
+            ),
+        )
+        for fields in stored["tables"]
+    )
+    return BufferConfig(
+        name=name,
+        num_steps=stored["num_steps"],
+        capacity_steps=stored["capacity_steps"],
+        remembered_episodes=stored["remembered_episodes"],
+        image_encodings={camera: ImageEncoding.parse(text) for camera, text in stored["image_encodings"].items()},
+        tables=tables,
+    )
+
+
+def ratio_field(samples_per_insert: float | None) -> float:
     """-1 stands for no ratio."""
-    return "-1" if samples_per_insert is None else repr(float(samples_per_insert))
+    return -1.0 if samples_per_insert is None else float(samples_per_insert)
 
 
 def require_same_identity(name: str, mine: str, stored: str) -> None:
-    """Raise ConfigError naming each field in which a client differs from the table as it was created."""
+    """Raise ConfigError naming each field in which a client differs from the buffer as it was created."""
     if mine == stored:
         return
     ours, theirs = json.loads(mine), json.loads(stored)
@@ -97,6 +273,17 @@ def require_same_identity(name: str, mine: str, stored: str) -> None:
         if ours.get(key) != theirs.get(key)
     ]
     raise ConfigError(
-        f"table {name!r} was created with another configuration: {'; '.join(differing)} (yours against the table's). "
-        "Use the table's, another table name, or override_limiter() for the limiter"
+        f"buffer {name!r} was created with another configuration: {'; '.join(differing)} (yours against the buffer's). "
+        "Use the buffer's, another name, or override_limiter() for a limiter"
     )
+
+
+def _require_name(what: str, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
+        raise ConfigError(f"{what} name {name!r} must be 1 to 64 letters, digits, '.', '_' or '-'")
+
+
+def _require_shares(what: str, shares: Mapping[str, float]) -> None:
+    bad = {name: share for name, share in shares.items() if not (math.isfinite(share) and share >= 0)}
+    if bad or not shares or sum(shares.values()) <= 0:
+        raise ConfigError(f"shares of {what} {dict(shares)} must be 0 or more, and not all 0")

@@ -1,50 +1,92 @@
 #!lua name=vla_replay_DIGEST
--- One replay table. Everything that must be atomic happens here; payloads never pass through.
+-- What must happen at once: taking a segment in, making room for it, and the limiters. Loaded under a name that holds
+-- a digest of this file, so that clients of different versions do not overwrite each other's functions.
 --
--- KEYS[1] is always {buffer:NAME}:state, and every other key of the table starts with the same {buffer:NAME}: tag.
---   config    hash    capacity_steps, num_steps, min_steps, samples_per_insert (-1: none), error_buffer_steps,
---                     remembered_episodes, and `identity`, the JSON that every client must agree with
---   state     hash    the counters named in COUNTERS
---   row:S     string  encoded segment in slot S;   image:C:S  frames of camera number C of the same segment
---   meta      string  one RECORD per slot
---   pool      string  the slots of complete episodes, 4 bytes each, dense: a draw is uniform over it
---   free      list    slots to use again
---   episodes  hash    episode id -> EPISODE record, task, and 4 bytes for each segment index: its slot, NOT_SEEN or
---                     GONE; kept for a while after eviction, so that late retries are known
---   order     zset    episode id by order of first insertion; evicted from the front
---   evicted   list    ids of evicted episodes, oldest first
---   steps_by_source, episodes_by_task  hashes
---   stage:*   strings on their way in; they expire by themselves when their writer dies
+-- Payloads never pass through here: a client writes them under their final names with an expiry, and `commit` takes the
+-- expiry away. Nothing is drawn here either: clients hold a copy of the index and follow the streams below.
+--
+-- Keys under one prefix "{buffer:NAME}:". Completions, 1, 2, 3, ..., number the episodes in the order they became whole;
+-- rows number the segments of complete episodes in the same order; both are never used again.
+--   state                 packed counters: HEAD, then TABLE for each table
+--   config                hash: what clients must agree on
+--   row:DIGEST:I          payload of segment I of the episode whose id has this digest
+--   image:DIGEST:I:C      frames of camera C; on this server only if state.cameras_here > 0
+--   episodes              hash: episode id -> packed EPISODE, task, and for each index (unless complete) SEGMENT
+--   order                 list of episode ids as they began; evicted ones may still stand in it
+--   evicted               list of episode ids that are still remembered for the sake of late retries
+--   completed             hash: completion -> episode id
+--   live                  stream, id COMPLETION-0: one entry for each complete episode that is stored
+--   gone                  stream, id N-0: packed completions that left
+--   by                    hash: counters of complete episodes by task and steps by source
+-- and for each table that needs them:
+--   priorities:TABLE      packed float at row mod capacity; the highest so far until somebody scores it
+--   draws:TABLE           packed count at row mod capacity
+--   used:TABLE            hash: completion -> steps of it that may not be drawn any more
+--   events:TABLE          stream, id N-0: field p: packed rows and priorities; field x: packed rows that are used up
 
-local RECORD = '<c64I4I4i4i4I4BBBBdddd'
-local RECORD_BYTES = 120
-local EPISODE = '<i4I4I4BBdI4'
+local HEAD = {'capacity', 'remembered', 'cameras_here', 'archiving', 'archived', 'steps', 'complete', 'completion', 'row',
+              'gone', 'inserted', 'duplicates', 'evicted_steps', 'broken'}
+local TABLE = {'min_steps', 'ratio', 'buffer', 'max_draws', 'prioritised', 'queue', 'drawable', 'balance', 'sampled',
+               'inserts_waited', 'samples_waited', 'max_priority', 'events'}
+-- Written out: while this file is loaded nothing but Lua's own syntax is there.
+local HEAD_FORMAT, TABLE_FORMAT = '<dddddddddddddd', '<ddddddddddddd'
+-- completion (0: not complete), last index (-1: not seen yet), segments seen, steps, status, success, source,
+-- intervened, digest, bytes of the task
+local EPISODE = '<di4I4I4BBBBc16I2'
 local OPEN, COMPLETE, EVICTED = 0, 1, 2
-local NOT_SEEN, GONE = -1, -2
-local COUNTERS = {'steps', 'drawable', 'pool', 'slots', 'next_order', 'inserted', 'sampled', 'duplicates',
-                  'inserts_waited', 'samples_waited', 'evicted_steps', 'broken', 'complete', 'balance'}
+local SEGMENT = '<dd' -- sum of rewards (NaN: not seen), policy version
+-- digest, index, length, is last, success, source, intervened, policy version, sum of rewards, bytes of the id and task
+local ARRIVAL = '<c16I4I4BBBBddI2I2'
+-- completion, first row, length, segments, source, success, intervened, unused, completed at, digest, bytes of the id,
+-- task and instruction
+local LIVE = '<ddI4I4BBBBdc16I2I2I2'
+local STAGE_MS = 60000
+local GONE_KEPT, EVENTS_KEPT = 65536, 4096
+local MOST_KEYS = 4000
 
 local function number(text) return string.format('%.17g', text) end
 
-local function open_table(keys)
-  local t = {prefix = string.sub(keys[1], 1, -6), state = {}, config = {}}
-  local values = redis.call('HMGET', keys[1], unpack(COUNTERS))
-  for i, name in ipairs(COUNTERS) do t.state[name] = tonumber(values[i] or 0) end
-  local names = {'capacity_steps', 'num_steps', 'min_steps', 'samples_per_insert', 'error_buffer_steps',
-                 'remembered_episodes', 'num_cameras'}
-  values = redis.call('HMGET', t.prefix .. 'config', unpack(names))
-  if not values[1] then error('NOTABLE no table at ' .. t.prefix) end
-  for i, name in ipairs(names) do t.config[name] = tonumber(values[i]) end
-  return t
+local function unpack_into(names, format, packed, at)
+  local values, out = {struct.unpack(format, packed, at)}, {}
+  for i, name in ipairs(names) do out[name] = values[i] end
+  return out
 end
 
-local function save(t)
-  local pairs_ = {}
-  for _, name in ipairs(COUNTERS) do
-    pairs_[#pairs_ + 1] = name
-    pairs_[#pairs_ + 1] = number(t.state[name])
+local function pack_from(names, format, values)
+  local list = {}
+  for i, name in ipairs(names) do list[i] = values[name] end
+  return struct.pack(format, unpack(list))
+end
+
+local function open_buffer(keys)
+  local packed = redis.call('GET', keys[1])
+  if not packed then error('NOBUFFER nothing at ' .. keys[1]) end
+  local b = {key = keys[1], prefix = string.sub(keys[1], 1, -6), left = {}, evicted = {}, tables = {}}
+  b.s = unpack_into(HEAD, HEAD_FORMAT, packed, 1)
+  for at = 8 * #HEAD + 1, #packed, 8 * #TABLE do
+    local t = unpack_into(TABLE, TABLE_FORMAT, packed, at)
+    t.index = #b.tables
+    b.tables[#b.tables + 1] = t
   end
-  redis.call('HSET', t.prefix .. 'state', unpack(pairs_))
+  return b
+end
+
+local function save(b)
+  if #b.left > 0 then
+    b.s.gone = b.s.gone + 1
+    redis.call('XADD', b.prefix .. 'gone', 'MAXLEN', '~', GONE_KEPT, number(b.s.gone) .. '-0', 'c',
+      struct.pack('<' .. string.rep('d', #b.left), unpack(b.left)))
+  end
+  local parts = {pack_from(HEAD, HEAD_FORMAT, b.s)}
+  for i, t in ipairs(b.tables) do parts[i + 1] = pack_from(TABLE, TABLE_FORMAT, t) end
+  redis.call('SET', b.key, table.concat(parts))
+end
+
+local function table_key(b, kind, t) return b.prefix .. kind .. ':' .. t.index end
+
+local function announce(b, t, field, packed)
+  t.events = t.events + 1
+  redis.call('XADD', table_key(b, 'events', t), 'MAXLEN', '~', EVENTS_KEPT, number(t.events) .. '-0', field, packed)
 end
 
 local function now_s()
@@ -52,333 +94,416 @@ local function now_s()
   return tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
 
-local function read_record(t, slot)
-  local at = slot * RECORD_BYTES
-  local packed = redis.call('GETRANGE', t.prefix .. 'meta', at, at + RECORD_BYTES - 1)
-  local r = {}
-  r.id, r.index, r.length, r.prev, r.position, r.episode_length, r.source, r.success, r.is_last, r.unused,
-    r.reward_sum, r.tail_return, r.version, r.inserted_at = struct.unpack(RECORD, packed)
-  return r
-end
-
-local function write_record(t, slot, r)
-  redis.call('SETRANGE', t.prefix .. 'meta', slot * RECORD_BYTES, struct.pack(RECORD, r.id, r.index, r.length, r.prev,
-    r.position, r.episode_length, r.source, r.success, r.is_last, 0, r.reward_sum, r.tail_return, r.version,
-    r.inserted_at))
-end
-
-local function read_episode(t, id)
-  local packed = redis.call('HGET', t.prefix .. 'episodes', id)
+local function read_episode(b, id)
+  local packed = redis.call('HGET', b.prefix .. 'episodes', id)
   if not packed then return nil end
-  local e = {}
-  local task_bytes, after
-  e.last_index, e.seen, e.steps, e.status, e.success, e.order, task_bytes, after = struct.unpack(EPISODE, packed)
+  local e, task_bytes, after = {}, nil, nil
+  e.completion, e.last_index, e.seen, e.steps, e.status, e.success, e.source, e.intervened, e.digest, task_bytes, after =
+    struct.unpack(EPISODE, packed)
   e.task = string.sub(packed, after, after + task_bytes - 1)
-  e.slots = string.sub(packed, after + task_bytes)
+  e.segments = string.sub(packed, after + task_bytes)
   return e
 end
 
-local function write_episode(t, id, e)
-  redis.call('HSET', t.prefix .. 'episodes', id, struct.pack(EPISODE, e.last_index, e.seen, e.steps, e.status,
-    e.success, e.order, #e.task) .. e.task .. e.slots)
+local function write_episode(b, id, e)
+  redis.call('HSET', b.prefix .. 'episodes', id, struct.pack(EPISODE, e.completion, e.last_index, e.seen, e.steps,
+    e.status, e.success, e.source, e.intervened, e.digest, #e.task) .. e.task .. e.segments)
 end
 
-local function num_segments(e) return #e.slots / 4 end
+local function num_segments(e) return e.last_index >= 0 and e.last_index + 1 or #e.segments / 16 end
 
-local function slot_of(e, index)
-  if index >= num_segments(e) then return NOT_SEEN end
-  return (struct.unpack('<i4', e.slots, index * 4 + 1))
+local function is_seen(e, index)
+  if e.last_index >= 0 and e.seen == e.last_index + 1 then return index <= e.last_index end
+  if index * 16 >= #e.segments then return false end
+  local sum = struct.unpack('<d', e.segments, index * 16 + 1)
+  return sum == sum
 end
 
-local function set_slot(e, index, slot)
-  local missing = index + 1 - num_segments(e)
-  if missing > 0 then e.slots = e.slots .. string.rep('\255\255\255\255', missing) end
-  e.slots = string.sub(e.slots, 1, index * 4) .. struct.pack('<i4', slot) .. string.sub(e.slots, index * 4 + 5)
+local function set_segment(e, index, sum, version)
+  local missing = index + 1 - #e.segments / 16
+  if missing > 0 then e.segments = e.segments .. string.rep(struct.pack(SEGMENT, 0 / 0, 0), missing) end
+  e.segments = string.sub(e.segments, 1, index * 16) .. struct.pack(SEGMENT, sum, version) ..
+    string.sub(e.segments, index * 16 + 17)
 end
 
-local function has_all(e) return e.last_index >= 0 and e.seen == e.last_index + 1 end
-
-local function pool_read(t, position)
-  local packed = redis.call('GETRANGE', t.prefix .. 'pool', position * 4, position * 4 + 3)
-  return (struct.unpack('<I4', packed))
-end
-
-local function pool_write(t, position, slot)
-  redis.call('SETRANGE', t.prefix .. 'pool', position * 4, struct.pack('<I4', slot))
-end
-
--- The last entry moves into the gap, so the pool stays dense.
-local function pool_remove(t, position)
-  local last = t.state.pool - 1
-  if position ~= last then
-    local moved = pool_read(t, last)
-    pool_write(t, position, moved)
-    local r = read_record(t, moved)
-    r.position = position
-    write_record(t, moved, r)
-  end
-  t.state.pool = last
-end
-
--- A whole episode goes at once: with its first segment gone, returns and windows of the rest would be incomplete.
-local function evict(t, id)
-  local p, e = t.prefix, read_episode(t, id)
-  for index = 0, num_segments(e) - 1 do
-    local slot = slot_of(e, index)
-    if slot >= 0 then
-      local r = read_record(t, slot)
-      if r.position >= 0 then
-        pool_remove(t, r.position)
-        t.state.drawable = t.state.drawable - r.length
-      end
-      local names = {p .. 'row:' .. slot}
-      for camera = 0, t.config.num_cameras - 1 do names[#names + 1] = p .. 'image:' .. camera .. ':' .. slot end
-      redis.call('UNLINK', unpack(names))
-      redis.call('RPUSH', p .. 'free', slot)
-      redis.call('HINCRBY', p .. 'steps_by_source', r.source, -r.length)
-      set_slot(e, index, GONE)
+local function payload_names(b, digest, first, last)
+  local names = {}
+  for index = first, last do
+    names[#names + 1] = b.prefix .. 'row:' .. digest .. ':' .. index
+    for camera = 0, b.s.cameras_here - 1 do
+      names[#names + 1] = b.prefix .. 'image:' .. digest .. ':' .. index .. ':' .. camera
     end
   end
-  if e.status == COMPLETE then
-    redis.call('HINCRBY', p .. 'episodes_by_task', e.task, -1)
-    t.state.complete = t.state.complete - 1
-  else
-    t.state.broken = t.state.broken + 1
-  end
-  t.state.steps = t.state.steps - e.steps
-  t.state.evicted_steps = t.state.evicted_steps + e.steps
-  e.status, e.steps = EVICTED, 0
-  write_episode(t, id, e)
-  redis.call('ZREM', p .. 'order', id)
-  redis.call('RPUSH', p .. 'evicted', id)
-  if redis.call('LLEN', p .. 'evicted') > t.config.remembered_episodes then
-    redis.call('HDEL', p .. 'episodes', redis.call('LPOP', p .. 'evicted'))
-  end
-end
-
-local function take_slot(t)
-  local slot = redis.call('LPOP', t.prefix .. 'free')
-  if slot then return tonumber(slot) end
-  t.state.slots = t.state.slots + 1
-  return t.state.slots - 1
-end
-
--- Every segment is there: give each what it needs to be drawn, from the last to the first.
-local function complete(t, e)
-  local tail = 0
-  for index = e.last_index, 0, -1 do
-    local slot = slot_of(e, index)
-    local r = read_record(t, slot)
-    r.prev = index > 0 and slot_of(e, index - 1) or -1
-    r.tail_return, r.episode_length, r.success, r.position = tail, e.steps, e.success, t.state.pool
-    tail = tail + r.reward_sum
-    pool_write(t, t.state.pool, slot)
-    t.state.pool = t.state.pool + 1
-    write_record(t, slot, r)
-  end
-  t.state.drawable = t.state.drawable + e.steps
-  t.state.complete = t.state.complete + 1
-  e.status = COMPLETE
-  redis.call('HINCRBY', t.prefix .. 'episodes_by_task', e.task, 1)
-end
-
-local function wait_reply(t)
-  return {'WAIT', number(t.state.drawable), number(t.config.min_steps), number(t.state.balance),
-          number(t.config.samples_per_insert), number(t.config.error_buffer_steps), number(t.state.steps),
-          number(t.config.capacity_steps)}
-end
-
-local function stage_names(t, stage)
-  local names = {t.prefix .. 'stage:' .. stage}
-  for camera = 0, t.config.num_cameras - 1 do names[#names + 1] = names[1] .. ':' .. camera end
   return names
 end
 
--- What stops a commit: DUP, CLOSED with the last index, WAIT ..., or MISSING when the staged bytes are gone.
-local function objection(t, a, e, staged)
-  local s, c = t.state, t.config
-  if e and slot_of(e, a.index) ~= NOT_SEEN then
-    s.duplicates = s.duplicates + 1
-    save(t)
-    redis.call('UNLINK', unpack(staged))
-    return {'DUP'}
+local function unlink_payload(b, e)
+  local last = num_segments(e) - 1
+  local batch = math.max(1, math.floor(MOST_KEYS / (1 + b.s.cameras_here)))
+  for first = 0, last, batch do
+    redis.call('UNLINK', unpack(payload_names(b, e.digest, first, math.min(last, first + batch - 1))))
   end
-  if e and ((e.last_index >= 0 and a.index > e.last_index) or (a.is_last and a.index < num_segments(e) - 1)) then
-    redis.call('UNLINK', unpack(staged))
-    return {'CLOSED', e.last_index >= 0 and e.last_index or num_segments(e) - 1}
-  end
-  if c.samples_per_insert >= 0 and s.drawable >= c.min_steps and s.balance > c.error_buffer_steps then
-    if a.first_try then
-      s.inserts_waited = s.inserts_waited + 1
-      save(t)
+end
+
+-- A whole episode goes at once: without its first segment the windows of the rest would be incomplete.
+local function evict(b, id, e)
+  unlink_payload(b, e)
+  b.evicted[#b.evicted + 1] = e.digest .. struct.pack('<I4', num_segments(e))
+  if e.status == COMPLETE then
+    local completion = number(e.completion)
+    redis.call('XDEL', b.prefix .. 'live', completion .. '-0')
+    redis.call('HDEL', b.prefix .. 'completed', completion)
+    redis.call('HINCRBY', b.prefix .. 'by', 'task:' .. e.task, -1)
+    redis.call('HINCRBY', b.prefix .. 'by', 'source:' .. e.source, -e.steps)
+    b.left[#b.left + 1] = e.completion
+    b.s.complete = b.s.complete - 1
+    for _, t in ipairs(b.tables) do
+      local used = 0
+      if t.max_draws > 0 then
+        used = tonumber(redis.call('HGET', table_key(b, 'used', t), completion) or 0)
+        redis.call('HDEL', table_key(b, 'used', t), completion)
+      end
+      t.drawable = t.drawable - e.steps + used
     end
-    return wait_reply(t)
+  else
+    b.s.broken = b.s.broken + 1
   end
-  if redis.call('EXISTS', unpack(staged)) < #staged then return {'MISSING'} end
+  b.s.steps = b.s.steps - e.steps
+  b.s.evicted_steps = b.s.evicted_steps + e.steps
+  e.status, e.steps = EVICTED, 0
+  write_episode(b, id, e)
+  redis.call('RPUSH', b.prefix .. 'evicted', id)
+  if redis.call('LLEN', b.prefix .. 'evicted') > b.s.remembered then
+    redis.call('HDEL', b.prefix .. 'episodes', redis.call('LPOP', b.prefix .. 'evicted'))
+  end
 end
 
--- The staged keys become the slot's; RENAME carries their expiry along, hence PERSIST.
-local function fill_slot(t, a, staged)
-  local slot = take_slot(t)
-  local names = {t.prefix .. 'row:' .. slot}
-  for camera = 0, t.config.num_cameras - 1 do names[#names + 1] = t.prefix .. 'image:' .. camera .. ':' .. slot end
+-- The episode that began first goes first. False where it may not: the archive does not have it yet.
+local function evict_oldest(b)
+  while true do
+    local id = redis.call('LINDEX', b.prefix .. 'order', 0)
+    if not id then error('BUG steps are stored, and no episode') end
+    local e = read_episode(b, id)
+    if e and e.status == COMPLETE and b.s.archiving == 1 and e.completion > b.s.archived then return false end
+    redis.call('LPOP', b.prefix .. 'order')
+    if e and e.status ~= EVICTED then
+      evict(b, id, e)
+      return true
+    end
+  end
+end
+
+-- Values of the next n rows; the places of rows that left long ago are used again.
+local function fill_ring(b, key, n, value)
+  local at = b.s.row % b.s.capacity
+  local here = math.min(n, b.s.capacity - at)
+  redis.call('SETRANGE', key, at * 4, string.rep(value, here))
+  if here < n then redis.call('SETRANGE', key, 0, string.rep(value, n - here)) end
+end
+
+-- Every segment is there: the episode may be drawn from.
+local function complete(b, id, e, instruction)
+  local s, n = b.s, e.last_index + 1
+  s.completion, s.complete = s.completion + 1, s.complete + 1
+  e.completion, e.status = s.completion, COMPLETE
+  local completion = number(e.completion)
+  redis.call('XADD', b.prefix .. 'live', completion .. '-0', 'e',
+    struct.pack(LIVE, e.completion, s.row, e.steps, n, e.source, e.success, e.intervened, 0, now_s(), e.digest, #id,
+      #e.task, #instruction) .. id .. e.task .. instruction .. e.segments)
+  redis.call('HSET', b.prefix .. 'completed', completion, id)
+  redis.call('HINCRBY', b.prefix .. 'by', 'task:' .. e.task, 1)
+  redis.call('HINCRBY', b.prefix .. 'by', 'source:' .. e.source, e.steps)
+  for _, t in ipairs(b.tables) do
+    t.drawable = t.drawable + e.steps
+    if t.prioritised == 1 then fill_ring(b, table_key(b, 'priorities', t), n, struct.pack('<f', t.max_priority)) end
+    if t.max_draws > 0 and t.queue == 0 then fill_ring(b, table_key(b, 'draws', t), n, '\0\0\0\0') end
+  end
+  s.row = s.row + n
+  e.segments = ''
+end
+
+local function wait_reply(b, t, why)
+  return {'WAIT', why, number(t.index), number(t.drawable), number(t.min_steps), number(t.balance), number(t.ratio),
+          number(t.buffer), number(b.s.steps), number(b.s.capacity), number(b.s.completion - b.s.archived)}
+end
+
+local function insert_waits(t) return t.ratio >= 0 and t.drawable >= t.min_steps and t.balance > t.buffer end
+
+-- Takes the expiry off; false where a payload is not there, and then all expire as before.
+local function keep_payload(b, a)
+  local names = payload_names(b, a.digest, a.index, a.index)
   for i, name in ipairs(names) do
-    redis.call('RENAME', staged[i], name)
-    redis.call('PERSIST', name)
+    if redis.call('PERSIST', name) == 0 then
+      for j = 1, i - 1 do redis.call('PEXPIRE', names[j], STAGE_MS) end
+      return false
+    end
   end
-  write_record(t, slot, {
-    id = a.id .. string.rep('\0', 64 - #a.id), index = a.index, length = a.length, prev = -1, position = -1,
-    episode_length = 0, source = a.source, success = 0, is_last = a.is_last and 1 or 0, reward_sum = a.reward_sum,
-    tail_return = 0, version = a.version, inserted_at = now_s()})
-  redis.call('HINCRBY', t.prefix .. 'steps_by_source', a.source, a.length)
-  return slot
+  return true
 end
 
--- args: stage, episode id, segment index, length, is_last, success, source, policy version, sum of rewards, task,
---       1 at the first try of this append
--- Answers OK, or an objection. Segments may come in any order; the episode is complete when none is missing.
-local function commit(keys, args)
-  local t = open_table(keys)
-  local s, c = t.state, t.config
-  local a = {id = args[2], index = tonumber(args[3]), length = tonumber(args[4]), is_last = args[5] == '1',
-    success = tonumber(args[6]), source = tonumber(args[7]), version = tonumber(args[8]),
-    reward_sum = tonumber(args[9]), task = args[10], first_try = args[11] == '1'}
-  local staged = stage_names(t, args[1])
-  local refusal = objection(t, a, read_episode(t, a.id), staged)
-  if refusal then return refusal end
-
-  while s.steps > 0 and s.steps + a.length > c.capacity_steps do
-    evict(t, redis.call('ZRANGE', t.prefix .. 'order', 0, 0)[1])
+-- One segment: OK or DUP, with 1 if its episode is evicted; CLOSED with the last index, MISSING where its payload is gone, or WAIT ...
+local function take_in(b, a, first_try)
+  local s, e = b.s, read_episode(b, a.id)
+  if e and is_seen(e, a.index) then
+    s.duplicates = s.duplicates + 1
+    return {'DUP', e.status == EVICTED and '1' or '0'}
   end
-  -- Read again: making room may have evicted this very episode.
-  local e = read_episode(t, a.id)
+  if e and ((e.last_index >= 0 and a.index > e.last_index) or (a.is_last == 1 and a.index < num_segments(e) - 1)) then
+    return {'CLOSED', number(e.last_index >= 0 and e.last_index or num_segments(e) - 1)}
+  end
+  for _, t in ipairs(b.tables) do
+    if insert_waits(t) then
+      if first_try then t.inserts_waited = t.inserts_waited + 1 end
+      return wait_reply(b, t, 'limiter')
+    end
+  end
+  local made_room = false
+  while s.steps > 0 and s.steps + a.length > s.capacity do
+    if not evict_oldest(b) then return wait_reply(b, b.tables[1], 'archive') end
+    made_room = true
+  end
+  -- Making room may have evicted this very episode.
+  if made_room then e = read_episode(b, a.id) end
   if not e then
-    e = {last_index = -1, seen = 0, steps = 0, status = OPEN, success = 0, order = s.next_order, task = a.task,
-      slots = ''}
-    redis.call('ZADD', t.prefix .. 'order', number(e.order), a.id)
-    s.next_order = s.next_order + 1
+    e = {completion = 0, last_index = -1, seen = 0, steps = 0, status = OPEN, success = 0, source = a.source,
+      intervened = 0, digest = a.digest, task = a.task, segments = ''}
+    if not keep_payload(b, a) then return {'MISSING'} end
+    redis.call('RPUSH', b.prefix .. 'order', a.id)
+  elseif e.status == OPEN and not keep_payload(b, a) then
+    return {'MISSING'}
   end
   s.inserted = s.inserted + a.length
-  if c.samples_per_insert >= 0 and s.drawable >= c.min_steps then
-    s.balance = s.balance + a.length * c.samples_per_insert
+  for _, t in ipairs(b.tables) do
+    if t.ratio >= 0 and t.drawable >= t.min_steps then t.balance = t.balance + a.length * t.ratio end
   end
   e.seen = e.seen + 1
-  if a.is_last then e.last_index, e.success = a.index, a.success end
+  if a.is_last == 1 then e.last_index, e.success = a.index, a.success end
+  if a.intervened == 1 then e.intervened = 1 end
+  set_segment(e, a.index, a.sum, a.version)
   if e.status == EVICTED then
-    -- It outlived the table's capacity while open, so it can never be drawn: accepted, and evicted at once.
-    redis.call('UNLINK', unpack(staged))
+    -- It outlived the capacity while open, so it can never be drawn: accepted, and gone at once.
     s.evicted_steps = s.evicted_steps + a.length
-    set_slot(e, a.index, GONE)
   else
-    set_slot(e, a.index, fill_slot(t, a, staged))
-    e.steps = e.steps + a.length
-    s.steps = s.steps + a.length
-    if has_all(e) then complete(t, e) end
+    e.steps, s.steps = e.steps + a.length, s.steps + a.length
+    if e.seen == e.last_index + 1 then complete(b, a.id, e, a.instruction) end
   end
-  write_episode(t, a.id, e)
-  save(t)
-  return {'OK'}
+  write_episode(b, a.id, e)
+  return {'OK', e.status == EVICTED and '1' or '0'}
 end
 
--- args: windows, context steps, seed, 1 to charge the limiter (0: in place of windows that were charged), 1 at the
---       first try
--- Answers WAIT ..., or OK, the server's time, and one packed draw per window:
---   id c64, offset I4, segment index I4, episode length I4, success B, source B, version d, inserted_at d,
---   then for each segment a window can touch, the earliest first: slot i4 (-1: not needed), tail return d
-local function draw(keys, args)
-  local t = open_table(keys)
-  local s, c = t.state, t.config
-  local num, context, charge = tonumber(args[1]), tonumber(args[2]), args[4] == '1'
-  local ahead = charge and c.samples_per_insert >= 0 and s.balance < -c.error_buffer_steps
-  if s.pool < 1 or s.drawable < c.min_steps or ahead then
-    if args[5] == '1' then
-      s.samples_waited = s.samples_waited + 1
-      save(t)
-    end
-    return wait_reply(t)
+-- args: 1 at the first try of this append, then each segment as packed ARRIVAL with id, task and instruction
+-- Answers one reply for each segment up to the first WAIT or MISSING, then the digests and numbers of segments of the
+-- episodes that were evicted, so that a client can remove their images from another server.
+local function commit(keys, args)
+  local b, out = open_buffer(keys), {}
+  for i = 2, #args do
+    local a, id_bytes, task_bytes, after = {}, nil, nil, nil
+    a.digest, a.index, a.length, a.is_last, a.success, a.source, a.intervened, a.version, a.sum, id_bytes, task_bytes,
+      after = struct.unpack(ARRIVAL, args[i])
+    a.id = string.sub(args[i], after, after + id_bytes - 1)
+    a.task = string.sub(args[i], after + id_bytes, after + id_bytes + task_bytes - 1)
+    a.instruction = string.sub(args[i], after + id_bytes + task_bytes)
+    out[i - 1] = take_in(b, a, args[1] == '1')
+    local answer = out[i - 1][1]
+    if answer == 'WAIT' or answer == 'MISSING' then break end
   end
-  math.randomseed(tonumber(args[3]))
-  local span = 1 + math.ceil((context - 1) / c.num_steps)
-  local out = {}
-  for _ = 1, num do
-    local slot, offset, r
-    repeat
-      slot = pool_read(t, math.random(s.pool) - 1)
-      offset = math.random(c.num_steps) - 1
-      r = read_record(t, slot)
-    until offset < r.length
-    local segments = {struct.pack('<i4d', slot, r.tail_return)}
-    local earlier, missing = r, context - 1 - offset
-    for _ = 2, span do
-      local prev = earlier.prev
-      if missing > 0 and prev >= 0 then
-        earlier = read_record(t, prev)
-        missing = missing - earlier.length
-        table.insert(segments, 1, struct.pack('<i4d', prev, earlier.tail_return))
-      else
-        missing = 0
-        table.insert(segments, 1, struct.pack('<i4d', -1, 0))
+  save(b)
+  return {out, table.concat(b.evicted)}
+end
+
+-- args: index of the table, windows, 1 at the first try. Answers WAIT ..., or OK and the server's time.
+local function charge(keys, args)
+  local b = open_buffer(keys)
+  local t, num = b.tables[tonumber(args[1]) + 1], tonumber(args[2])
+  local ahead = t.ratio >= 0 and t.balance < -t.buffer
+  if t.drawable < math.max(1, t.min_steps) or ahead then
+    if args[3] == '1' then
+      t.samples_waited = t.samples_waited + 1
+      save(b)
+    end
+    return wait_reply(b, t, 'limiter')
+  end
+  t.sampled = t.sampled + num
+  if t.ratio >= 0 then t.balance = t.balance - num end
+  save(b)
+  return {'OK', number(now_s())}
+end
+
+-- args: index of the table, packed <dd of row and priority
+local function reprioritise(keys, args)
+  local b = open_buffer(keys)
+  local t, packed = b.tables[tonumber(args[1]) + 1], args[2]
+  local key, accepted = table_key(b, 'priorities', t), {}
+  for at = 1, #packed, 16 do
+    local row, priority = struct.unpack('<dd', packed, at)
+    -- Rows that left are older than the ring and must not touch their successors.
+    if row < b.s.row and row >= b.s.row - b.s.capacity then
+      redis.call('SETRANGE', key, (row % b.s.capacity) * 4, struct.pack('<f', priority))
+      accepted[#accepted + 1] = string.sub(packed, at, at + 15)
+      t.max_priority = math.max(t.max_priority, priority)
+    end
+  end
+  if #accepted > 0 then announce(b, t, 'p', table.concat(accepted)) end
+  save(b)
+  return #accepted
+end
+
+-- What no table may draw from is removed, unless the archive still lacks it.
+local function remove_if_used_up(b, completion, id, e)
+  local name = number(completion)
+  if b.s.archiving == 1 and completion > b.s.archived then return end
+  for _, other in ipairs(b.tables) do
+    if other.max_draws == 0 then return end
+    if tonumber(redis.call('HGET', table_key(b, 'used', other), name) or 0) < e.steps then return end
+  end
+  evict(b, id, e)
+  -- Removal by use leaves names behind in the order; those in front are dropped, a few at a time.
+  for _ = 1, 16 do
+    local front = redis.call('LINDEX', b.prefix .. 'order', 0)
+    local oldest = front and read_episode(b, front)
+    if not front or (oldest and oldest.status ~= EVICTED) then return end
+    redis.call('LPOP', b.prefix .. 'order')
+  end
+end
+
+-- Steps of an episode may not be drawn from this table any more.
+local function use_up(b, t, completion, id, steps)
+  redis.call('HINCRBY', table_key(b, 'used', t), number(completion), steps)
+  t.drawable = t.drawable - steps
+  remove_if_used_up(b, completion, id, read_episode(b, id))
+end
+
+-- args: index of the table, packed <ddI4I4 of row, completion, length of the segment and a number that must be 0
+-- Answers one byte for each draw: 1 where it still was within the most draws of its segment.
+local function use(keys, args)
+  local b = open_buffer(keys)
+  local t, packed = b.tables[tonumber(args[1]) + 1], args[2]
+  local key, answer, finished = table_key(b, 'draws', t), {}, {}
+  for at = 1, #packed, 24 do
+    local row, completion, length = struct.unpack('<ddI4', packed, at)
+    local id = redis.call('HGET', b.prefix .. 'completed', number(completion))
+    local place, count = (row % b.s.capacity) * 4, t.max_draws
+    if id then count = struct.unpack('<I4', redis.call('GETRANGE', key, place, place + 3)) end
+    if count < t.max_draws then
+      redis.call('SETRANGE', key, place, struct.pack('<I4', count + 1))
+      answer[#answer + 1] = '\1'
+      if count + 1 == t.max_draws then
+        finished[#finished + 1] = struct.pack('<d', row)
+        use_up(b, t, completion, id, length)
+      end
+    else
+      answer[#answer + 1] = '\0'
+    end
+  end
+  if #finished > 0 then announce(b, t, 'x', table.concat(finished)) end
+  save(b)
+  return table.concat(answer)
+end
+
+-- args: index of the table, consumer group, then completions that a consumer has dealt with
+-- Answers how many of them nobody had acknowledged before.
+local function acknowledge(keys, args)
+  local b = open_buffer(keys)
+  local t, fresh = b.tables[tonumber(args[1]) + 1], 0
+  for i = 3, #args do
+    if redis.call('XACK', b.prefix .. 'live', args[2], args[i] .. '-0') == 1 then
+      fresh = fresh + 1
+      local id = redis.call('HGET', b.prefix .. 'completed', args[i])
+      if id then
+        local e = read_episode(b, id)
+        t.sampled = t.sampled + e.steps
+        if t.ratio >= 0 then t.balance = t.balance - e.steps end
+        use_up(b, t, tonumber(args[i]), id, e.steps)
       end
     end
-    out[#out + 1] = struct.pack('<c64I4I4I4BBdd', r.id, offset, r.index, r.episode_length, r.success, r.source,
-      r.version, r.inserted_at) .. table.concat(segments)
   end
-  if charge then
-    s.sampled = s.sampled + num
-    if c.samples_per_insert >= 0 then s.balance = s.balance - num end
-    save(t)
-  end
-  return {'OK', number(now_s()), table.concat(out)}
+  save(b)
+  return fresh
 end
 
--- args: order after which to look, most episodes to look at
--- Answers the order reached ('' at the end) and, for each complete episode, its id and its packed slots, first to last.
-local function episodes(keys, args)
-  local t = open_table(keys)
-  local found = redis.call('ZRANGEBYSCORE', t.prefix .. 'order', '(' .. args[1], '+inf', 'LIMIT', 0, tonumber(args[2]))
-  local reached, out = '', {}
-  for _, id in ipairs(found) do
-    local e = read_episode(t, id)
-    reached = number(e.order)
-    if e.status == COMPLETE then
-      out[#out + 1] = id
-      out[#out + 1] = e.slots
-    end
-  end
-  return {reached, out}
+-- args: completion. Removes a damaged episode. Answers 1 when it was there.
+local function discard(keys, args)
+  local b = open_buffer(keys)
+  local id = redis.call('HGET', b.prefix .. 'completed', args[1])
+  if not id then return 0 end
+  evict(b, id, read_episode(b, id))
+  save(b)
+  return 1
 end
 
 -- args: episode id. Answers 1 when all of it was ever taken, evicted or not.
 local function has(keys, args)
-  local e = read_episode(open_table(keys), args[1])
-  return e and has_all(e) and 1 or 0
+  local e = read_episode(open_buffer(keys), args[1])
+  return e and e.last_index >= 0 and e.seen == e.last_index + 1 and 1 or 0
 end
 
--- args: the identity that every client must agree with, then field, value, ... of a new table
+-- args: 1 on, 0 off. While on, an episode that the archive lacks is not evicted: writers wait instead.
+local function archiving(keys, args)
+  local b = open_buffer(keys)
+  b.s.archiving = tonumber(args[1])
+  save(b)
+  return 'OK'
+end
+
+-- args: the completion up to which the caller believes all is archived, and what it means to do next
+-- The plan that holds from now on, an earlier one where somebody began it and did not finish; or STALE.
+local function plan_archive(keys, args)
+  local b = open_buffer(keys)
+  if tonumber(args[1]) ~= b.s.archived then return {'STALE', number(b.s.archived)} end
+  redis.call('SET', b.prefix .. 'archive_plan', args[2], 'NX')
+  return {'OK', redis.call('GET', b.prefix .. 'archive_plan')}
+end
+
+-- args: the completion before the plan, the one it reaches, and the plan. Answers 1 when this call finished it.
+local function finish_archive(keys, args)
+  local b = open_buffer(keys)
+  if tonumber(args[1]) ~= b.s.archived or redis.call('GET', b.prefix .. 'archive_plan') ~= args[3] then return 0 end
+  redis.call('DEL', b.prefix .. 'archive_plan')
+  b.s.archived = tonumber(args[2])
+  for completion = tonumber(args[1]) + 1, b.s.archived do
+    -- What was used up before it was archived could not be removed then.
+    local id = redis.call('HGET', b.prefix .. 'completed', number(completion))
+    if id then remove_if_used_up(b, completion, id, read_episode(b, id)) end
+  end
+  save(b)
+  return 1
+end
+
+-- args: the identity that every client must agree with, the spec's JSON, packed values of HEAD and of TABLE for each
+-- table, then the names of the consumer groups
 -- Answers the identity that is stored.
 local function create(keys, args)
-  local config = string.sub(keys[1], 1, -6) .. 'config'
-  local fields = {'identity', unpack(args)}
-  if redis.call('EXISTS', config) == 0 then redis.call('HSET', config, unpack(fields)) end
-  return redis.call('HGET', config, 'identity')
+  local prefix = string.sub(keys[1], 1, -6)
+  if redis.call('EXISTS', keys[1]) == 0 then
+    redis.call('SET', keys[1], args[3])
+    redis.call('HSET', prefix .. 'config', 'identity', args[1], 'spec_json', args[2])
+    for i = 4, #args do redis.call('XGROUP', 'CREATE', prefix .. 'live', args[i], '0', 'MKSTREAM') end
+  end
+  return redis.call('HGET', prefix .. 'config', 'identity')
 end
 
--- args: min_steps, samples_per_insert, error_buffer_steps. The balance starts anew: the old one was counted in
--- another ratio, and could make a side wait for ever.
+-- args: index of the table, min_steps, ratio, buffer. The balance starts anew: the old one was counted in another
+-- ratio, and could make a side wait for ever.
 local function override(keys, args)
-  local prefix = string.sub(keys[1], 1, -6)
-  redis.call('HSET', prefix .. 'config', 'min_steps', args[1], 'samples_per_insert', args[2],
-    'error_buffer_steps', args[3])
-  redis.call('HSET', prefix .. 'state', 'balance', '0')
+  local b = open_buffer(keys)
+  local t = b.tables[tonumber(args[1]) + 1]
+  t.min_steps, t.ratio, t.buffer, t.balance = tonumber(args[2]), tonumber(args[3]), tonumber(args[4]), 0
+  save(b)
   return 'OK'
 end
 
 redis.register_function('vla_commit_DIGEST', commit)
--- Readers must go on when memory is full: sampling is what lets the limiter and the learner move.
-redis.register_function{function_name = 'vla_draw_DIGEST', callback = draw, flags = {'allow-oom'}}
-redis.register_function{function_name = 'vla_episodes_DIGEST', callback = episodes, flags = {'no-writes'}}
-redis.register_function{function_name = 'vla_has_DIGEST', callback = has, flags = {'no-writes'}}
 redis.register_function('vla_create_DIGEST', create)
+-- Whoever reads must go on when memory is full: that is what lets the limiter and the learner move.
+redis.register_function{function_name = 'vla_charge_DIGEST', callback = charge, flags = {'allow-oom'}}
+redis.register_function{function_name = 'vla_use_DIGEST', callback = use, flags = {'allow-oom'}}
+redis.register_function{function_name = 'vla_acknowledge_DIGEST', callback = acknowledge, flags = {'allow-oom'}}
+redis.register_function{function_name = 'vla_reprioritise_DIGEST', callback = reprioritise, flags = {'allow-oom'}}
+redis.register_function{function_name = 'vla_discard_DIGEST', callback = discard, flags = {'allow-oom'}}
 redis.register_function{function_name = 'vla_override_DIGEST', callback = override, flags = {'allow-oom'}}
+redis.register_function{function_name = 'vla_archiving_DIGEST', callback = archiving, flags = {'allow-oom'}}
+redis.register_function{function_name = 'vla_plan_archive_DIGEST', callback = plan_archive, flags = {'allow-oom'}}
+redis.register_function{function_name = 'vla_finish_archive_DIGEST', callback = finish_archive, flags = {'allow-oom'}}
+redis.register_function{function_name = 'vla_has_DIGEST', callback = has, flags = {'no-writes'}}
 redis.register_function{
   function_name = 'vla_ping_DIGEST', callback = function() return 'PONG' end, flags = {'no-writes'}}

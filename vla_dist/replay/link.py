@@ -1,33 +1,31 @@
 """Commands to a Redis server with an end in time, and our function library on it.
 
-Everything here is safe to use from several threads: each exchange takes a connection of its own from the pool.
+Everything here is safe to use from several threads: each exchange takes a connection of its own.
 """
 
 import hashlib
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
-from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError, OutOfMemoryError
-from redis.retry import Retry
 
 from vla_dist.core.errors import ConfigError, DataError, NotFound, ReplayWait, Unauthorised, Unreachable
+from vla_dist.core.types import Array
+from vla_dist.replay.wire import Command, Endpoint, ReplyError, Wire, pack
 
 _CONNECT_TIMEOUT_S = 2.0
 _LEAST_S = 1.0
 _STALL_S = 5.0
 """An exchange that takes longer is given up and tried again."""
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.002, 0.05
-_READ_SIZE = 1 << 20
-_JOIN_BYTES = 1 << 17
 _SOURCE = files("vla_dist.replay").joinpath("functions.lua").read_text()
 _DIGEST = hashlib.sha256(_SOURCE.encode()).hexdigest()[:8]
 _LIBRARY = _SOURCE.replace("DIGEST", _DIGEST)
 
-Command = Sequence[Any]
+R = TypeVar("R")
 
 
 def function_name(verb: str) -> str:
@@ -82,19 +80,11 @@ class RedisLink:
 
     def __init__(self, url: str) -> None:
         """Raises ConfigError where ``url`` is not a Redis URL. Connects at the first exchange."""
-        try:
-            self._pool = redis.ConnectionPool.from_url(
-                url,
-                protocol=2,
-                socket_timeout=_CONNECT_TIMEOUT_S,
-                socket_connect_timeout=_CONNECT_TIMEOUT_S,
-                socket_read_size=_READ_SIZE,
-                retry=Retry(NoBackoff(), 0),
-            )
-        except ValueError as error:
-            raise ConfigError(f"not a Redis URL ({error}); expected unix://... or redis://...") from error
+        self._endpoint = Endpoint(url)
         # The password must not end up in a message.
         self.address = address_of(url)
+        self._idle: list[Wire] = []
+        self._lock = threading.Lock()
 
     def call(self, commands: Sequence[Command], *, timeout_s: float) -> list[Any]:
         """Replies of all commands, tried again while the server does not answer; so they must bear repetition.
@@ -105,70 +95,39 @@ class RedisLink:
             Unreachable: no answer within that time.
             ServerFull, Unauthorised, NotFound, DataError: what the first error among the replies means.
         """
-        deadline = Deadline(timeout_s)
-        while True:
-            try:
-                replies = self._exchange(commands, timeout_s=min(max(deadline.left_s, _LEAST_S), _STALL_S))
-                for reply in replies:
-                    if isinstance(reply, redis.RedisError):
-                        raise self._meaning(reply)
-                return replies
-            except Unreachable:
-                if not deadline.pause():
-                    raise
+        replies = self.exchange(commands, timeout_s=timeout_s)
+        for reply in replies:
+            if isinstance(reply, ReplyError):
+                raise self.meaning(reply)
+        return replies
 
-    def transaction(self, commands: Sequence[Command], *, timeout_s: float) -> list[Any]:
-        """As ``call``, and nothing of another client happens between the commands."""
-        return self.call([("MULTI",), *commands, ("EXEC",)], timeout_s=timeout_s)[-1]
+    def exchange(self, commands: Sequence[Command], *, timeout_s: float) -> list[Any]:
+        """As ``call``, with error replies left among the others for the caller to judge by ``meaning``."""
+        buffers = pack(commands)
 
-    def _meaning(self, reply: redis.RedisError) -> Exception:
-        text = str(reply)
-        # By type: redis-py takes the code off the messages that it knows. A function may still quote one.
-        if isinstance(reply, OutOfMemoryError) or "OOM" in text:
-            return ServerFull(f"Redis at {self.address} is out of memory; raise its limit or lower capacity_steps")
-        if isinstance(reply, (NoPermissionError, redis.AuthenticationError)):
-            return Unauthorised(f"Redis at {self.address} refuses this user ({text}); use the URL the server gave")
-        if "NOTABLE" in text:
-            return NotFound(
-                f"the table is gone from Redis at {self.address} (restarted without its data?); construct a new client"
-            )
-        if "Function not found" in text:
-            # Just restarted: whoever owns the server loads the library again.
-            return Unreachable(f"Redis at {self.address} has no replay functions; was it restarted without its data?")
-        return DataError(f"Redis at {self.address} refused a command: {text}")
+        def send_and_read(wire: Wire, end: float) -> list[Any]:
+            wire.send(buffers, end)
+            return wire.read(len(commands), end)
 
-    def _exchange(self, commands: Sequence[Command], *, timeout_s: float) -> list[Any]:
-        """One try: send all, then read all; an error reply is an item of the list."""
-        end = time.monotonic() + timeout_s
-        connection = None
-        try:
-            connection = self._pool.get_connection()
-            connection.update_current_socket_timeout(timeout_s)
-            packed = connection.pack_commands(commands)
-            if sum(map(len, packed)) <= _JOIN_BYTES:
-                # redis-py cuts after 6 kB; each piece would be a system call here and a wake-up over there.
-                packed = [b"".join(packed)]
-            connection.send_packed_command(packed)
-            replies: list[Any] = []
-            for _ in commands:
-                connection.update_current_socket_timeout(max(0.001, end - time.monotonic()))
-                try:
-                    replies.append(connection.read_response())
-                except redis.ResponseError as error:
-                    replies.append(error)
-            return replies
-        except redis.AuthenticationError as error:
-            raise Unauthorised(f"{self.address} refuses this user ({error}); use the URL the server gave") from error
-        except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-            if connection is not None:
-                # Replies may still be on their way: nobody must read them as answers to something else.
-                connection.disconnect()
-            raise Unreachable(
-                f"Redis at {self.address} does not answer ({error}); is it running, and is the URL right?"
-            ) from error
-        finally:
-            if connection is not None:
-                self._pool.release(connection)
+        return self._patiently(send_and_read, timeout_s)
+
+    def bulks(self, request: bytes, sizes: Array, *, timeout_s: float) -> tuple[bytearray, Array]:
+        """Packed commands that answer one string each, of known sizes: see ``Wire.read_bulks``. Errors as ``call``."""
+
+        def exchange(wire: Wire, end: float) -> tuple[bytearray, Array]:
+            wire.send([request], end)
+            return wire.read_bulks(sizes, end)
+
+        return self._patiently(exchange, timeout_s)
+
+    def bulks_into(self, request: bytes, targets: Sequence[memoryview], *, timeout_s: float) -> list[bool]:
+        """The same, received into ``targets``: see ``Wire.read_bulks_into``. Errors as ``call``."""
+
+        def exchange(wire: Wire, end: float) -> list[bool]:
+            wire.send([request], end)
+            return wire.read_bulks_into(targets, end)
+
+        return self._patiently(exchange, timeout_s)
 
     def require_functions(self, *, timeout_s: float) -> None:
         """Load our library unless the server has it.
@@ -177,22 +136,86 @@ class RedisLink:
             ConfigError: the server is too old, or refuses FUNCTION LOAD to this user.
             Unreachable: no answer.
         """
-        deadline = Deadline(timeout_s)
-        while True:
-            try:
-                ping, load = ("FCALL", function_name("ping"), 0), ("FUNCTION", "LOAD", _LIBRARY)
-                if self._exchange([ping], timeout_s=_STALL_S)[0] == b"PONG":
-                    return
-                reply = self._exchange([load], timeout_s=_STALL_S)[0]
-                break
-            except Unreachable:
-                if not deadline.pause():
-                    raise
-        if isinstance(reply, redis.RedisError) and "already exists" not in str(reply):
+
+        def exchange(wire: Wire, end: float) -> Any:
+            wire.send(pack([("FCALL", function_name("ping"), 0)]), end)
+            if wire.read(1, end)[0] == b"PONG":
+                return None
+            wire.send(pack([("FUNCTION", "LOAD", _LIBRARY)]), end)
+            return wire.read(1, end)[0]
+
+        reply = self._patiently(exchange, timeout_s)
+        if isinstance(reply, ReplyError) and "already exists" not in str(reply):
             raise ConfigError(
                 f"Redis at {self.address} cannot take the replay functions ({reply}); it must be Redis >= 7 or "
                 "Valkey >= 8, and this user needs +function|load once"
             ) from reply
 
     def close(self) -> None:
-        self._pool.disconnect()
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for wire in idle:
+            wire.close()
+
+    def _patiently(self, exchange: Callable[[Wire, float], R], timeout_s: float) -> R:
+        deadline = Deadline(timeout_s)
+        while True:
+            try:
+                return self._once(exchange, timeout_s=min(max(deadline.left_s, _LEAST_S), _STALL_S))
+            except Unreachable:
+                if not deadline.pause():
+                    raise
+
+    def _once(self, exchange: Callable[[Wire, float], R], *, timeout_s: float) -> R:
+        end = time.monotonic() + timeout_s
+        wire = None
+        try:
+            wire = self._take(timeout_s)
+            result = exchange(wire, end)
+        except ReplyError as error:
+            if wire is not None:
+                wire.close()
+            raise self.meaning(error) from error
+        except OSError as error:
+            if wire is not None:
+                # Replies may still be on their way: nobody must read them as answers to something else.
+                wire.close()
+            raise Unreachable(
+                f"Redis at {self.address} does not answer ({error}); is it running, and is the URL right?"
+            ) from error
+        except BaseException:
+            if wire is not None:
+                wire.close()
+            raise
+        with self._lock:
+            self._idle.append(wire)
+        return result
+
+    def _take(self, timeout_s: float) -> Wire:
+        while True:
+            with self._lock:
+                wire = self._idle.pop() if self._idle else None
+            if wire is None:
+                break
+            if not wire.is_stale:
+                return wire
+            wire.close()
+        return Wire(self._endpoint, timeout_s=min(timeout_s, _CONNECT_TIMEOUT_S))
+
+    def meaning(self, reply: ReplyError) -> Exception:
+        """The error that a reply stands for."""
+        text = str(reply)
+        if text.startswith("OOM") or "OOM command" in text:
+            return ServerFull(f"Redis at {self.address} is out of memory; raise its limit or lower capacity_steps")
+        if text.startswith(("NOPERM", "WRONGPASS", "NOAUTH")):
+            return Unauthorised(f"Redis at {self.address} refuses this user ({text}); use the URL the server gave")
+        if "NOBUFFER" in text:
+            return NotFound(
+                f"the table is gone from Redis at {self.address} (restarted without its data?); construct a new client"
+            )
+        if text.startswith(("LOADING", "MASTERDOWN", "TRYAGAIN")):
+            return Unreachable(f"Redis at {self.address} is not ready yet ({text})")
+        if "Function not found" in text:
+            # Just restarted: whoever owns the server loads the library again.
+            return Unreachable(f"Redis at {self.address} has no replay functions; was it restarted without its data?")
+        return DataError(f"Redis at {self.address} refused a command: {text}")

@@ -1,247 +1,252 @@
-"""The replay table in Redis: exactly-once appends, uniform windows over complete episodes, a limiter that never hangs.
+"""The replay table in Redis: exactly-once appends, windows of complete episodes, limiters that never hang.
 
-An append stages the payload under a key that expires and then calls ``commit``, which renames it into its slot; a
-sample calls ``draw`` for packed positions and then fetches the rows in one transaction. What must be atomic is in
-``functions.lua``; what is computed from rewards is computed here, from complete episodes.
-
-Dimensions: B windows, K context steps, N fetched rows, T segment steps, M segments that one window can touch.
+``writing`` appends, ``following`` keeps a copy of the index on which ``samplers`` draw, ``fetching`` turns draws into
+batches. What must happen at once is in ``functions.lua``.
 """
 
-import secrets
+import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from vla_dist.core.errors import ConfigError, DataError, ReplayWait
+from vla_dist.core.errors import ConfigError, NotFound, ReplayWait
 from vla_dist.core.protocols import AppendResult
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import SOURCES, Array, Batch, Segment, TableStats
 from vla_dist.data.normalisation import RunningMoments
-from vla_dist.data.segment_codec import EncodedSegment, SegmentCodec
-from vla_dist.data.windows import segments_per_window
-from vla_dist.replay.config import TableConfig, ratio_field, require_same_identity
-from vla_dist.replay.draws import DrawnSlots, FrameRange, assemble, draw_dtype, frame_ranges, place_frames, replaced
+from vla_dist.data.segment_codec import SegmentCodec
+from vla_dist.replay.config import BufferConfig, Fifo, buffer_from_identity, ratio_field, require_same_identity
+from vla_dist.replay.episodes import EpisodeReader
+from vla_dist.replay.fetching import WindowFetcher, WindowPlan
+from vla_dist.replay.following import IndexFollower
+from vla_dist.replay.keys import Keys
 from vla_dist.replay.limiter import LimiterConfig, LimiterState
-from vla_dist.replay.link import Command, Deadline, RedisLink, ServerFull, function_name
+from vla_dist.replay.link import Deadline, RedisLink, function_name
+from vla_dist.replay.samplers import make_sampler
+from vla_dist.replay.state import BufferState
+from vla_dist.replay.wire import Command
+from vla_dist.replay.writing import SegmentWriter, wait_reason
 
 _PATIENCE_S = 10.0
 """For calls that no caller gives a timeout."""
-_STAGE_TTL_MS = 60_000
-_SCAN_EPISODES = 32
-_MAX_SEGMENTS = 1 << 16
-"""Per episode; the server keeps 4 bytes for each index."""
 
 
 class RedisReplayTable:
-    """A client of one table; implements ``core.protocols.ReplayTable``.
+    """A client of one table of a buffer; implements ``core.protocols.ReplayTable``.
 
     Construct one in each process from a URL and the config: it holds connections and must not be pickled. Threads may
-    share it.
+    share it. Appends go to the buffer, so to all of its tables.
     """
 
-    def __init__(self, url: str, spec: EnvSpec, config: TableConfig, *, seed: int = 0) -> None:
-        """Create the table where it does not exist.
+    def __init__(
+        self,
+        url: str,
+        spec: EnvSpec,
+        config: BufferConfig,
+        *,
+        table: str | None = None,
+        seed: int = 0,
+        images_url: str | None = None,
+    ) -> None:
+        """Create the buffer where it does not exist.
 
         Args:
-            url: ``unix://...`` or ``redis://...``, password included.
+            url: ``unix://...``, ``redis://...`` or ``rediss://...``, user and password included.
             spec: contract of the robots whose episodes it holds.
-            config: see ``TableConfig``.
+            config: see ``BufferConfig``.
+            table: the one to sample from; None: the first.
             seed: of this client's draws; readers of one run need different ones.
+            images_url: another server for the images, one that need not log them; None: the same.
 
         Raises:
-            ConfigError: settings that cannot work, or differ from those the table was created with.
+            ConfigError: settings that cannot work, or differ from those the buffer was created with.
+            NotFound: no such table.
             Unreachable: no server within 10 s.
         """
         config.require_capacity(spec)
         self.spec = spec
         self.config = config
-        self.codec = SegmentCodec(spec, config.num_steps)
-        self._prefix = f"{{buffer:{config.name}}}:"
-        self._draw_dtype = draw_dtype(segments_per_window(config.context_steps, config.num_steps))
-        self._rng = np.random.default_rng(seed)
-        self._rng_lock = threading.Lock()
-        self._link = RedisLink(url)
-        self._link.require_functions(timeout_s=_PATIENCE_S)
-        identity = config.identity(spec, self.codec)
-        fields = [item for pair in config.stored_fields(spec).items() for item in pair]
-        stored = self._link.call([self._function("create", identity, *fields)], timeout_s=_PATIENCE_S)[0]
+        self.codec = SegmentCodec(spec, config.num_steps, config.image_encodings)
+        self.table = config.tables[config.table_index(table or config.tables[0].name)]
+        self._index = config.table_index(self.table.name)
+        self.keys = Keys(config.name)
+        self.link = RedisLink(url)
+        self.images_link = self.link if images_url is None else RedisLink(images_url)
+        self.link.require_functions(timeout_s=_PATIENCE_S)
+        apart = images_url is not None
+        identity = config.identity(spec, self.codec, images_apart=apart)
+        groups = [other.name for other in config.tables if isinstance(other.sampler, Fifo)]
+        create = self.function("create", identity, spec.to_json(), config.packed(spec, images_apart=apart), *groups)
+        stored = self.link.call([create], timeout_s=_PATIENCE_S)[0]
         require_same_identity(config.name, identity, stored.decode())
+        self._writer = SegmentWriter(self.link, self.images_link if apart else None, self.codec, self.keys)
+        self._fetcher = WindowFetcher(
+            self.link, self.images_link, self.codec, self.keys, context_steps=config.context_steps
+        )
+        self.reader = EpisodeReader(self.link, self.images_link, self.codec, self.keys)
+        self._rng = np.random.default_rng(seed)
+        self._lock = threading.Lock()
+        self._follower: IndexFollower | None = None
+
+    @classmethod
+    def open(
+        cls, url: str, name: str, *, context_steps: int = 20, table: str | None = None, images_url: str | None = None
+    ) -> "RedisReplayTable":
+        """A client of a buffer that exists, from what is stored with it.
+
+        Raises:
+            NotFound: no such buffer.
+        """
+        link, keys = RedisLink(url), Keys(name)
+        try:
+            identity, spec_json = link.call([("HMGET", keys.config, "identity", "spec_json")], timeout_s=_PATIENCE_S)[0]
+        finally:
+            link.close()
+        if identity is None:
+            raise NotFound(f"no buffer {name!r} in Redis at {link.address}; `vla-dist replay stats` lists them")
+        config = dataclasses.replace(buffer_from_identity(name, identity.decode()), context_steps=context_steps)
+        return cls(url, EnvSpec.from_json(spec_json.decode()), config, table=table, images_url=images_url)
 
     def append(self, segment: Segment, *, timeout_s: float) -> AppendResult:
         """Store once. The segments of an episode may come in any order; it is drawn from when none is missing.
 
         Raises:
             DataError: it does not fit the spec, or lies beyond the last segment of its episode.
-            ReplayWait: the limiter or a full server refused for ``timeout_s``; append it again later.
+            ReplayWait: a limiter, the archive or a full server refused for ``timeout_s``; append it again later.
             Unreachable: no answer; the segment may be appended again without harm.
         """
-        if segment.segment_index >= _MAX_SEGMENTS:
-            raise DataError(
-                f"segment_index {segment.segment_index} must be below {_MAX_SEGMENTS}; end the episode earlier"
-            )
-        encoded = self.codec.encode(segment)
-        stage = secrets.token_hex(12)
-        commit = self._function(
-            "commit",
-            stage,
-            segment.episode_id,
-            segment.segment_index,
-            segment.length,
-            int(segment.is_last),
-            int(segment.success),
-            SOURCES.index(segment.source),
-            segment.policy_version,
-            repr(float(np.sum(segment.rewards[: segment.length], dtype=np.float64))),
-            segment.task,
-        )
-        deadline = Deadline(timeout_s)
-        staged = False
-        while True:
-            upload = [] if staged else self._stage_commands(stage, encoded)
-            try:
-                answer = self._link.call([*upload, (*commit, int(deadline.first))], timeout_s=deadline.left_s)[-1]
-            except ServerFull as full:
-                staged, reason = False, str(full)
-            else:
-                if answer[0] == b"OK":
-                    return "inserted"
-                if answer[0] == b"DUP":
-                    return "duplicate"
-                if answer[0] == b"CLOSED":
-                    raise DataError(
-                        f"segment {segment.episode_id}/{segment.segment_index} (is_last {segment.is_last}) contradicts "
-                        f"index {int(answer[1])}, the last of its episode so far; give a new episode its own id"
-                    )
-                # Otherwise MISSING: the staged bytes expired while we waited, they are sent again.
-                staged = answer[0] == b"WAIT"
-                reason = _wait_reason("inserts", answer) if staged else "the staged bytes expired"
-            if not deadline.pause():
-                self._link.call([("UNLINK", *self._stage_keys(stage))], timeout_s=0)
-                raise ReplayWait(
-                    f"segment {segment.episode_id}/{segment.segment_index} was not stored within {timeout_s} s: "
-                    f"{reason}. Append it again later."
-                )
+        return self._writer.append([segment], timeout_s=timeout_s)[0]
+
+    def append_all(self, segments: Sequence[Segment], *, timeout_s: float) -> list[AppendResult]:
+        """Store each once, many in one round trip: several times as fast as one by one.
+
+        Errors as ``append``; what does not fit the spec is found before anything is sent. Where one contradicts its
+        episode the others are stored. After ReplayWait or Unreachable append all of them again.
+        """
+        return self._writer.append(segments, timeout_s=timeout_s)
 
     def sample(self, num_windows: int, *, timeout_s: float) -> Batch:
-        """B windows, each ending at a step drawn uniformly from the steps of all complete episodes.
+        """B windows, each ending at a step that the table's sampler drew from the complete episodes.
 
         Raises:
             ReplayWait: the limiter refused for ``timeout_s``, or eviction outran the reader; the message holds the
                 numbers.
             Unreachable: no answer.
-            IntegrityError: a stored row is not of this spec.
         """
         if num_windows < 1:
             raise ConfigError(f"num_windows {num_windows} must be at least 1")
         deadline = Deadline(timeout_s)
-        draws, now_s = self._draw(num_windows, deadline, timeout_s, charge=True)
-        while True:
-            drawn = DrawnSlots.of(draws)
-            rows, present, ranges, frames = self._fetch(draws, drawn, deadline)
-            gone = replaced(draws, drawn, rows, present)
-            if not gone.any():
-                break
+        plan, now_s = self._draw(num_windows, deadline, timeout_s, charge=True)
+        batch, gone = self._fetch(plan, deadline, now_s)
+        while gone.any():
             if deadline.left_s <= 0:
                 raise ReplayWait(
                     f"{gone.sum()} of {num_windows} windows were evicted again and again before they could be read, "
                     f"for {timeout_s} s; raise capacity_steps {self.config.capacity_steps}"
                 )
             # Evicted between draw and fetch: those windows, and only those, are drawn anew.
-            fresh, now_s = self._draw(int(gone.sum()), deadline, timeout_s, charge=False)
-            draws = draws.copy()
-            draws[gone] = fresh
-        return assemble(
-            draws,
-            drawn,
-            rows,
-            context_steps=self.config.context_steps,
-            num_steps=self.config.num_steps,
-            now_s=now_s,
-            images=self._place_images(num_windows, ranges, frames),
-        )
+            again = np.flatnonzero(gone)
+            plan, now_s = self._draw(len(again), deadline, timeout_s, charge=False)
+            fresh, still_gone = self._fetch(plan, deadline, now_s)
+            batch = _replace_windows(batch, again, fresh)
+            gone[again] = still_gone
+        return batch
+
+    def update_priorities(self, items: Array, priorities: Array, *, timeout_s: float = _PATIENCE_S) -> None:
+        """New priorities of segments; those that left meanwhile are passed over.
+
+        Args:
+            items: (n,) int64 of ``Batch.items``.
+            priorities: (n,) above 0, finite; of equal items the last counts.
+
+        Raises:
+            ConfigError: not a prioritised table, or numbers that are no priorities.
+            Unreachable: no answer; it may be called again without harm.
+        """
+        priorities = np.asarray(priorities, np.float64)
+        if self.table.kind != "prioritised":
+            raise ConfigError(f"table {self.table.name!r} is {self.table.kind}: it has no priorities")
+        if len(items) != len(priorities) or not (np.isfinite(priorities).all() and (priorities > 0).all()):
+            raise ConfigError(
+                f"{len(items)} items with {len(priorities)} priorities, expected as many, all finite and above 0"
+            )
+        packed = np.stack([np.asarray(items, np.float64), priorities], axis=1).astype("<f8").tobytes()
+        self.link.call([self.function("reprioritise", self._index, packed)], timeout_s=timeout_s)
 
     def has_episode(self, episode_id: str) -> bool:
-        """Whether the table ever took that episode whole, evicted or not; ``remembered_episodes`` bounds "ever"."""
-        return bool(self._link.call([self._function("has", episode_id)], timeout_s=_PATIENCE_S)[0])
+        """Whether the buffer ever took that episode whole, evicted or not; ``remembered_episodes`` bounds "ever"."""
+        return bool(self.link.call([self.function("has", episode_id)], timeout_s=_PATIENCE_S)[0])
 
     def stats(self) -> TableStats:
         """Counters, now. Raises Unreachable."""
-        state, sources, tasks, info = self._link.call(
-            [
-                ("HGETALL", self._prefix + "state"),
-                ("HGETALL", self._prefix + "steps_by_source"),
-                ("HGETALL", self._prefix + "episodes_by_task"),
-                ("INFO", "memory"),
-            ],
-            timeout_s=_PATIENCE_S,
+        packed, by, info = self.link.call(
+            [("GET", self.keys.state), ("HGETALL", self.keys.by), ("INFO", "memory")], timeout_s=_PATIENCE_S
         )
-        counters = {key.decode(): float(value) for key, value in _pairs(state)}
+        state = BufferState.unpack(packed, self.config.name)
+        mine = state.tables[self._index]
+        counters = {key.decode(): int(value) for key, value in zip(by[::2], by[1::2], strict=True) if int(value)}
         memory = dict(line.split(":", 1) for line in info.decode().split("\r\n") if ":" in line)
         return TableStats(
-            num_steps=int(counters.get("steps", 0)),
-            num_episodes=int(counters.get("complete", 0)),
-            steps_inserted=int(counters.get("inserted", 0)),
-            steps_sampled=int(counters.get("sampled", 0)),
-            duplicates=int(counters.get("duplicates", 0)),
-            inserts_waited=int(counters.get("inserts_waited", 0)),
-            samples_waited=int(counters.get("samples_waited", 0)),
-            steps_by_source={SOURCES[int(k)]: int(v) for k, v in _pairs(sources) if int(v)},
-            episodes_by_task={k.decode(): int(v) for k, v in _pairs(tasks) if int(v)},
+            num_steps=state.steps,
+            num_episodes=state.complete,
+            steps_inserted=state.inserted,
+            steps_sampled=mine.sampled,
+            duplicates=state.duplicates,
+            inserts_waited=mine.inserts_waited,
+            samples_waited=mine.samples_waited,
+            steps_by_source={
+                source: counters[f"source:{n}"] for n, source in enumerate(SOURCES) if f"source:{n}" in counters
+            },
+            episodes_by_task={
+                key.removeprefix("task:"): value for key, value in counters.items() if key.startswith("task:")
+            },
             num_bytes=int(memory["used_memory"]),
+        )
+
+    def state(self) -> BufferState:
+        """All counters of the buffer and its tables, now. Raises Unreachable."""
+        return BufferState.unpack(
+            self.link.call([("GET", self.keys.state)], timeout_s=_PATIENCE_S)[0], self.config.name
         )
 
     def limiter_state(self) -> LimiterState:
         """The limiter's numbers, now. Raises Unreachable."""
-        config, state = self._link.call(
-            [
-                ("HMGET", self._prefix + "config", "min_steps", "samples_per_insert", "error_buffer_steps"),
-                ("HMGET", self._prefix + "state", "drawable", "balance"),
-            ],
-            timeout_s=_PATIENCE_S,
-        )
-        ratio = float(config[1])
-        return LimiterState(
-            config=LimiterConfig(
-                min_steps=int(config[0]),
-                samples_per_insert=None if ratio < 0 else ratio,
-                error_buffer_steps=float(config[2]),
-            ),
-            drawable_steps=int(float(state[0] or 0)),
-            balance=float(state[1] or 0),
-        )
+        return self.state().tables[self._index].limiter
 
     def override_limiter(self, limiter: LimiterConfig) -> None:
-        """Put another limiter in force for every client, balance zero; the table's identity keeps the one it was
-        created with.
+        """Put another limiter in force for every client of the table, balance zero; the buffer's identity keeps the
+        one it was created with.
 
         Raises:
             ConfigError: ``min_steps`` that the capacity can never hold.
         """
-        TableConfig(name=self.config.name, capacity_steps=self.config.capacity_steps, limiter=limiter).require_capacity(
-            self.spec
-        )
-        fields = (limiter.min_steps, ratio_field(limiter.samples_per_insert), repr(float(limiter.error_buffer_steps)))
-        self._link.call([self._function("override", *fields)], timeout_s=_PATIENCE_S)
+        table = dataclasses.replace(self.table, limiter=limiter)
+        dataclasses.replace(self.config, tables=(table,)).require_capacity(self.spec)
+        fields = (limiter.min_steps, ratio_field(limiter.samples_per_insert), float(limiter.error_buffer_steps))
+        self.link.call([self.function("override", self._index, *fields)], timeout_s=_PATIENCE_S)
 
     def episodes(self, limit: int | None = None) -> Iterator[list[Segment]]:
-        """Complete episodes, oldest first, each as its segments in order. Episodes evicted meanwhile are left out.
+        """Complete episodes, in the order they became whole, each as its segments in order.
+
+        Episodes evicted meanwhile are left out.
 
         Args:
             limit: most episodes to give; None: all.
         """
-        reached, given = "-1", 0
-        while limit is None or given < limit:
-            reply = self._link.call([self._function("episodes", reached, _SCAN_EPISODES)], timeout_s=_PATIENCE_S)[0]
-            reached = reply[0].decode()
-            if not reached:
+        given = 0
+        for entry in self.reader.entries(timeout_s=_PATIENCE_S):
+            if limit is not None and given >= limit:
                 return
-            for name, packed in _pairs(reply[1]):
-                segments = self._read_segments(name.decode(), np.frombuffer(packed, "<i4").tolist())
-                if segments and (limit is None or given < limit):
-                    given += 1
-                    yield segments
+            segments = self.reader.read(entry, timeout_s=_PATIENCE_S)
+            if segments:
+                given += 1
+                yield segments
+
+    def discard(self, completion: int) -> bool:
+        """Remove a damaged episode for good; whether it was there."""
+        return bool(self.link.call([self.function("discard", completion)], timeout_s=_PATIENCE_S)[0])
 
     def dataset_statistics(self, limit: int | None = None) -> dict[str, RunningMoments]:
         """Moments of ``proprio`` and ``actions`` over the valid steps of up to ``limit`` complete episodes."""
@@ -255,95 +260,74 @@ class RedisReplayTable:
 
     def close(self) -> None:
         """Close the connections; what is stored stays."""
-        self._link.close()
+        self.link.close()
+        self.images_link.close()
 
-    def _function(self, verb: str, *args: Any) -> Command:
-        return ("FCALL", function_name(verb), 1, self._prefix + "state", *args)
+    def function(self, verb: str, *args: Any) -> Command:
+        """The call of one of the buffer's functions, see ``functions.lua``."""
+        return ("FCALL", function_name(verb), 1, self.keys.state, *args)
 
-    def _stage_keys(self, stage: str) -> list[str]:
-        first = f"{self._prefix}stage:{stage}"
-        return [first, *(f"{first}:{camera}" for camera in range(len(self.spec.cameras)))]
-
-    def _stage_commands(self, stage: str, encoded: EncodedSegment) -> list[Command]:
-        payloads = [encoded.row, *(encoded.images[camera.name] for camera in self.spec.cameras)]
-        keys = self._stage_keys(stage)
-        return [("SET", key, data, "PX", _STAGE_TTL_MS) for key, data in zip(keys, payloads, strict=True)]
-
-    def _draw(self, num: int, deadline: Deadline, timeout_s: float, *, charge: bool) -> tuple[Array, float]:
-        """(num,) draws and the server's time; waits while the limiter says so."""
+    def _draw(self, num: int, deadline: Deadline, timeout_s: float, *, charge: bool) -> tuple[WindowPlan, float]:
+        """What to fetch, and the server's time; waits while the limiter says so."""
         while True:
-            with self._rng_lock:
-                seed = int(self._rng.integers(2**31 - 1))
-            draw = self._function("draw", num, self.config.context_steps, seed, int(charge), int(deadline.first))
-            answer = self._link.call([draw], timeout_s=deadline.left_s)[0]
-            if answer[0] == b"OK":
-                return np.frombuffer(answer[2], self._draw_dtype), float(answer[1])
+            first = [self.function("charge", self._index, num, int(deadline.first))] if charge else [("TIME",)]
+            with self._lock:
+                if self._follower is None:
+                    self._follower = self._follow()
+                (answer,) = self._follower.exchange(first, deadline)
+                index = self._follower.index
+                if answer[0] != b"WAIT":
+                    now_s = float(answer[1]) if charge else float(answer[0])
+                    charge = False
+                    if index.live_steps > 0:
+                        drawn = self._follower.sampler.draw(index, num, self._rng)
+                        return WindowPlan.of(index, drawn, context_steps=self.config.context_steps), now_s
+                    reason = "all episodes were evicted in between"
+                else:
+                    reason = wait_reason("samples", answer)
             if not deadline.pause():
-                raise ReplayWait(
-                    f"no windows within {timeout_s} s: {_wait_reason('samples', answer)}. "
-                    "Are the rollout workers running?"
-                )
+                raise ReplayWait(f"no windows within {timeout_s} s: {reason}. Are the rollout workers running?")
 
-    def _fetch(
-        self, draws: Array, drawn: DrawnSlots, deadline: Deadline
-    ) -> tuple[Array, Array, list[FrameRange], list[bytes]]:
-        """(N,) rows, (N,) whether each was there, and the frames of each camera and range, all of one moment."""
-        commands: list[Command] = [("MGET", *(f"{self._prefix}row:{slot}" for slot in drawn.slots.tolist()))]
-        ranges = []
-        if self.spec.cameras:
-            ranges = frame_ranges(draws, context_steps=self.config.context_steps, num_steps=self.config.num_steps)
-        for number, camera in enumerate(self.spec.cameras):
-            size = self.codec.frame_bytes[camera.name]
-            commands += [
-                ("GETRANGE", f"{self._prefix}image:{number}:{r.slot}", r.first * size, (r.last + 1) * size - 1)
-                for r in ranges
-            ]
-        fetched, *frames = self._link.transaction(commands, timeout_s=deadline.left_s)
-        present = np.array([row is not None for row in fetched])
-        rows = self.codec.decode_rows([row for row in fetched if row is not None])
-        if not present.all():
-            partial, rows = rows, np.zeros(len(present), self.codec.row_dtype)
-            rows[present] = partial
-        return rows, present, ranges, frames
+    def _follow(self) -> IndexFollower:
+        return IndexFollower(
+            self.link,
+            self.keys,
+            self._index,
+            make_sampler(self.table.sampler),
+            num_steps=self.config.num_steps,
+            capacity=self.config.capacity_steps,
+            max_draws=self.table.max_draws or 0,
+        )
 
-    def _place_images(self, num_windows: int, ranges: list[FrameRange], frames: list[bytes]) -> dict[str, Array]:
-        images = {}
-        for number, camera in enumerate(self.spec.cameras):
-            shape = (num_windows, self.config.context_steps, camera.height, camera.width, 3)
-            mine = frames[number * len(ranges) : (number + 1) * len(ranges)]
-            images[camera.name] = place_frames(ranges, mine, shape)
-        return images
-
-    def _read_segments(self, episode_id: str, slots: list[int]) -> list[Segment]:
-        """The segments in these slots; none where one of them was given away since."""
-        commands: list[Command] = [("MGET", *(f"{self._prefix}row:{slot}" for slot in slots))]
-        for number in range(len(self.spec.cameras)):
-            commands.append(("MGET", *(f"{self._prefix}image:{number}:{slot}" for slot in slots)))
-        rows, *columns = self._link.transaction(commands, timeout_s=_PATIENCE_S)
-        if None in rows:
-            return []
-        names = [camera.name for camera in self.spec.cameras]
-        segments = [
-            self.codec.decode(row, dict(zip(names, frames, strict=True)))
-            for row, frames in zip(rows, zip(*columns, strict=True) if columns else [()] * len(rows), strict=True)
-        ]
-        kept = all(s.episode_id == episode_id and s.segment_index == i for i, s in enumerate(segments))
-        return segments if kept else []
+    def _fetch(self, plan: WindowPlan, deadline: Deadline, now_s: float) -> tuple[Batch, Array]:
+        batch, gone = self._fetcher.fetch(plan, deadline, now_s=now_s)
+        if self.table.max_draws is not None:
+            # After the fetch: the last draw of a segment may remove it.
+            uses = np.zeros(len(plan.numbers), "<f8,<f8,<u4,<u4")
+            uses["f0"], uses["f1"], uses["f2"] = plan.numbers, plan.completions, plan.row_lengths
+            allowed = np.flatnonzero(~gone)
+            use = self.function("use", self._index, uses[allowed].tobytes())
+            (flags,) = self.link.call([use], timeout_s=deadline.left_s)
+            gone[allowed] = np.frombuffer(flags, np.uint8) == 0
+        return batch, gone
 
 
-def _pairs(reply: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """RESP2 answers maps as flat lists."""
-    return zip(reply[::2], reply[1::2], strict=True)
+def _replace_windows(batch: Batch, at: Array, fresh: Batch) -> Batch:
+    """``batch`` with the windows of ``fresh`` in the places ``at``."""
 
+    def merged(old: Any, new: Any) -> Any:
+        if old is None:
+            return None
+        if isinstance(old, dict):
+            return {name: merged(frames, new[name]) for name, frames in old.items()}
+        if isinstance(old, tuple):
+            values = list(old)
+            for place, value in zip(at.tolist(), new, strict=True):
+                values[place] = value
+            return tuple(values)
+        copy = old.copy()
+        copy[at] = new
+        return copy
 
-def _wait_reason(side: str, answer: Sequence[bytes]) -> str:
-    drawable, min_steps, balance, ratio, buffer, stored, capacity = (float(field) for field in answer[1:8])
-    text = (
-        f"the limiter makes {side} wait: {drawable:.0f} steps of complete episodes stored, min_steps {min_steps:.0f}; "
-        f"{stored:.0f} steps in all, capacity {capacity:.0f}"
-    )
-    if ratio >= 0:
-        text += f"; balance {balance:.1f} windows, error buffer {buffer:.1f}, samples_per_insert {ratio}"
-    if drawable < min_steps and stored > 0.9 * capacity:
-        text += "; the table is full of open episodes, raise capacity_steps"
-    return text
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return Batch(**{name: merged(value, getattr(fresh, name)) for name, value in fields.items()})

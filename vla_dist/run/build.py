@@ -19,7 +19,7 @@ from vla_dist.core.protocols import RobotEnv
 from vla_dist.core.specs import EnvSpec
 from vla_dist.registry.blobs import RedisBlobs
 from vla_dist.registry.store import RedisPolicyRegistry
-from vla_dist.replay.config import TableConfig
+from vla_dist.replay.config import BufferConfig, TableConfig
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.run.config import RunConfig
@@ -72,15 +72,19 @@ def build_spec(config: RunConfig) -> EnvSpec:
 
 def build_table(place: Place, *, seed: int = 0) -> RedisReplayTable:
     replay = place.config.replay
-    config = TableConfig(
+    config = BufferConfig(
         name=place.config.preset,
         num_steps=replay.segment_steps,
         context_steps=place.config.model.context_steps,
         capacity_steps=replay.capacity_steps,
-        limiter=LimiterConfig(
-            min_steps=replay.min_steps,
-            samples_per_insert=replay.samples_per_insert,
-            error_buffer_steps=replay.error_buffer_steps,
+        tables=(
+            TableConfig(
+                limiter=LimiterConfig(
+                    min_steps=replay.min_steps,
+                    samples_per_insert=replay.samples_per_insert,
+                    error_buffer_steps=replay.error_buffer_steps,
+                )
+            ),
         ),
     )
     return RedisReplayTable(place.redis_url, place.spec, config, seed=seed)

@@ -1,0 +1,299 @@
+"""Which steps a batch ends at: draws on a client's copy of the index.
+
+Each sampler follows the index by itself: before it draws it takes in the rows that are new since its last draw.
+
+Dimensions: B windows.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from vla_dist.core.errors import ConfigError
+from vla_dist.core.types import SOURCES, Array
+from vla_dist.replay.config import STRATA, ByTask, Prioritised, Recency, Sampler, Stratified, Uniform
+from vla_dist.replay.index import EpisodeIndex
+from vla_dist.replay.sum_tree import SumTree
+
+_MOST_ROUNDS = 16
+_MOST_TRIES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """Steps at which windows end."""
+
+    rows: Array
+    """(B,) int64 positions in ``EpisodeIndex.rows``."""
+    offsets: Array
+    """(B,) int64 step within the segment."""
+    weights: Array | None = None
+    """(B,) float32 importance weights, at most 1; None: all equal."""
+
+
+class Draw(Protocol):
+    def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> Drawn:
+        """``num`` steps; ``index.live_steps`` must be above 0."""
+        ...
+
+
+def make_sampler(config: Sampler) -> Draw:
+    """Raises ConfigError for a FIFO table, which gives whole episodes through ``EpisodeQueue``."""
+    if isinstance(config, Uniform):
+        return UniformDraw()
+    if isinstance(config, Recency):
+        return RecencyDraw(config.half_life_steps)
+    if isinstance(config, Stratified):
+        return GroupDraw(_strata, {STRATA.index(name): share for name, share in config.shares.items()})
+    if isinstance(config, ByTask):
+        return TaskDraw(config.shares)
+    if isinstance(config, Prioritised):
+        return PrioritisedDraw(config.alpha, config.beta)
+    raise ConfigError("a FIFO table gives whole episodes: read it with EpisodeQueue, not sample()")
+
+
+class UniformDraw:
+    """Every drawable step alike: rows uniformly, then an offset, refused where the segment is shorter."""
+
+    def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> Drawn:
+        return Drawn(*_draw_rows(index, num, rng))
+
+
+class RecencyDraw:
+    """The age of a step, in steps completed since, is exponential."""
+
+    def __init__(self, half_life_steps: float) -> None:
+        self._scale = half_life_steps / np.log(2)
+
+    def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> Drawn:
+        starts = index.rows["steps_before"]
+        lengths = index.rows["length"]
+        last = len(starts) - 1
+        total = int(starts[last]) + max(1, int(lengths[last]))
+        oldest = total - int(starts[0])
+        rows: list[Array] = []
+        offsets: list[Array] = []
+        found = rounds = 0
+        while found < num:
+            # The exponential cut off at the oldest step, by its inverse distribution function.
+            share = -np.expm1(-oldest / self._scale)
+            ages = -self._scale * np.log1p(-rng.random(2 * (num - found) + 8) * share)
+            steps = np.clip(total - 1 - ages.astype(np.int64), starts[0], total - 1)
+            row = np.searchsorted(starts, steps, side="right") - 1
+            offset = steps - starts[row]
+            drawable = offset < lengths[row]
+            rows.append(row[drawable])
+            offsets.append(offset[drawable])
+            found += int(drawable.sum())
+            rounds += 1
+            if rounds > _MOST_ROUNDS:
+                # Nearly all recent steps left by use: the rest of the batch is uniform over what there is.
+                more, where = _draw_rows(index, max(0, num - found), rng)
+                rows.append(more)
+                offsets.append(where)
+                break
+        return Drawn(np.concatenate(rows)[:num], np.concatenate(offsets)[:num])
+
+
+class GroupDraw:
+    """Shares of groups of rows; uniform over steps within a group."""
+
+    def __init__(self, group_of: Callable[[EpisodeIndex, Array], Array], shares: Mapping[int, float] | None) -> None:
+        """
+        Args:
+            group_of: (index, (N,) positions of episodes) to (N,) int64 groups.
+            shares: group -> share; None: all groups alike.
+        """
+        self._group_of = group_of
+        self._shares = shares
+        self._pools: dict[int, _Pool] = {}
+        self._generation, self._seen = -1, 0
+
+    def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> Drawn:
+        self._follow(index)
+        rows: list[Array] = []
+        offsets: list[Array] = []
+        while num:
+            # Where only groups without a share are left, they are better than nothing.
+            groups = [group for group in self._pools if self._share(group) > 0] or list(self._pools)
+            shares = np.array([self._share(group) or 1.0 for group in groups])
+            counts = rng.multinomial(num, shares / shares.sum()).tolist()
+            for group, count in zip(groups, counts, strict=True):
+                row, offset = self._pools[group].draw(index, count, rng)
+                if len(row) < count:
+                    del self._pools[group]
+                rows.append(row)
+                offsets.append(offset)
+                num -= len(row)
+        order = rng.permutation(sum(map(len, rows)))
+        return Drawn(np.concatenate(rows)[order], np.concatenate(offsets)[order])
+
+    def _share(self, group: int) -> float:
+        return 1.0 if self._shares is None else self._shares.get(group, 0.0)
+
+    def _follow(self, index: EpisodeIndex) -> None:
+        if index.generation != self._generation:
+            self._pools, self._seen, self._generation = {}, 0, index.generation
+        rows = np.arange(self._seen, len(index.rows))
+        self._seen = len(index.rows)
+        if not len(rows):
+            return
+        groups = self._group_of(index, index.rows["episode"][rows])
+        for group in np.unique(groups).tolist():
+            self._pools.setdefault(group, _Pool()).extend(rows[groups == group])
+
+
+class TaskDraw:
+    """Shares of tasks by name."""
+
+    def __init__(self, shares: Mapping[str, float] | None) -> None:
+        self._shares = shares
+        self._by_number: dict[int, float] = {}
+        self._groups = GroupDraw(_tasks, None if shares is None else self._by_number)
+
+    def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> Drawn:
+        if self._shares is not None:
+            for number in range(len(self._by_number), len(index.tasks.by_number)):
+                self._by_number[number] = self._shares.get(index.tasks.by_number[number], 0.0)
+        return self._groups.draw(index, num, rng)
+
+
+class PrioritisedDraw:
+    """Rows in proportion to length x priority^alpha, with importance weights (N P)^-beta over the largest of them."""
+
+    def __init__(self, alpha: float, beta: float) -> None:
+        self._alpha = alpha
+        self.beta = beta
+        """May be raised while training, as the paper does."""
+        self._tree = SumTree()
+        self._scores: dict[int, float] = {}
+        self._max_priority = 1.0
+        self._generation, self._seen = -1, 0
+
+    def score(self, index: EpisodeIndex, numbers: Array, priorities: Array) -> None:
+        """New priorities of rows, by their numbers, in the order in which they were given; 0 counts as not scored."""
+        scored = priorities > 0
+        numbers, priorities = numbers[scored], priorities[scored]
+        if not len(numbers):
+            return
+        self._max_priority = max(self._max_priority, float(priorities.max()))
+        self._scores.update(zip(numbers.tolist(), priorities.tolist(), strict=True))
+        at = np.searchsorted(index.rows["number"], numbers)
+        inside = at < min(self._seen, len(index.rows))
+        if self._generation == index.generation:
+            at, numbers, priorities = at[inside], numbers[inside], priorities[inside]
+            present = index.rows["number"][at] == numbers
+            self._write(index, at[present], priorities[present])
+
+    def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> Drawn:
+        self._follow(index)
+        rows: list[Array] = []
+        found = 0
+        while found < num:
+            row = self._tree.draw(num - found, rng)
+            alive = index.rows["length"][row] > 0
+            # What left since weighs nothing from now on.
+            self._tree.write(row[~alive], np.zeros(int((~alive).sum())))
+            rows.append(row[alive])
+            found += int(alive.sum())
+        drawn = np.concatenate(rows)
+        lengths = index.rows["length"][drawn]
+        probabilities = self._tree.weights(drawn) / self._tree.total / lengths
+        weights = (index.live_steps * probabilities) ** -self.beta
+        return Drawn(drawn, rng.integers(0, lengths), (weights / weights.max()).astype(np.float32))
+
+    def _follow(self, index: EpisodeIndex) -> None:
+        if index.generation != self._generation:
+            self._tree.clear()
+            self._generation, self._seen = index.generation, 0
+            present = set(index.rows["number"].tolist())
+            self._scores = {number: score for number, score in self._scores.items() if number in present}
+        rows = np.arange(self._seen, len(index.rows))
+        self._seen = len(index.rows)
+        numbers = index.rows["number"][rows].tolist()
+        top = self._max_priority
+        self._write(index, rows, np.array([self._scores.get(number, top) for number in numbers], np.float64))
+
+    def _write(self, index: EpisodeIndex, rows: Array, priorities: Array) -> None:
+        self._tree.write(rows, index.rows["length"][rows] * np.maximum(priorities, 1e-6) ** self._alpha)
+
+
+class _Pool:
+    """Positions of the rows of one group, those that left included until they get in the way."""
+
+    def __init__(self) -> None:
+        self._rows = np.zeros(64, np.int64)
+        self._size = 0
+
+    def extend(self, rows: Array) -> None:
+        first, self._size = self._size, self._size + len(rows)
+        if self._size > len(self._rows):
+            larger = np.zeros(2 * self._size, np.int64)
+            larger[:first] = self._rows[:first]
+            self._rows = larger
+        self._rows[first : self._size] = rows
+
+    def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> tuple[Array, Array]:
+        """(num,) positions and offsets, uniform over drawable steps; none where there are no such steps."""
+        lengths = index.rows["length"]
+        rows, offsets, complete = _draw_from(lengths, index.num_steps, self._rows[: self._size], num, num, rng)
+        if complete:
+            return rows, offsets
+        alive = self._rows[: self._size]
+        alive = alive[lengths[alive] > 0]
+        self._rows, self._size = alive, len(alive)
+        if not len(alive):
+            return rows[:0], offsets[:0]
+        tries = int(num * index.num_steps / lengths[alive].mean())
+        while not complete:
+            rows, offsets, complete = _draw_from(lengths, index.num_steps, alive, num, tries, rng)
+        return rows, offsets
+
+
+def _draw_rows(index: EpisodeIndex, num: int, rng: np.random.Generator) -> tuple[Array, Array]:
+    """(num,) positions and offsets, uniform over all drawable steps."""
+    lengths = index.rows["length"]
+    tries = num * index.num_steps * len(lengths) // max(1, index.live_steps)
+    complete, rows, offsets = False, lengths[:0], lengths[:0]
+    while not complete:
+        rows, offsets, complete = _draw_from(lengths, index.num_steps, None, num, tries, rng)
+    return rows, offsets
+
+
+def _draw_from(
+    lengths: Array, num_steps: int, pool: Array | None, num: int, tries: int, rng: np.random.Generator
+) -> tuple[Array, Array, bool]:
+    """Positions and offsets, refused where the segment is shorter, and whether ``num`` were found in some rounds."""
+    size = len(lengths) if pool is None else len(pool)
+    rows: list[Array] = [np.zeros(0, np.int64)]
+    offsets: list[Array] = [np.zeros(0, np.int64)]
+    found = 0
+    for _ in range(_MOST_ROUNDS):
+        if found >= num:
+            break
+        some = min(tries + tries // 8 + 8, _MOST_TRIES)
+        row = rng.integers(0, size, some)
+        if pool is not None:
+            row = pool[row]
+        offset = rng.integers(0, num_steps, some)
+        drawable = offset < lengths[row]
+        rows.append(row[drawable])
+        offsets.append(offset[drawable])
+        found += int(drawable.sum())
+    return np.concatenate(rows)[:num], np.concatenate(offsets)[:num], found >= num
+
+
+def _strata(index: EpisodeIndex, episodes: Array) -> Array:
+    columns = index.episodes
+    policy = columns["source"][episodes] == SOURCES.index("policy")
+    corrected = columns["intervened"][episodes] > 0
+    succeeded = columns["success"][episodes] > 0
+    names = np.where(succeeded, STRATA.index("success"), STRATA.index("failure"))
+    names = np.where(corrected, STRATA.index("intervention"), names)
+    return np.where(policy, names, STRATA.index("demo"))
+
+
+def _tasks(index: EpisodeIndex, episodes: Array) -> Array:
+    return index.episodes["task"][episodes].astype(np.int64)

@@ -1,0 +1,321 @@
+"""One connection to a Redis server that moves bulk data with as few copies as a socket allows.
+
+Commands go out by scatter/gather without being joined; large replies are received straight into the array they are for.
+redis-py spends two to six times as much time in the client above 256 KB, and the client, not Redis, is the bottleneck.
+
+A connection on which anything went wrong must be closed: replies may still be on their way.
+"""
+
+import select
+import socket
+import ssl
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import hiredis
+import numpy as np
+from redis.connection import parse_url
+
+from vla_dist.core.errors import ConfigError
+from vla_dist.core.types import Array
+
+_JOIN_BYTES = 1 << 15
+"""Smaller arguments are copied beside each other, larger ones are sent from where they are."""
+_MOST_BUFFERS = 512
+_RECEIVE_BYTES = 1 << 17
+_HEADER_BYTES = 64
+_SLACK_BYTES = 4096
+"""Room for an error message where a string was expected."""
+
+Command = Sequence[Any]
+ReplyError = hiredis.ReplyError
+
+
+class Endpoint:
+    """Where a server is and who we are to it, from a URL.
+
+    ``redis://user:password@host:port/db``, ``rediss://...`` (TLS) or ``unix://user:password@/path?db=0``. TLS options
+    are those of redis-py: ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile`` and ``ssl_check_hostname``.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Raises ConfigError where ``url`` is not a Redis URL."""
+        try:
+            options = cast(dict[str, Any], parse_url(url))
+        except ValueError as error:
+            raise ConfigError(f"not a Redis URL ({error}); expected unix://..., redis://... or rediss://...") from error
+        self.path: str | None = options.get("path")
+        self.host: str = options.get("host", "localhost")
+        self.port = int(options.get("port", 6379))
+        self._database = int(options.get("db", 0))
+        self._username: str | None = options.get("username")
+        self._password: str | None = options.get("password")
+        self.tls = url.startswith("rediss://")
+        self._tls_options = {name: value for name, value in options.items() if name.startswith("ssl_")}
+        if self.tls and str(self._tls_options.get("ssl_cert_reqs", "required")) != "required":
+            raise ConfigError("ssl_cert_reqs must be left out: a server that nobody checks may be anybody")
+
+    def greeting(self) -> list[Command]:
+        """What a fresh connection must say first."""
+        commands: list[Command] = []
+        if self._password is not None:
+            names = () if self._username is None else (self._username,)
+            commands.append(("AUTH", *names, self._password))
+        if self._database:
+            commands.append(("SELECT", self._database))
+        return commands
+
+    def open_socket(self, timeout_s: float) -> socket.socket:
+        """Raises OSError, ConfigError for TLS files that cannot be read."""
+        if self.path is not None:
+            plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            plain.settimeout(timeout_s)
+            try:
+                plain.connect(self.path)
+            except OSError:
+                plain.close()
+                raise
+            return plain
+        plain = socket.create_connection((self.host, self.port), timeout_s)
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if not self.tls:
+            return plain
+        try:
+            return self._tls_context().wrap_socket(plain, server_hostname=self.host)
+        except OSError:
+            plain.close()
+            raise
+
+    def _tls_context(self) -> ssl.SSLContext:
+        options = self._tls_options
+        try:
+            context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
+            if options.get("ssl_certfile"):
+                context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
+        except OSError as error:
+            raise ConfigError(f"the TLS files of the Redis URL cannot be used ({error})") from error
+        context.check_hostname = bool(options.get("ssl_check_hostname", True))
+        return context
+
+
+class Wire:
+    """An open connection. Times are ends on the monotonic clock; TimeoutError and OSError come through."""
+
+    def __init__(self, endpoint: Endpoint, *, timeout_s: float) -> None:
+        """Connect and log in.
+
+        Raises:
+            OSError: no connection.
+            hiredis.ReplyError: the server refuses the user, the password or the database.
+        """
+        self._socket = endpoint.open_socket(timeout_s)
+        self._reader = hiredis.Reader(replyError=hiredis.ReplyError)
+        self._scratch = bytearray(_RECEIVE_BYTES)
+        try:
+            greeting = endpoint.greeting()
+            if greeting:
+                end = time.monotonic() + timeout_s
+                self.send(pack(greeting), end)
+                for reply in self.read(len(greeting), end):
+                    if isinstance(reply, hiredis.ReplyError):
+                        raise reply
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether an idle connection was closed by the server, or holds bytes that nobody asked for."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def send(self, buffers: Sequence[bytes | memoryview], end: float) -> None:
+        """All of it, or an error."""
+        if isinstance(self._socket, ssl.SSLSocket):
+            for buffer in buffers:
+                self._patience(end)
+                self._socket.sendall(buffer)
+            return
+        waiting = [memoryview(buffer) for buffer in buffers]
+        first = 0
+        while first < len(waiting):
+            self._patience(end)
+            sent = self._socket.sendmsg(waiting[first : first + _MOST_BUFFERS])
+            while first < len(waiting) and sent >= len(waiting[first]):
+                sent -= len(waiting[first])
+                first += 1
+            if sent:
+                waiting[first] = waiting[first][sent:]
+
+    def read(self, num_replies: int, end: float) -> list[Any]:
+        """Replies of any kind; an error reply is an item of the list."""
+        replies: list[Any] = []
+        while len(replies) < num_replies:
+            reply = self._reader.gets()
+            if reply is False:
+                size = self._receive(memoryview(self._scratch), end)
+                self._reader.feed(cast(bytes, self._scratch), 0, size)
+            else:
+                replies.append(reply)
+        return replies
+
+    def read_bulks(self, sizes: Array, end: float) -> tuple[bytearray, Array]:
+        """Strings of sizes (N,) that are known beforehand, left where they were received.
+
+        Returns:
+            The received bytes, and (N,) where in them each string starts; -1 for one of another size or a missing one.
+
+        Raises:
+            hiredis.ReplyError: the first error among the replies.
+        """
+        layout = _BulkLayout(sizes)
+        arena = bytearray(layout.num_bytes + _SLACK_BYTES)
+        filled = 0
+        with memoryview(arena) as view:
+            while filled < layout.num_bytes:
+                filled += self._receive(view[filled : layout.num_bytes], end)
+                # Fewer bytes may come than expected: waiting for all of them could last for ever.
+                if filled < layout.num_bytes and not layout.is_in_step(arena, filled):
+                    break
+        good = layout.first_unexpected(arena, filled)
+        if good is not None:
+            return self._read_unexpected(arena, filled, layout, good, end)
+        return arena, layout.starts
+
+    def _read_unexpected(
+        self, arena: bytearray, filled: int, layout: "_BulkLayout", good: int, end: float
+    ) -> tuple[bytearray, Array]:
+        """The rest of ``read_bulks``, one reply after the other, from the first one that is not as expected."""
+        starts = layout.starts.copy()
+        position = int(layout.headers[good])
+        for number in range(good, len(layout.sizes)):
+            while (line_end := arena.find(b"\r\n", position, filled)) < 0:
+                filled += self._receive_more(arena, filled, _HEADER_BYTES, end)
+            kind, size = arena[position : position + 1], bytes(arena[position + 1 : line_end])
+            if kind == b"-":
+                raise hiredis.ReplyError(size.decode(errors="replace"))
+            if kind != b"$":
+                raise ConnectionError(f"a reply of kind {bytes(kind)!r} where a string was expected")
+            starts[number] = line_end + 2 if int(size) == layout.sizes[number] else -1
+            position = line_end + 2 + (int(size) + 2 if int(size) >= 0 else 0)
+            while filled < position:
+                filled += self._receive_more(arena, filled, position - filled, end)
+        return arena, starts
+
+    def _receive_more(self, arena: bytearray, filled: int, num_bytes: int, end: float) -> int:
+        if filled + num_bytes > len(arena):
+            arena.extend(bytes(filled + num_bytes + _SLACK_BYTES - len(arena)))
+        with memoryview(arena) as view:
+            return self._receive(view[filled:], end)
+
+    def read_bulks_into(self, targets: Iterable[memoryview], end: float) -> list[bool]:
+        """Strings, each received straight into its target; False for one of another size or a missing one.
+
+        Raises:
+            hiredis.ReplyError: the first error among the replies.
+        """
+        taken = []
+        pending = b""
+        for target in targets:
+            while (line_end := pending.find(b"\r\n")) < 0:
+                pending += self._receive_some(_HEADER_BYTES, end)
+            line, pending = pending[:line_end], pending[line_end + 2 :]
+            if line[:1] == b"-":
+                raise hiredis.ReplyError(line[1:].decode(errors="replace"))
+            if line[:1] != b"$":
+                raise ConnectionError(f"a reply that starts with {line[:1]!r} where a string was expected")
+            size = int(line[1:])
+            fits = size == len(target)
+            body = target if fits else memoryview(bytearray(max(0, size)))
+            early = min(len(pending), len(body))
+            body[:early] = pending[:early]
+            pending = pending[early:]
+            filled = early
+            while filled < len(body):
+                filled += self._receive(body[filled:], end)
+            while size >= 0 and len(pending) < 2:
+                pending += self._receive_some(2 - len(pending), end)
+            pending = pending[2:] if size >= 0 else pending
+            taken.append(fits)
+        return taken
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _receive_some(self, most: int, end: float) -> bytes:
+        size = self._receive(memoryview(self._scratch)[:most], end)
+        return bytes(self._scratch[:size])
+
+    def _receive(self, view: memoryview, end: float) -> int:
+        self._patience(end)
+        size = self._socket.recv_into(view)
+        if not size:
+            raise ConnectionError("the server closed the connection")
+        return size
+
+    def _patience(self, end: float) -> None:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("no answer in time")
+        self._socket.settimeout(left)
+
+
+class _BulkLayout:
+    """Where N strings of known sizes lie in the bytes of their replies, if all are there."""
+
+    def __init__(self, sizes: Array) -> None:
+        digits = 1 + (sizes[:, None] >= 10 ** np.arange(1, 10)).sum(axis=1)
+        self.sizes = sizes
+        self._header_bytes = digits + 3
+        ends = np.cumsum(self._header_bytes + sizes + 2)
+        self.num_bytes = int(ends[-1])
+        self.headers = ends - (self._header_bytes + sizes + 2)
+        """(N,) where each reply begins."""
+        self.starts = self.headers + self._header_bytes
+        """(N,) where each string begins."""
+        kinds, self._kind = np.unique(sizes, return_inverse=True)
+        width = int(self._header_bytes.max())
+        texts = [b"$%d\r\n" % size for size in kinds.tolist()]
+        self._texts = np.frombuffer(b"".join(text.ljust(width, b"\0") for text in texts), np.uint8).reshape(-1, width)
+
+    def is_in_step(self, arena: bytearray, filled: int) -> bool:
+        """Whether the last header received, or the part of it, is where it must be if all before it were as expected.
+
+        A quick look, wrong with the probability that bytes of a string look like a header.
+        """
+        last = int(np.searchsorted(self.headers, filled)) - 1
+        at = int(self.headers[last])
+        text = self._texts[self._kind[last]][: min(int(self._header_bytes[last]), filled - at)]
+        return arena.startswith(text.tobytes(), at)
+
+    def first_unexpected(self, arena: bytearray, filled: int) -> int | None:
+        """The first reply whose header, as far as received, is not the expected one; None: all are."""
+        begun = int(np.searchsorted(self.headers, filled))
+        columns = np.arange(self._texts.shape[1])
+        places = self.headers[:begun, None] + columns
+        known = (columns < self._header_bytes[:begun, None]) & (places < filled)
+        received = np.frombuffer(arena, np.uint8)[places]
+        wrong = ((received != self._texts[self._kind[:begun]]) & known).any(axis=1)
+        return int(wrong.argmax()) if wrong.any() else None
+
+
+def pack(commands: Iterable[Command]) -> list[bytes | memoryview]:
+    """Commands as buffers to send, the large arguments uncopied."""
+    buffers: list[bytes | memoryview] = []
+    small: list[bytes] = []
+    for command in commands:
+        small.append(b"*%d\r\n" % len(command))
+        for argument in command:
+            data = argument if isinstance(argument, (bytes, memoryview)) else str(argument).encode()
+            size = data.nbytes if isinstance(data, memoryview) else len(data)
+            small.append(b"$%d\r\n" % size)
+            if size >= _JOIN_BYTES:
+                buffers += [b"".join(small), data]
+                small = [b"\r\n"]
+            else:
+                small += [bytes(data), b"\r\n"]
+    buffers.append(b"".join(small))
+    return buffers

@@ -1,0 +1,225 @@
+"""Appending segments: payloads first, under an expiry, then one commit for all of them.
+
+consumes: segments. waits for: the limiters, room, the archive. unblocked by: samples, evictions, the archiver.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vla_dist.core.errors import DataError, ReplayWait
+from vla_dist.core.protocols import AppendResult
+from vla_dist.core.types import SOURCES, Segment
+from vla_dist.data.segment_codec import EncodedSegment, SegmentCodec
+from vla_dist.replay.keys import Keys, episode_digest
+from vla_dist.replay.link import Deadline, RedisLink, ServerFull, function_name
+from vla_dist.replay.wire import Command, ReplyError
+
+_STAGE_MS = 60_000
+_APART_STAGE_MS = 3_600_000
+"""Of images on a server of their own: between commit and the removal of the expiry lies another connection."""
+_MOST_SEGMENTS = 64
+_MOST_BYTES = 16 << 20
+MOST_SEGMENTS_PER_EPISODE = 1 << 16
+# See ARRIVAL in functions.lua.
+_ARRIVAL = struct.Struct("<16sIIBBBBddHH")
+
+
+@dataclass(slots=True)
+class _Item:
+    segment: Segment
+    encoded: EncodedSegment
+    digest: str
+    arrival: bytes
+    num_bytes: int
+    result: AppendResult | None = None
+
+
+class SegmentWriter:
+    """Appends to one buffer; threads may share it."""
+
+    def __init__(self, link: RedisLink, images: RedisLink | None, codec: SegmentCodec, keys: Keys) -> None:
+        """
+        Args:
+            link: to the server of rows and metadata.
+            images: to the server of the images; None: the same.
+            codec: of the buffer.
+            keys: of the buffer.
+        """
+        self._link = link
+        self._images = images
+        self._codec = codec
+        self._keys = keys
+        self._cameras = list(codec.image_codecs)
+
+    def append(self, segments: Sequence[Segment], *, timeout_s: float) -> list[AppendResult]:
+        """Store each once; see ``RedisReplayTable.append_all``."""
+        # All are checked before the first byte of any is sent.
+        items = [self._prepare(segment) for segment in segments]
+        deadline = Deadline(timeout_s)
+        refused: DataError | None = None
+        start = 0
+        while start < len(items):
+            stop, size = start + 1, items[start].num_bytes
+            while stop < min(len(items), start + _MOST_SEGMENTS) and size + items[stop].num_bytes <= _MOST_BYTES:
+                size += items[stop].num_bytes
+                stop += 1
+            refused = self._store(items[start:stop], deadline, timeout_s) or refused
+            start = stop
+        if refused is not None:
+            raise refused
+        return [item.result for item in items if item.result is not None]
+
+    def _prepare(self, segment: Segment) -> _Item:
+        if segment.segment_index >= MOST_SEGMENTS_PER_EPISODE:
+            raise DataError(
+                f"segment_index {segment.segment_index} must be below {MOST_SEGMENTS_PER_EPISODE}; end the episode "
+                "earlier"
+            )
+        encoded = self._codec.encode(segment)
+        digest = episode_digest(segment.episode_id)
+        texts = [text.encode() for text in (segment.episode_id, segment.task, segment.instruction)]
+        arrival = _ARRIVAL.pack(
+            digest.encode(),
+            segment.segment_index,
+            segment.length,
+            segment.is_last,
+            segment.is_last and segment.success,
+            SOURCES.index(segment.source),
+            bool(segment.interventions[: segment.length].any()),
+            segment.policy_version,
+            encoded.segment_return,
+            len(texts[0]),
+            len(texts[1]),
+        )
+        size = len(encoded.row) + sum(memoryview(data).nbytes for data in encoded.images.values())
+        return _Item(segment, encoded, digest, arrival + b"".join(texts), size)
+
+    def _store(self, items: list[_Item], deadline: Deadline, timeout_s: float) -> DataError | None:
+        """Commit all of ``items``; the first one that contradicts its episode comes back as an error."""
+        refused: DataError | None = None
+        staged = False
+        while items:
+            try:
+                upload = [] if staged else self._upload(items, deadline)
+                commit = (
+                    "FCALL",
+                    function_name("commit"),
+                    1,
+                    self._keys.state,
+                    int(deadline.first),
+                    *(item.arrival for item in items),
+                )
+                replies = self._link.exchange([*upload, commit], timeout_s=deadline.left_s)
+                answer = replies[-1]
+                if isinstance(answer, ReplyError):
+                    raise self._link.meaning(answer)
+            except ServerFull as full:
+                staged, reason = False, str(full)
+            else:
+                full = next((reply for reply in replies if isinstance(reply, ReplyError)), None)
+                staged, reason = False, "the payload expired before it was committed" if full is None else str(full)
+                answers, evicted = answer
+                self._settle_images(items, answers, evicted, deadline)
+                for item, reply in zip(items, answers, strict=False):
+                    kind = reply[0]
+                    if kind == b"CLOSED":
+                        refused = refused or _contradiction(item.segment, int(reply[1]))
+                        item.result = "duplicate"
+                    elif kind == b"WAIT":
+                        staged, reason = True, wait_reason("inserts", reply)
+                    elif kind != b"MISSING":
+                        item.result = "inserted" if kind == b"OK" else "duplicate"
+                items = [item for item in items if item.result is None]
+            if items and not deadline.pause():
+                first = items[0].segment
+                raise ReplayWait(
+                    f"{len(items)} segments from {first.episode_id}/{first.segment_index} on were not stored within "
+                    f"{timeout_s} s: {reason}. Append them again later."
+                )
+        return refused
+
+    def _upload(self, items: list[_Item], deadline: Deadline) -> list[Command]:
+        """Commands that put the payloads on the server of the rows; images of another server are sent at once."""
+        commands: list[Command] = []
+        for item in items:
+            row = self._keys.row(item.digest, item.segment.segment_index)
+            # NX: what is committed already stays as it is, whatever a retry brings.
+            commands.append(("SET", row, item.encoded.row, "NX", "PX", _STAGE_MS))
+            if self._images is None:
+                commands += self._image_commands(item, "NX", "PX", _STAGE_MS)
+        if self._images is not None:
+            self._images.call(
+                [command for item in items for command in self._image_commands(item, "NX", "PX", _APART_STAGE_MS)],
+                timeout_s=deadline.left_s,
+            )
+        return commands
+
+    def _image_commands(self, item: _Item, *options: Any) -> list[Command]:
+        return [
+            ("SET", name, item.encoded.images[camera], *options)
+            for camera, name in zip(self._cameras, self._image_names(item), strict=True)
+        ]
+
+    def _image_names(self, item: _Item) -> list[str]:
+        return [
+            self._keys.image(item.digest, item.segment.segment_index, number) for number in range(len(self._cameras))
+        ]
+
+    def _settle_images(self, items: list[_Item], answers: list[Any], evicted: bytes, deadline: Deadline) -> None:
+        """On a server of their own, images outlive their expiry once the row is committed, and leave with it."""
+        if self._images is None or not self._cameras:
+            return
+        gone = self._evicted_names(evicted)
+        stored = [
+            item
+            for item, reply in zip(items, answers, strict=False)
+            if reply[0] in (b"OK", b"DUP") and reply[1] == b"0" and not gone.intersection(self._image_names(item))
+        ]
+        names = [name for item in stored for name in self._image_names(item)]
+        commands: list[Command] = [("PERSIST", name) for name in names]
+        commands += [("UNLINK", name) for name in gone]
+        if not commands:
+            return
+        kept = self._images.call([*commands, *(("EXISTS", name) for name in names)], timeout_s=deadline.left_s)
+        present = kept[len(commands) :]
+        if names and not all(present):
+            # That server restarted in between and forgot them.
+            again = [command for item in stored for command in self._image_commands(item, "NX")]
+            self._images.call(again, timeout_s=deadline.left_s)
+
+    def _evicted_names(self, evicted: bytes) -> set[str]:
+        names = set()
+        for at in range(0, len(evicted), 20):
+            digest = evicted[at : at + 16].decode()
+            (num,) = struct.unpack("<I", evicted[at + 16 : at + 20])
+            cameras = range(len(self._cameras))
+            names.update(self._keys.image(digest, index, camera) for index in range(num) for camera in cameras)
+        return names
+
+
+def wait_reason(side: str, reply: Sequence[bytes]) -> str:
+    """In words, why ``inserts`` or ``samples`` must wait: see ``wait_reply`` in functions.lua."""
+    drawable, min_steps, balance, ratio, buffer, stored, capacity, behind = (float(field) for field in reply[3:11])
+    if reply[1] == b"archive":
+        return (
+            f"the buffer is full ({stored:.0f} of {capacity:.0f} steps) and its oldest episode is not archived yet, "
+            f"{behind:.0f} are not; is the archiver running?"
+        )
+    text = (
+        f"the limiter makes {side} wait: {drawable:.0f} steps of complete episodes stored, min_steps {min_steps:.0f}; "
+        f"{stored:.0f} steps in all, capacity {capacity:.0f}"
+    )
+    if ratio >= 0:
+        text += f"; balance {balance:.1f} windows, error buffer {buffer:.1f}, samples_per_insert {ratio}"
+    if drawable < min_steps and stored > 0.9 * capacity:
+        text += "; the buffer is full of open episodes, raise capacity_steps"
+    return text
+
+
+def _contradiction(segment: Segment, last_index: int) -> DataError:
+    return DataError(
+        f"segment {segment.episode_id}/{segment.segment_index} (is_last {segment.is_last}) contradicts index "
+        f"{last_index}, the last of its episode so far; give a new episode its own id"
+    )
