@@ -1,7 +1,7 @@
 """FIFO tables: whole episodes, each to one consumer of a group, for on-policy learners.
 
-The queue is the stream of complete episodes itself, read through a consumer group: a pointer per episode, so images cost
-nothing here. What a consumer took and did not acknowledge is given to another once it has been idle for long.
+The queue is the stream of complete episodes itself, read through a consumer group: a pointer per episode, so images
+cost nothing here. What a consumer took and did not acknowledge is given to another once it has been idle for long.
 """
 
 from collections.abc import Sequence
@@ -114,7 +114,7 @@ class EpisodeQueue:
             entries += fresh[0][1] if fresh else []
         return self._hand_out(entries[:num], deadline)
 
-    def _hand_out(self, entries: Sequence[Sequence[bytes]], deadline: Deadline) -> list[TakenEpisode]:
+    def _hand_out(self, entries: Sequence[tuple[bytes, Sequence[bytes]]], deadline: Deadline) -> list[TakenEpisode]:
         taken, gone = [], []
         for entry_id, fields in entries:
             segments: list[Segment] = []
