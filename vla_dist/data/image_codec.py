@@ -84,7 +84,7 @@ class ImageCodec:
         ends = np.cumsum([len(data) for data in packed], dtype="<u4")
         return b"".join([ends.tobytes(), *packed])
 
-    def unpack(self, data: bytes, num_frames: int, first: int = 0, count: int | None = None) -> Array:
+    def unpack(self, data: bytes | memoryview, num_frames: int, first: int = 0, count: int | None = None) -> Array:
         """Frames ``first`` to ``first + count`` of the L = ``num_frames`` that were packed: (count, H, W, 3) uint8.
 
         Args:

@@ -95,6 +95,7 @@ local function now_s()
 end
 
 local function read_episode(b, id)
+  if b.open_id == id then return b.open end
   local packed = redis.call('HGET', b.prefix .. 'episodes', id)
   if not packed then return nil end
   local e, task_bytes, after = {}, nil, nil
@@ -108,6 +109,17 @@ end
 local function write_episode(b, id, e)
   redis.call('HSET', b.prefix .. 'episodes', id, struct.pack(EPISODE, e.completion, e.last_index, e.seen, e.steps,
     e.status, e.success, e.source, e.intervened, e.digest, #e.task) .. e.task .. e.segments)
+end
+
+-- The segments of an episode mostly come one after the other: it is written when another one's turn comes.
+local function keep_open(b, id, e)
+  if b.open and b.open_id ~= id then write_episode(b, b.open_id, b.open) end
+  b.open_id, b.open = id, e
+end
+
+local function close_episode(b)
+  if b.open then write_episode(b, b.open_id, b.open) end
+  b.open_id, b.open = nil, nil
 end
 
 local function num_segments(e) return e.last_index >= 0 and e.last_index + 1 or #e.segments / 16 end
@@ -258,6 +270,7 @@ local function take_in(b, a, first_try)
     end
   end
   local made_room = false
+  if s.steps > 0 and s.steps + a.length > s.capacity then close_episode(b) end
   while s.steps > 0 and s.steps + a.length > s.capacity do
     if not evict_oldest(b) then return wait_reply(b, b.tables[1], 'archive') end
     made_room = true
@@ -287,7 +300,7 @@ local function take_in(b, a, first_try)
     e.steps, s.steps = e.steps + a.length, s.steps + a.length
     if e.seen == e.last_index + 1 then complete(b, a.id, e, a.instruction) end
   end
-  write_episode(b, a.id, e)
+  keep_open(b, a.id, e)
   return {'OK', e.status == EVICTED and '1' or '0'}
 end
 
@@ -307,6 +320,7 @@ local function commit(keys, args)
     local answer = out[i - 1][1]
     if answer == 'WAIT' or answer == 'MISSING' then break end
   end
+  close_episode(b)
   save(b)
   return {out, table.concat(b.evicted)}
 end

@@ -305,17 +305,23 @@ class _BulkLayout:
 def pack(commands: Iterable[Command]) -> list[bytes | memoryview]:
     """Commands as buffers to send, the large arguments uncopied."""
     buffers: list[bytes | memoryview] = []
-    small: list[bytes] = []
+    small: list[bytes | memoryview] = []
     for command in commands:
         small.append(b"*%d\r\n" % len(command))
         for argument in command:
-            data = argument if isinstance(argument, (bytes, memoryview)) else str(argument).encode()
-            size = data.nbytes if isinstance(data, memoryview) else len(data)
-            small.append(b"$%d\r\n" % size)
-            if size >= _JOIN_BYTES:
-                buffers += [b"".join(small), data]
-                small = [b"\r\n"]
+            kind = type(argument)
+            if kind is bytes:
+                data, size = argument, len(argument)
+            elif kind is memoryview:
+                data, size = argument, argument.nbytes
             else:
-                small += [bytes(data), b"\r\n"]
+                data = str(argument).encode()
+                size = len(data)
+            if size < _JOIN_BYTES:
+                small += (b"$%d\r\n" % size, data, b"\r\n")
+            else:
+                small.append(b"$%d\r\n" % size)
+                buffers += (b"".join(small), data)
+                small = [b"\r\n"]
     buffers.append(b"".join(small))
     return buffers

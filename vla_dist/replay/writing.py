@@ -16,8 +16,8 @@ from vla_dist.replay.keys import Keys, episode_digest
 from vla_dist.replay.link import Deadline, RedisLink, ServerFull, function_name
 from vla_dist.replay.wire import Command, ReplyError
 
-_STAGE_MS = 60_000
-_APART_STAGE_MS = 3_600_000
+_STAGE_MS = b"60000"
+_APART_STAGE_MS = b"3600000"
 """Of images on a server of their own: between commit and the removal of the expiry lies another connection."""
 _MOST_SEGMENTS = 64
 _MOST_BYTES = 16 << 20
@@ -56,7 +56,7 @@ class SegmentWriter:
     def append(self, segments: Sequence[Segment], *, timeout_s: float) -> list[AppendResult]:
         """Store each once; see ``RedisReplayTable.append_all``."""
         # All are checked before the first byte of any is sent.
-        items = [self._prepare(segment) for segment in segments]
+        items = self._prepare(segments)
         deadline = Deadline(timeout_s)
         refused: DataError | None = None
         start = 0
@@ -71,30 +71,18 @@ class SegmentWriter:
             raise refused
         return [item.result for item in items if item.result is not None]
 
-    def _prepare(self, segment: Segment) -> _Item:
-        if segment.segment_index >= MOST_SEGMENTS_PER_EPISODE:
-            raise DataError(
-                f"segment_index {segment.segment_index} must be below {MOST_SEGMENTS_PER_EPISODE}; end the episode "
-                "earlier"
-            )
-        encoded = self._codec.encode(segment)
-        digest = episode_digest(segment.episode_id)
-        texts = [text.encode() for text in (segment.episode_id, segment.task, segment.instruction)]
-        arrival = _ARRIVAL.pack(
-            digest.encode(),
-            segment.segment_index,
-            segment.length,
-            segment.is_last,
-            segment.is_last and segment.success,
-            SOURCES.index(segment.source),
-            bool(segment.interventions[: segment.length].any()),
-            segment.policy_version,
-            encoded.segment_return,
-            len(texts[0]),
-            len(texts[1]),
-        )
-        size = len(encoded.row) + sum(memoryview(data).nbytes for data in encoded.images.values())
-        return _Item(segment, encoded, digest, arrival + b"".join(texts), size)
+    def _prepare(self, segments: Sequence[Segment]) -> list[_Item]:
+        for segment in segments:
+            if segment.segment_index >= MOST_SEGMENTS_PER_EPISODE:
+                raise DataError(
+                    f"segment_index {segment.segment_index} must be below {MOST_SEGMENTS_PER_EPISODE}; end the "
+                    "episode earlier"
+                )
+        return [
+            _Item(segment, encoded, digest, _arrival(segment, encoded, digest), _num_bytes(encoded))
+            for segment, encoded in zip(segments, self._codec.encode_all(segments), strict=True)
+            for digest in (episode_digest(segment.episode_id),)
+        ]
 
     def _store(self, items: list[_Item], deadline: Deadline, timeout_s: float) -> DataError | None:
         """Commit all of ``items``; the first one that contradicts its episode comes back as an error."""
@@ -146,12 +134,12 @@ class SegmentWriter:
         for item in items:
             row = self._keys.row(item.digest, item.segment.segment_index)
             # NX: what is committed already stays as it is, whatever a retry brings.
-            commands.append(("SET", row, item.encoded.row, "NX", "PX", _STAGE_MS))
+            commands.append((b"SET", row, item.encoded.row, b"NX", b"PX", _STAGE_MS))
             if self._images is None:
-                commands += self._image_commands(item, "NX", "PX", _STAGE_MS)
+                commands += self._image_commands(item, b"NX", b"PX", _STAGE_MS)
         if self._images is not None:
             self._images.call(
-                [command for item in items for command in self._image_commands(item, "NX", "PX", _APART_STAGE_MS)],
+                [command for item in items for command in self._image_commands(item, b"NX", b"PX", _APART_STAGE_MS)],
                 timeout_s=deadline.left_s,
             )
         return commands
@@ -197,6 +185,29 @@ class SegmentWriter:
             cameras = range(len(self._cameras))
             names.update(self._keys.image(digest, index, camera) for index in range(num) for camera in cameras)
         return names
+
+
+def _num_bytes(encoded: EncodedSegment) -> int:
+    return len(encoded.row) + sum(memoryview(data).nbytes for data in encoded.images.values())
+
+
+def _arrival(segment: Segment, encoded: EncodedSegment, digest: str) -> bytes:
+    """What the commit must know."""
+    episode_id, task = segment.episode_id.encode(), segment.task.encode()
+    packed = _ARRIVAL.pack(
+        digest.encode(),
+        segment.segment_index,
+        segment.length,
+        segment.is_last,
+        segment.is_last and segment.success,
+        SOURCES.index(segment.source),
+        bool(segment.interventions[: segment.length].any()),
+        segment.policy_version,
+        encoded.segment_return,
+        len(episode_id),
+        len(task),
+    )
+    return b"".join((packed, episode_id, task, segment.instruction.encode()))
 
 
 def wait_reason(side: str, reply: Sequence[bytes]) -> str:
