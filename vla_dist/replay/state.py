@@ -6,8 +6,47 @@ from dataclasses import dataclass
 from vla_dist.core.errors import NotFound
 from vla_dist.replay.limiter import LimiterConfig, LimiterState
 
-_HEAD = struct.Struct("<14d")
-_TABLE = struct.Struct("<13d")
+# See HEAD and TABLE in functions.lua.
+_HEAD_NAMES = [
+    "capacity",
+    "remembered",
+    "cameras_here",
+    "archiving",
+    "archived",
+    "steps",
+    "complete",
+    "completion",
+    "row",
+    "gone",
+    "inserted",
+    "duplicates",
+    "evicted_steps",
+    "broken",
+]
+_TABLE_NAMES = [
+    "min_steps",
+    "ratio",
+    "buffer",
+    "max_draws",
+    "prioritised",
+    "queue",
+    "drawable",
+    "balance",
+    "sampled",
+    "inserts_waited",
+    "samples_waited",
+    "max_priority",
+    "events",
+]
+_HEAD = struct.Struct(f"<{len(_HEAD_NAMES)}d")
+_TABLE = struct.Struct(f"<{len(_TABLE_NAMES)}d")
+
+
+def unpack_counters(packed: bytes) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """All counters by their names in ``functions.lua``: the buffer's, and each table's."""
+    head = dict(zip(_HEAD_NAMES, _HEAD.unpack_from(packed), strict=True))
+    starts = range(_HEAD.size, len(packed), _TABLE.size)
+    return head, [dict(zip(_TABLE_NAMES, _TABLE.unpack_from(packed, at), strict=True)) for at in starts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,33 +88,32 @@ class BufferState:
         """Raises NotFound where there is no buffer."""
         if packed is None:
             raise NotFound(f"buffer {name!r} is gone (restarted without its data?); construct a new client")
-        head = [int(value) for value in _HEAD.unpack_from(packed)]
-        _, _, _, archiving, archived, steps, complete, completion, _, _, inserted, duplicates, evicted, broken = head
-        tables = [_table(packed, at) for at in range(_HEAD.size, len(packed), _TABLE.size)]
+        head, tables = unpack_counters(packed)
         return cls(
-            archiving=bool(archiving),
-            archived=archived,
-            completions=completion,
-            steps=steps,
-            complete=complete,
-            inserted=inserted,
-            duplicates=duplicates,
-            evicted_steps=evicted,
-            broken=broken,
-            tables=tuple(tables),
+            archiving=bool(head["archiving"]),
+            archived=int(head["archived"]),
+            completions=int(head["completion"]),
+            steps=int(head["steps"]),
+            complete=int(head["complete"]),
+            inserted=int(head["inserted"]),
+            duplicates=int(head["duplicates"]),
+            evicted_steps=int(head["evicted_steps"]),
+            broken=int(head["broken"]),
+            tables=tuple(_table(counters) for counters in tables),
         )
 
 
-def _table(packed: bytes, at: int) -> TableCounters:
-    values = _TABLE.unpack_from(packed, at)
-    min_steps, ratio, buffer, _, _, _, drawable, balance, sampled, inserts_waited, samples_waited, top, _ = values
+def _table(counters: dict[str, float]) -> TableCounters:
+    ratio = counters["ratio"]
     limiter = LimiterConfig(
-        min_steps=int(min_steps), samples_per_insert=None if ratio < 0 else ratio, error_buffer_steps=buffer
+        min_steps=int(counters["min_steps"]),
+        samples_per_insert=None if ratio < 0 else ratio,
+        error_buffer_steps=counters["buffer"],
     )
     return TableCounters(
-        limiter=LimiterState(config=limiter, drawable_steps=int(drawable), balance=balance),
-        sampled=int(sampled),
-        inserts_waited=int(inserts_waited),
-        samples_waited=int(samples_waited),
-        max_priority=top,
+        limiter=LimiterState(config=limiter, drawable_steps=int(counters["drawable"]), balance=counters["balance"]),
+        sampled=int(counters["sampled"]),
+        inserts_waited=int(counters["inserts_waited"]),
+        samples_waited=int(counters["samples_waited"]),
+        max_priority=counters["max_priority"],
     )
