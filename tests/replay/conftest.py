@@ -1,17 +1,20 @@
+import dataclasses
 import itertools
 from dataclasses import replace
 
 import pytest
+import redis
 
 from vla_dist.core.types import Segment
-from vla_dist.replay.config import TableConfig
+from vla_dist.replay.config import BufferConfig, TableConfig
 from vla_dist.replay.server import EmbeddedServer
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.testing.fakes import make_segment, make_spec
 
 T = 4
 SPEC = make_spec(max_episode_steps=20)
-_names = (f"table-{number}" for number in itertools.count())
+_names = (f"buffer-{number}" for number in itertools.count())
+_TABLE_SETTINGS = {"sampler", "limiter", "max_draws"}
 
 
 @pytest.fixture(scope="session")
@@ -38,19 +41,45 @@ def make_server(tmp_path):
 
 @pytest.fixture
 def make_table(request):
-    """Tables that are closed when the test ends; a new name each time unless one is given."""
+    """Clients that are closed when the test ends; of a new buffer each time unless a name is given.
+
+    ``sampler``, ``limiter`` and ``max_draws`` are those of its only table, unless ``tables`` are given.
+    """
     opened = []
 
-    def make(*, url=None, spec=SPEC, seed=0, **settings):
-        settings = {"name": next(_names), "num_steps": T, "context_steps": 6, "capacity_steps": 1000, **settings}
+    def make(*, url=None, spec=SPEC, seed=0, table=None, images_url=None, **settings):
+        mine = {key: settings.pop(key) for key in _TABLE_SETTINGS & set(settings)}
+        defaults = {"name": next(_names), "num_steps": T, "context_steps": 6, "capacity_steps": 1000}
+        config = BufferConfig(**{**defaults, "tables": (TableConfig(**mine),), **settings})
         url = url or request.getfixturevalue("server").url
-        table = RedisReplayTable(url, spec, TableConfig(**settings), seed=seed)
-        opened.append(table)
-        return table
+        opened.append(RedisReplayTable(url, spec, config, table=table, seed=seed, images_url=images_url))
+        return opened[-1]
 
     yield make
     for table in opened:
         table.close()
+
+
+@pytest.fixture
+def make_client(make_table):
+    """Another client of a table's buffer, as another process would have; ``of`` names another of its tables."""
+
+    def make(table, *, url=None, seed=0, of=None, **changes):
+        settings = {field.name: getattr(table.config, field.name) for field in dataclasses.fields(BufferConfig)}
+        return make_table(url=url, spec=table.spec, seed=seed, table=of or table.table.name, **{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def keys_of(request):
+    """Names of all keys of a table's buffer."""
+
+    def scan(table, *, url=None):
+        with redis.Redis.from_url(url or request.getfixturevalue("server").url) as client:
+            return sorted(key.decode() for key in client.scan_iter(table.keys.prefix + "*", count=10_000))
+
+    return scan
 
 
 @pytest.fixture
