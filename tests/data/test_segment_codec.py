@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from vla_dist.core.errors import ConfigError, DataError, IntegrityError
 from vla_dist.core.specs import CameraSpec
 from vla_dist.core.types import SOURCES, Segment
+from vla_dist.data.image_codec import ImageEncoding
+from vla_dist.data.returns import returns_to_go
 from vla_dist.data.segment_codec import SegmentCodec
 from vla_dist.testing.fakes import make_segment, make_spec
 
@@ -69,7 +71,7 @@ def test_what_was_encoded_is_decoded(case):
 
 
 def test_any_arrow_reader_can_read_a_row():
-    spec = make_spec(proprio_dim=3, action_dim=2)
+    spec = make_spec(proprio_dim=3, action_dim=2, cameras=(CAMERA,))
     codec = SegmentCodec(spec, 4)
     segment = make_segment(spec, episode_id="e", num_steps=4, length=3, is_last=True, success=True, seed=1)
     batch = pa.ipc.read_record_batch(pa.py_buffer(codec.encode(segment).row), codec.schema)
@@ -79,11 +81,57 @@ def test_any_arrow_reader_can_read_a_row():
     assert row["instruction"].rstrip(b"\0") == b"please go"
     assert (row["length"], row["is_last"], row["success"]) == (3, 1, 1)
     assert row["source"] == SOURCES.index("expert")
-    expected = np.where(np.arange(4)[:, None] < 3, segment.proprio, 0).ravel()
-    np.testing.assert_array_equal(np.array(row["proprio"], np.float32), expected)
-    assert row["rewards"] == [0.0, 1.0, 2.0, 0.0]
-    assert codec.schema.field("actions").type.list_size == 4 * 2
+    # The schema's metadata says what the numbers of a step are.
+    widths = dict(column.split(":") for column in codec.schema.metadata[b"step_columns"].decode().split(","))
+    bounds = np.cumsum([0, *map(int, widths.values())])
+    steps = np.array(row["steps"], np.float32).reshape(4, bounds[-1])
+    columns = {name: steps[:, a:b] for name, a, b in zip(widths, bounds, bounds[1:], strict=False)}
+    for name in ("proprio", "actions", "target_actions"):
+        np.testing.assert_array_equal(columns[name][:3], getattr(segment, name)[:3])
+    assert columns["reward"].ravel().tolist() == [0.0, 1.0, 2.0, 0.0]
+    assert columns["segment_return"].ravel().tolist() == [3.0, 3.0, 2.0, 0.0]
+    assert not steps[3].any()
     assert codec.schema.metadata[b"spec"] == spec.digest.encode()
+
+
+@given(st.lists(segments(), min_size=1, max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_the_layout_is_constant(cases):
+    codec, _ = cases[0]
+    fitting = [segment for other, segment in cases if other.schema_id == codec.schema_id]
+    rows = [bytes(encoded.row) for encoded in codec.encode_all(fitting)]
+    assert len({len(row) for row in rows}) == 1
+    header = codec.row_bytes - pa.ipc.read_record_batch(pa.py_buffer(rows[0]), codec.schema).nbytes
+    assert len({row[:64] for row in rows}) == 1
+    assert header > 64
+    for row, segment in zip(rows, fitting, strict=True):
+        steps = np.frombuffer(row, "<f4", codec.num_steps * codec.layout.num_columns, codec.steps_offset)
+        steps = steps.reshape(codec.num_steps, codec.layout.num_columns)
+        np.testing.assert_array_equal(steps[: segment.length, codec.layout.actions], segment.actions[: segment.length])
+        assert row == bytes(codec.encode(segment).row), "together or alone"
+
+
+@given(length=st.integers(1, 40), scale=st.floats(1e-3, 1e6), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_returns_lose_nothing_to_float32(length, scale, seed):
+    spec = make_spec()
+    rng = np.random.default_rng(seed)
+    rewards = np.zeros(40, np.float32)
+    rewards[:length] = rng.normal(size=length) * scale ** rng.random(length)
+    codec = SegmentCodec(spec, 40)
+    segment = make_segment(spec, episode_id="e", num_steps=40, length=length, is_last=True)
+    encoded = codec.encode(replace(segment, rewards=rewards))
+    steps = codec.decode_rows([encoded.row])[0]["steps"]
+    column = codec.layout.segment_return
+    found = steps[:, column].astype(np.float64) + steps[:, column + 1]
+    expected = returns_to_go(rewards)
+    # Two float32 hold 48 bits.
+    np.testing.assert_allclose(found, expected, rtol=2.0**-47, atol=1e-30)
+    assert encoded.segment_return == expected[0]
+
+
+def test_an_episode_without_segments_is_encoded_to_nothing():
+    assert SegmentCodec(make_spec(), 8).encode_all([]) == []
 
 
 def test_a_stream_of_rows_is_an_arrow_file():
@@ -99,9 +147,10 @@ def test_many_rows_are_decoded_at_once():
     codec = SegmentCodec(spec, 8)
     given_segments = [make_segment(spec, episode_id=f"e{i}", segment_index=i, seed=i) for i in range(5)]
     rows = codec.decode_rows([codec.encode(segment).row for segment in given_segments])
-    np.testing.assert_array_equal(rows["actions"], np.stack([s.actions for s in given_segments]))
+    actions = rows["steps"][..., codec.layout.actions]
+    np.testing.assert_array_equal(actions, np.stack([s.actions for s in given_segments]))
     assert rows["segment_index"].tolist() == [0, 1, 2, 3, 4]
-    assert rows["proprio"].base is not None, "a view, not a copy per column"
+    assert np.shares_memory(actions, rows), "a view, not a copy per column"
     assert len(codec.decode_rows([])) == 0
 
 
@@ -112,14 +161,15 @@ def test_bytes_of_another_size_or_header_are_refused():
     with pytest.raises(IntegrityError, match=f"row of {len(row) - 1} bytes, expected {len(row)}"):
         codec.decode_rows([row[:-1]])
     with pytest.raises(IntegrityError, match="row 1 of 2 has another Arrow header"):
-        codec.decode_rows([row, row[:20] + bytes([row[20] ^ 1]) + row[21:]])
+        codec.decode_rows([row, bytes(row[:20]) + bytes([row[20] ^ 1]) + bytes(row[21:])])
 
 
-def test_equal_sizes_of_another_shape_are_told_apart():
+def test_rows_of_another_spec_with_the_same_layout_are_told_apart():
+    # 4 + 2 x 2 and 2 + 2 x 3 numbers a step are as many.
     one, other = make_spec(proprio_dim=4, action_dim=2), make_spec(proprio_dim=2, action_dim=3)
     row = SegmentCodec(one, 8).encode(make_segment(one, episode_id="e")).row
     assert len(row) == SegmentCodec(other, 8).row_bytes, "this test needs two specs with rows of one size"
-    with pytest.raises(IntegrityError, match="another Arrow header"):
+    with pytest.raises(IntegrityError, match="written for another spec than 'fake'"):
         SegmentCodec(other, 8).decode(row)
     assert SegmentCodec(one, 8).schema_id != SegmentCodec(other, 8).schema_id
 
@@ -145,6 +195,59 @@ def test_a_damaged_field_is_refused(field, value, message):
         codec.decode(row.tobytes())
 
 
+@pytest.mark.parametrize("kind", ["raw", "lz4"])
+def test_any_flipped_byte_is_found(kind):
+    camera = CameraSpec(name="wrist", height=2, width=2)
+    spec = make_spec(proprio_dim=1, action_dim=1, cameras=(camera,))
+    codec = SegmentCodec(spec, 2, {"wrist": ImageEncoding.parse(kind)})
+    segment = make_segment(spec, episode_id="e", num_steps=2, length=1, is_last=True, seed=4)
+    encoded = codec.encode(segment)
+    row, frames = bytes(encoded.row), bytes(encoded.images["wrist"])
+    codec.decode(row, {"wrist": frames})
+    for at in range(len(row)):
+        damaged = bytearray(row)
+        damaged[at] ^= 1 << (at % 8)
+        with pytest.raises(IntegrityError):
+            codec.decode(bytes(damaged), {"wrist": frames})
+    for at in range(len(frames)):
+        damaged = bytearray(frames)
+        damaged[at] ^= 1 << (at % 8)
+        with pytest.raises(IntegrityError, match="camera 'wrist'"):
+            codec.decode(row, {"wrist": bytes(damaged)})
+
+
+def test_the_frames_of_another_segment_are_found():
+    spec = make_spec(cameras=(CAMERA,))
+    codec = SegmentCodec(spec, 8)
+    one, other = (codec.encode(make_segment(spec, episode_id="e", seed=seed)) for seed in (1, 2))
+    with pytest.raises(IntegrityError, match="'wrist': the frames differ from their checksum"):
+        codec.decode(one.row, other.images)
+
+
+@pytest.mark.parametrize("kind", ["lz4", "jpeg:95"])
+def test_frames_are_stored_as_the_camera_s_encoding_says(kind):
+    other = CameraSpec(name="head", height=8, width=8)
+    spec = make_spec(cameras=(CAMERA, other))
+    codec = SegmentCodec(spec, 8, {"head": ImageEncoding.parse(kind)})
+    segment = make_segment(spec, episode_id="e", length=5, is_last=True)
+    for frame in segment.images["head"]:
+        frame[:] = frame[0, 0]
+    encoded = codec.encode(segment)
+    assert memoryview(encoded.images["wrist"]).nbytes == 5 * 3 * 5 * 3
+    assert codec.image_codecs["wrist"].is_raw
+    assert not codec.image_codecs["head"].is_raw
+    found = codec.decode(encoded.row, encoded.images).images
+    np.testing.assert_array_equal(found["wrist"][:5], segment.images["wrist"][:5])
+    assert np.abs(found["head"][:5].astype(int) - segment.images["head"][:5]).max() <= 3
+    assert not found["head"][5:].any()
+    assert codec.schema_id == SegmentCodec(spec, 8).schema_id, "the row is the same however the frames are stored"
+
+
+def test_an_encoding_for_a_camera_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match=r"\['wirst'\], which spec 'fake' lacks; it has \['wrist'\]"):
+        SegmentCodec(make_spec(cameras=(CAMERA,)), 8, {"wirst": ImageEncoding()})
+
+
 @pytest.mark.parametrize("name", ["proprio", "actions", "target_actions", "rewards"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
 def test_numbers_that_are_not_finite_are_refused(name, bad):
@@ -154,6 +257,21 @@ def test_numbers_that_are_not_finite_are_refused(name, bad):
     array.reshape(8, -1)[2, 0] = bad
     with pytest.raises(DataError, match=f"{name} holds NaN or infinity"):
         SegmentCodec(spec, 8).encode(replace(segment, **{name: array}))
+
+
+def test_rewards_whose_sum_float32_cannot_hold_are_refused():
+    spec = make_spec()
+    segment = make_segment(spec, episode_id="e")
+    with pytest.raises(DataError, match=r"e/0: rewards holds .* the sum of the rewards must be finite"):
+        SegmentCodec(spec, 8).encode(replace(segment, rewards=np.full(8, 3e38, np.float32)))
+
+
+def test_the_one_bad_segment_of_many_is_named():
+    spec = make_spec()
+    good, bad = make_segment(spec, episode_id="good"), make_segment(spec, episode_id="bad", segment_index=3)
+    bad.actions[1, 1] = np.nan
+    with pytest.raises(DataError, match="bad/3: actions holds NaN"):
+        SegmentCodec(spec, 8).encode_all([good, bad, good])
 
 
 def test_padding_may_hold_anything():

@@ -2,7 +2,8 @@
 
 For a fixed schema without nulls and variable lengths, Arrow writes the same header and the same buffer offsets every
 time. So encoding is a copy of a template and a few assignments, and a whole array of rows is decoded as strided NumPy
-views after one comparison with the header, which doubles as the check that the bytes belong to this spec.
+views after one comparison with the header. The checksum is seeded by the spec, so ``decode`` refuses the rows of
+another one even where their layouts are the same.
 
 All numbers of a step lie side by side in the column ``steps``, so that the steps of a window are one range of bytes
 and can be fetched without the rest of the row. Beside what the robot recorded, each step holds the sum of the rewards
@@ -119,6 +120,8 @@ class SegmentCodec:
         self._header = template[:header_bytes]
         self._template = template.tobytes()
         self._fields, self._fields_offset = _packed_fields(self.row_dtype)
+        # Specs may have rows of one layout and mean other numbers.
+        self._seed = int(spec.digest[:16], 16)
         self._checksum_offset = _field(self.row_dtype, "checksum")[1]
         self.steps_offset = _field(self.row_dtype, "steps")[1]
         self.step_bytes = 4 * self.layout.num_columns
@@ -134,11 +137,14 @@ class SegmentCodec:
 
     def encode_all(self, segments: Sequence[Segment]) -> list[EncodedSegment]:
         """The same for many, several times as fast as one by one."""
+        if not segments:
+            return []
         num, layout, size = len(segments), self.layout, self.row_bytes
         buffer = bytearray(self._template * num)
         strides = (size, self.step_bytes, 4)
         steps = np.ndarray((num, self.num_steps, layout.num_columns), "<f4", buffer, self.steps_offset, strides)
-        with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite and is refused below.
+        # What float32 cannot hold becomes infinite and is refused below.
+        with np.errstate(over="ignore", invalid="ignore"):
             for mine, segment in zip(steps, segments, strict=True):
                 self._require_shapes(segment)
                 valid = segment.length
@@ -147,11 +153,11 @@ class SegmentCodec:
                 mine[:valid, layout.target_actions] = segment.target_actions[:valid]
                 mine[:valid, layout.reward] = segment.rewards[:valid]
                 mine[:valid, layout.intervention] = segment.interventions[:valid]
+            to_end = steps[:, ::-1, layout.reward].cumsum(axis=1, dtype=np.float64)[:, ::-1]
+            steps[..., layout.segment_return] = to_end
+            steps[..., layout.segment_return + 1] = to_end - steps[..., layout.segment_return]
         if not np.isfinite(steps).all():
             raise DataError(_not_finite(segments, steps, layout))
-        to_end = steps[:, ::-1, layout.reward].cumsum(axis=1, dtype=np.float64)[:, ::-1]
-        steps[..., layout.segment_return] = to_end
-        steps[..., layout.segment_return + 1] = to_end - steps[..., layout.segment_return]
         returns = to_end[:, 0].tolist()
         view = memoryview(buffer).toreadonly()
         encoded = []
@@ -176,7 +182,7 @@ class SegmentCodec:
                 *checksums,
             )
             row = view[start : start + size]
-            _CHECKSUM.pack_into(buffer, start + self._checksum_offset, xxhash.xxh3_64_intdigest(row))
+            _CHECKSUM.pack_into(buffer, start + self._checksum_offset, xxhash.xxh3_64_intdigest(row, self._seed))
             encoded.append(EncodedSegment(row=row, images=images, segment_return=returns[number]))
         return encoded
 
@@ -220,13 +226,25 @@ class SegmentCodec:
         self._require_checksum(row, record)
         return segment
 
+    def require_intact(self, row: bytes | memoryview, images: Mapping[str, bytes | memoryview]) -> np.void:
+        """One record as in ``decode_rows``, its frames left packed.
+
+        Raises:
+            IntegrityError: row or frames differ from their checksums.
+        """
+        record = self.decode_rows([row])[0]
+        self._require_checksum(row, record)
+        for number, name in enumerate(self.image_codecs):
+            _require_same_frames(name, images[name], record, number)
+        return record
+
     def _require_checksum(self, row: bytes | memoryview, record: np.void) -> None:
         blank = bytearray(row)
         blank[self._checksum_offset : self._checksum_offset + 8] = bytes(8)
-        if xxhash.xxh3_64_intdigest(blank) != int(record["checksum"]):
+        if xxhash.xxh3_64_intdigest(blank, self._seed) != int(record["checksum"]):
             raise IntegrityError(
                 f"row of {record['episode_id'].decode()!r}/{record['segment_index']} differs from its checksum; the "
-                "bytes were damaged, append the segment again"
+                f"bytes were damaged or written for another spec than {self.spec.name!r}, append the segment again"
             )
 
     def decode_rows(self, rows: Sequence[bytes | memoryview]) -> Array:
@@ -281,15 +299,19 @@ class SegmentCodec:
         for number, (name, codec) in enumerate(self.image_codecs.items()):
             data = images.get(name, b"")
             frames = codec.unpack(data, length)
-            if xxhash.xxh3_64_intdigest(data) != int(record["image_checksums"][number]):
-                raise IntegrityError(
-                    f"camera {name!r}: the frames differ from their checksum; the bytes were damaged, or belong to "
-                    "another segment than the row"
-                )
+            _require_same_frames(name, data, record, number)
             padded = np.zeros((self.num_steps, *frames.shape[1:]), np.uint8)
             padded[:length] = frames
             unpacked[name] = padded
         return unpacked
+
+
+def _require_same_frames(camera: str, data: bytes | memoryview, record: np.void, number: int) -> None:
+    if xxhash.xxh3_64_intdigest(data) != int(record["image_checksums"][number]):
+        raise IntegrityError(
+            f"camera {camera!r}: the frames differ from their checksum; the bytes were damaged, or belong to another "
+            "segment than the row"
+        )
 
 
 def _not_finite(segments: Sequence[Segment], steps: Array, layout: StepLayout) -> str:
@@ -297,14 +319,15 @@ def _not_finite(segments: Sequence[Segment], steps: Array, layout: StepLayout) -
         "proprio": layout.proprio,
         "actions": layout.actions,
         "target_actions": layout.target_actions,
-        "rewards": layout.reward,
+        "rewards": slice(layout.reward, layout.num_columns),
     }
     worst = int((~np.isfinite(steps)).any(axis=(1, 2)).argmax())
     segment = segments[worst]
     bad = [name for name, where in columns.items() if not np.isfinite(steps[worst][:, where]).all()]
     return (
         f"segment {segment.episode_id}/{segment.segment_index}: {' and '.join(bad)} holds NaN or infinity within its "
-        f"{segment.length} valid steps; every number must be finite. Fix the sensor or end the episode before it."
+        f"{segment.length} valid steps; every number and the sum of the rewards must be finite. Fix the sensor or end "
+        "the episode before it."
     )
 
 
@@ -337,7 +360,7 @@ def _schema(spec: EnvSpec, num_steps: int, layout: StepLayout) -> pa.Schema:
             "spec": spec.digest,
             "num_steps": str(num_steps),
             "step_columns": layout.describe(),
-            "checksums": "XXH3-64; the row's own over the row with this field zero",
+            "checksums": "XXH3-64; the row's own over the row with this field 0, seeded by the spec's first 64 bits",
         },
     )
 
