@@ -1,208 +1,256 @@
-"""The replay table beside the limits it cannot pass, in one run: inserting and sampling in steps a second.
+"""The replay table beside the bare protocol, dm-reverb, torchrl and RLlib, in one run: steps a second.
 
-    vla-dist bench replay [--seconds 10] [--json FILE]
+    vla-dist bench replay [--json FILE] [--plot FILE] [--quick] [--only low_dim,image,capacity,size,sampler]
 
-- ``table``: RedisReplayTable on an embedded server over its Unix socket, one process.
-- ``raw_protocol``: a second such server given the same bytes by plain redis-py pipelines: one SET of each payload, one
-  MGET and the GETRANGEs of a batch; no codec, no dedupe, no limiter, no windows.
-- ``numpy_ring``: arrays in this process, the upper bound of any replay.
+Workloads: segments of T = 32 steps, windows of K = 20; ``low_dim`` has 39 + 4 floats a step, ``image`` an 84x84x3 frame
+more. A sample of B windows counts B x K steps. Rows go to a server with an append-only file, images to one without, as in
+a run. Systems are named system/transport/processes and take turns; the median of the turns counts.
 
-Segments of T = 32 steps, windows of K = 20: low-dim alone (39 proprio, 4 action), and with an 84x84x3 frame a step. An
-insert is acknowledged before the next one; a sample counts B x K steps. The systems take turns, so that all meet the
-same noise; the medians over the turns are compared. Both servers log every write, as in a run. About 300 MB of memory.
+``ratio_vs_PEER`` divides our best by the peer's best, ``like_for_like`` one process over TCP by Reverb's one process.
+``ratio_vs_raw`` is the median over the turns of one process over a Unix socket against the bare protocol in the same
+turn. ``capacity_flatness`` is the rate with the fewest stored steps over the rate with the most.
+
+Takes about 15 minutes, 4 GB of memory and 6 GB of disk; peers are installed into venvs of their own on the first run.
 """
 
 import argparse
 import contextlib
-import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import redis
+sys.path.insert(0, str(Path(__file__).parent))
 
-from vla_dist.core.specs import CameraSpec, Dimension, EnvSpec
-from vla_dist.core.types import Segment
+from replay_parts.clients import Clients, Task, raw_key
+from replay_parts.figures import draw
+from replay_parts.peers import PEERS, measure_peer
+from replay_parts.workload import EPISODE_SEGMENTS, IMAGE, LOW_DIM, T, Workload
+
 from vla_dist.data.segment_codec import SegmentCodec
-from vla_dist.replay.config import TableConfig
+from vla_dist.replay.link import RedisLink
 from vla_dist.replay.server import EmbeddedServer
 from vla_dist.replay.table import RedisReplayTable
-from vla_dist.testing.fakes import make_segment
 
-T, K = 32, 20
-EPISODE_SEGMENTS = 4
-ROUNDS = 4
-SYSTEMS = ("table", "raw_protocol", "numpy_ring")
-COLUMNS = ("proprio", "actions", "target_actions", "rewards", "interventions")
-Work = Callable[[], int]
-"""Does one insert or one sample and returns its steps."""
+Rates = dict[str, dict[str, list[float]]]
+"""action -> system -> steps a second of each turn."""
+_ACTIONS = ("insert", "sample")
 
 
-def tabletop(cameras: tuple[CameraSpec, ...] = ()) -> EnvSpec:
-    return EnvSpec(
-        name="bench",
-        proprio=tuple(Dimension(name=f"p{i}") for i in range(39)),
-        action=tuple(Dimension(name=f"a{i}", low=-1.0, high=1.0) for i in range(4)),
-        control_hz=10.0,
-        max_episode_steps=EPISODE_SEGMENTS * T,
-        cameras=cameras,
-    )
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The servers of one system."""
+
+    unix: str
+    tcp: str
+    images_unix: str | None
+    images_tcp: str | None
+
+    def urls(self, transport: str) -> tuple[str, str | None]:
+        return (self.unix, self.images_unix) if transport == "unix" else (self.tcp, self.images_tcp)
 
 
-def endless_segments(spec: EnvSpec) -> Iterator[Segment]:
-    """Complete episodes of four segments, for ever, from one episode of noise."""
-    noise = [
-        make_segment(spec, episode_id="x", segment_index=i, num_steps=T, is_last=i == EPISODE_SEGMENTS - 1)
-        for i in range(EPISODE_SEGMENTS)
-    ]
-    for episode in itertools.count():
-        for segment in noise:
-            yield replace(segment, episode_id=f"episode-{episode}")
-
-
-def table_system(spec: EnvSpec, url: str, num_segments: int, batch: int) -> tuple[Work, Work]:
-    table = RedisReplayTable(
-        url, spec, TableConfig(name="bench", num_steps=T, context_steps=K, capacity_steps=num_segments * T)
-    )
-    segments = endless_segments(spec)
-
-    def insert() -> int:
-        table.append(next(segments), timeout_s=10.0)
-        return T
-
-    def sample() -> int:
-        return table.sample(batch, timeout_s=10.0).timesteps.size
-
-    return insert, sample
-
-
-def raw_system(spec: EnvSpec, url: str, num_segments: int, batch: int) -> tuple[Work, Work]:
-    client = redis.Redis.from_url(url, protocol=2, socket_read_size=1 << 20)
-    codec = SegmentCodec(spec, T)
-    encoded = [codec.encode(segment) for segment in itertools.islice(endless_segments(spec), EPISODE_SEGMENTS)]
-    slots = itertools.count()
-    rng = np.random.default_rng(0)
-
-    def insert() -> int:
-        number = next(slots)
-        slot, payload = number % num_segments, encoded[number % EPISODE_SEGMENTS]
-        with client.pipeline(transaction=False) as pipe:
-            pipe.set(f"row:{slot}", payload.row)
-            for name, frames in payload.images.items():
-                pipe.set(f"image:{name}:{slot}", frames)
-            pipe.execute()
-        return T
-
-    def sample() -> int:
-        # The windows of the table: most begin in the segment before the one they end in, if there is one.
-        ends = rng.integers(num_segments * T, size=batch)
-        firsts = np.maximum(ends - K + 1, ends - ends % (EPISODE_SEGMENTS * T))
-        with client.pipeline(transaction=False) as pipe:
-            pipe.mget([f"row:{slot}" for slot in np.union1d(ends // T, firsts // T)])
-            for name, size in codec.frame_bytes.items():
-                for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
-                    for slot in range(first // T, end // T + 1):
-                        low, high = max(first - slot * T, 0), min(end - slot * T, T - 1)
-                        pipe.getrange(f"image:{name}:{slot}", low * size, (high + 1) * size - 1)
-            replies = pipe.execute()
-        assert None not in replies[0]
-        return batch * K
-
-    return insert, sample
-
-
-def ring_system(spec: EnvSpec, num_segments: int, batch: int) -> tuple[Work, Work]:
-    episode = list(itertools.islice(endless_segments(spec), EPISODE_SEGMENTS))
-    ring = {
-        name: np.zeros((num_segments * T, *getattr(episode[0], name).shape[1:]), getattr(episode[0], name).dtype)
-        for name in COLUMNS
-    }
-    ring |= {c.name: np.zeros((num_segments * T, c.height, c.width, 3), np.uint8) for c in spec.cameras}
-    slots = itertools.count()
-    rng = np.random.default_rng(0)
-
-    def insert() -> int:
-        number = next(slots)
-        segment, at = episode[number % EPISODE_SEGMENTS], number % num_segments * T
-        for name, column in ring.items():
-            column[at : at + T] = segment.images[name] if name in segment.images else getattr(segment, name)
-        return T
-
-    def sample() -> int:
-        ends = rng.integers(K - 1, num_segments * T, size=batch)
-        steps = ends[:, None] + np.arange(1 - K, 1)
-        gathered = {name: column[steps] for name, column in ring.items()}
-        return gathered["rewards"].size
-
-    return insert, sample
-
-
-def steps_per_s(work: Work, seconds: float) -> float:
-    work()
-    steps, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
-        steps += work()
-    return steps / elapsed
-
-
-def compare(spec: EnvSpec, *, num_segments: int, batch: int, seconds: float) -> dict[str, dict[str, float]]:
-    """Medians over the rounds, each of which gives every system its turn."""
+@contextlib.contextmanager
+def open_stores(workload: Workload, *, append_only: bool = True, names: tuple[str, ...]) -> Iterator[list[Store]]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        urls = [stack.enter_context(EmbeddedServer(folder / name, max_memory_bytes=2**28)).url for name in SYSTEMS[:2]]
-        systems = {
-            "table": table_system(spec, urls[0], num_segments, batch),
-            "raw_protocol": raw_system(spec, urls[1], num_segments, batch),
-            "numpy_ring": ring_system(spec, num_segments, batch),
-        }
-        for insert, _ in systems.values():
-            for _ in range(num_segments):
-                insert()
-        found: dict[str, dict[str, list[float]]] = {"insert": {}, "sample": {}}
-        for _ in range(ROUNDS):
-            for number, verb in enumerate(found):
-                for name, works in systems.items():
-                    found[verb].setdefault(name, []).append(steps_per_s(works[number], seconds))
-    medians = {verb: {name: statistics.median(rates) for name, rates in row.items()} for verb, row in found.items()}
+
+        def server(name: str, *, log: bool) -> EmbeddedServer:
+            return stack.enter_context(EmbeddedServer(folder / name, port=0, append_only=log, max_memory_bytes=8 << 30))
+
+        stores = []
+        for name in names:
+            rows = server(name, log=append_only)
+            images = server(f"{name}-images", log=False) if workload.camera_side else None
+            stores.append(Store(rows.url, rows.tcp_url or "", images and images.url, images and images.tcp_url))
+        yield stores
+
+
+def fill_table(store: Store, workload: Workload, steps: int) -> None:
+    table = RedisReplayTable(store.unix, workload.spec, workload.buffer, images_url=store.images_unix)
+    appends = workload.appends("fill")
+    shown = time.monotonic()
+    # One episode more would make room by evicting one.
+    while table.stats().steps_inserted < steps - EPISODE_SEGMENTS * T:
+        for _ in range(64 if steps > 100_000 else 1):
+            table.append_all(next(appends), timeout_s=60.0)
+        if time.monotonic() - shown > 5:
+            shown = time.monotonic()
+            note(f"  stored {table.stats().steps_inserted:,} of {steps:,} steps")
+    table.close()
+
+
+def fill_raw(store: Store, workload: Workload, steps: int) -> None:
+    codec = SegmentCodec(workload.spec, T)
+    encoded = codec.encode_all(next(workload.episodes("fill")))
+    rows, images = RedisLink(store.unix), RedisLink(store.images_unix or store.unix)
+    for episode in range(max(1, steps // (T * EPISODE_SEGMENTS))):
+        rows.call([("SET", raw_key("row", episode, i), e.row) for i, e in enumerate(encoded)], timeout_s=30.0)
+        frames = [("SET", raw_key("image", episode, i), x) for i, e in enumerate(encoded) for x in e.images.values()]
+        if frames:
+            images.call(frames, timeout_s=30.0)
+
+
+def measure_ours(workload: Workload, *, turns: int, seconds: float, between: Callable[[Rates], None]) -> Rates:
+    """The table and the bare protocol over both transports, with one and with two processes.
+
+    Args:
+        between: called in each turn, to measure the peers in it.
+    """
+    rates: Rates = {action: {} for action in _ACTIONS}
+    stored = workload.capacity_steps
+    with open_stores(workload, names=("table", "raw")) as (table, raw):
+        fill_table(table, workload, stored)
+        fill_raw(raw, workload, stored)
+        for turn in range(turns):
+            for action in _ACTIONS:
+                for transport in ("unix", "tcp"):
+                    for processes in (1, 2):
+                        clients = {
+                            name: Clients(
+                                Task(
+                                    system=system,
+                                    action=action,
+                                    url=store.urls(transport)[0],
+                                    images_url=store.urls(transport)[1],
+                                    workload=workload,
+                                    stored_steps=stored,
+                                ),
+                                processes,
+                            )
+                            for name, system, store in (("vla_dist", "table", table), ("raw", "raw", raw))
+                        }
+                        # Short slices by turns: both meet the same noise.
+                        slices = {name: [] for name in clients}
+                        for _ in range(4):
+                            for name, client in clients.items():
+                                slices[name].append(client.measure(seconds / 4))
+                        for name, client in clients.items():
+                            client.close()
+                            system = f"{name}/{transport}/{processes}"
+                            rates[action].setdefault(system, []).append(statistics.median(slices[name]))
+            note(f"  turn {turn + 1} of {turns} done")
+            between(rates)
+    return rates
+
+
+def summarise(rates: Rates) -> dict[str, object]:
+    medians = {action: {s: statistics.median(r) for s, r in systems.items()} for action, systems in rates.items()}
+
+    def best(action: str, name: str) -> float | None:
+        return max((rate for s, rate in medians[action].items() if s.split("/")[0] == name), default=None)
+
+    def ratio(name: str) -> dict[str, float | None]:
+        ours = {action: best(action, "vla_dist") for action in _ACTIONS}
+        theirs = {action: best(action, name) for action in _ACTIONS}
+        return {action: ours[action] / theirs[action] if theirs[action] else None for action in _ACTIONS}  # type: ignore[operator]
+
+    def paired(one: str, other: str) -> dict[str, float | None]:
+        answer: dict[str, float | None] = {}
+        for action in _ACTIONS:
+            pairs = zip(rates[action].get(one, []), rates[action].get(other, []), strict=False)
+            ratios = [a / b for a, b in pairs]
+            answer[action] = statistics.median(ratios) if ratios else None
+        return answer
+
     return {
-        "insert_steps_per_s": medians["insert"],
-        "sample_steps_per_s": medians["sample"],
-        "ratio_vs_raw": {verb: row["table"] / row["raw_protocol"] for verb, row in medians.items()},
+        **{f"{action}_steps_per_s": medians[action] for action in _ACTIONS},
+        "ratio_vs_reverb": ratio("reverb"),
+        "ratio_vs_torchrl": ratio("torchrl"),
+        "ratio_vs_rllib": ratio("rllib"),
+        "ratio_vs_raw": paired("vla_dist/unix/1", "raw/unix/1"),
+        "like_for_like_vs_reverb": paired("vla_dist/tcp/1", "reverb/tcp/1"),
     }
+
+
+def measure_variants(variants: Mapping[str, tuple[Workload, int]], *, turns: int, seconds: float) -> dict[str, object]:
+    """Sampling rates of several tables, each on a server of its own, by turns.
+
+    Args:
+        variants: name -> workload and steps to store.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    with contextlib.ExitStack() as stack:
+        clients = {}
+        for name, (workload, steps) in variants.items():
+            workload = replace(workload, capacity_steps=steps)
+            (store,) = stack.enter_context(open_stores(workload, append_only=False, names=("table",)))
+            fill_table(store, workload, steps)
+            task = Task(
+                system="table", action="sample", url=store.unix, images_url=store.images_unix, workload=workload
+            )
+            clients[name] = Clients(task, 1)
+        for _ in range(turns):
+            for name, client in clients.items():
+                rates[name].append(client.measure(seconds))
+        for client in clients.values():
+            client.close()
+    return {name: statistics.median(found) for name, found in rates.items()}
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring, in all")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="also write the answer here")
+    parser.add_argument("--plot", type=Path, help="write the plot here (PNG)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the time and of the data; claims nothing")
+    parser.add_argument("--only", default="low_dim,image,capacity,size,sampler", help="parts to run")
+    parser.add_argument("--no-peers", action="store_true", help="without Reverb, torchrl and RLlib")
     options = parser.parse_args()
-    if options.seconds <= 0:
-        parser.error(f"--seconds {options.seconds} must be positive")
-    turn_s = options.seconds / (2 * ROUNDS * 2 * len(SYSTEMS))
-    shapes = {
-        "low_dim": (tabletop(), 2048, 256),
-        "image": (tabletop((CameraSpec(name="front", height=84, width=84),)), 80, 32),
-    }
-    answer = {}
-    for shape, (spec, num_segments, batch) in shapes.items():
-        answer[shape] = compare(spec, num_segments=num_segments, batch=batch, seconds=turn_s)
-        for verb in ("insert", "sample"):
-            rates = answer[shape][f"{verb}_steps_per_s"]
-            print(
-                f"{shape:>7} {verb}: "
-                + ", ".join(f"{name} {rate / 1000:.0f}" for name, rate in rates.items())
-                + f" thousand steps/s; table / raw_protocol {answer[shape]['ratio_vs_raw'][verb]:.2f}",
-                file=sys.stderr,
-            )
+    turns, seconds = (1, 0.4) if options.quick else (options.turns, options.seconds)
+    parts = set(options.only.split(","))
+    answer: dict[str, object] = {"quick": options.quick}
+    for name, workload in (("low_dim", LOW_DIM), ("image", IMAGE)):
+        if name not in parts:
+            continue
+        note(f"{name}:")
+        unavailable: dict[str, str] = {}
+
+        def peers(rates: Rates, name: str = name, workload: Workload = workload, lacks: dict = unavailable) -> None:
+            for peer in () if options.no_peers else PEERS:
+                measure_peer(peer, name, workload, seconds=seconds, rates=rates, unavailable=lacks)
+
+        rates = measure_ours(workload, turns=turns, seconds=seconds, between=peers)
+        answer[name] = {**summarise(rates), "unavailable": unavailable}
+        note(json.dumps(answer[name], indent=2))
+    if "capacity" in parts:
+        sizes = (10_000, 100_000, 1_000_000) if options.quick else (10_000, 100_000, 1_000_000, 10_000_000)
+        note("capacity:")
+        found = measure_variants(
+            {str(steps): (LOW_DIM, steps) for steps in sizes}, turns=3 * turns, seconds=seconds / 2
+        )
+        answer["capacity"] = found
+        answer["capacity_flatness"] = found[str(sizes[0])] / found[str(sizes[-1])]  # type: ignore[operator]
+        note(f"  {found}")
+    if "size" in parts:
+        note("value size:")
+        variants = {f"{dim + 4} floats": (replace(LOW_DIM, proprio_dim=dim), 50_000) for dim in (4, 39, 252, 1020)}
+        variants |= {f"{side}x{side}x3": (replace(IMAGE, camera_side=side), 5_000) for side in (32, 64, 84, 128)}
+        answer["value_size"] = measure_variants(variants, turns=turns, seconds=seconds / 2)
+        note(f"  {answer['value_size']}")
+    if "sampler" in parts:
+        note("samplers:")
+        both = {
+            "uniform": (LOW_DIM, 1_000_000),
+            "prioritised": (replace(LOW_DIM, prioritised=True), 1_000_000),
+        }
+        found = measure_variants(both, turns=2 * turns, seconds=seconds / 2)
+        answer["samplers"] = found
+        answer["uniform_over_prioritised"] = found["uniform"] / found["prioritised"]  # type: ignore[operator]
     print(json.dumps(answer, indent=2))
     if options.json:
         options.json.write_text(json.dumps(answer, indent=2))
+    if options.plot:
+        draw(answer, options.plot)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ back is whole or missing.
 Dimensions: B windows, K context steps, T segment steps, N pieces, D numbers of a step.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,9 @@ from vla_dist.data.windows import WindowPieces
 from vla_dist.replay.index import EpisodeIndex
 from vla_dist.replay.keys import Keys
 from vla_dist.replay.link import Deadline, RedisLink
+from vla_dist.replay.recycling import RecycledMemory
 from vla_dist.replay.samplers import Drawn
+from vla_dist.replay.wire import BulkLayout
 
 _DIGEST_BYTES = 16
 
@@ -83,6 +86,7 @@ class WindowFetcher:
         self._codec = codec
         self._keys = keys
         self._context_steps = context_steps
+        self._memory = RecycledMemory()
         self._rows = _RangeRequests(
             f"{keys.prefix}row:", "", offset=codec.steps_offset, stride=codec.step_bytes, num_steps=codec.num_steps
         )
@@ -130,13 +134,15 @@ class WindowFetcher:
         )
         return batch, gone
 
-    def _fetch_steps(self, plan: WindowPlan, deadline: Deadline) -> tuple[bytearray, Array]:
+    def _fetch_steps(self, plan: WindowPlan, deadline: Deadline) -> tuple[Array, Array]:
         """Received bytes, and (N,) where each piece starts in them; -1 where it was missing."""
         pieces, size = plan.pieces, self._codec.step_bytes
+        layout = BulkLayout(pieces.counts * size)
+        arena = self._memory.take(layout.num_bytes)
         request = self._rows.pack(pieces, plan.digests)
-        return self._link.bulks(request, pieces.counts * size, timeout_s=deadline.left_s)
+        return self._link.bulks(request, layout, arena, timeout_s=deadline.left_s)
 
-    def _gather(self, pieces: WindowPieces, index: Array, arena: bytearray, starts: Array) -> Array:
+    def _gather(self, pieces: WindowPieces, index: Array, arena: Array, starts: Array) -> Array:
         """(B, K, D) float32, zero where padded."""
         size = self._codec.step_bytes
         num = int(pieces.counts.sum())
@@ -153,7 +159,8 @@ class WindowFetcher:
         """(B, K, H, W, 3) uint8, received where it belongs; zero where padded."""
         pieces, spec = plan.pieces, self._codec.spec.cameras[camera]
         codec = self._codec.image_codecs[spec.name]
-        frames = np.empty((len(plan.numbers), self._context_steps, *codec.frame_shape), np.uint8)
+        shape = (len(plan.numbers), self._context_steps, *codec.frame_shape)
+        frames = self._memory.take(math.prod(shape)).reshape(shape)
         for window in np.flatnonzero(pieces.num_valid < self._context_steps).tolist():
             frames[window, : self._context_steps - int(pieces.num_valid[window])] = 0
         flat = frames.reshape(-1).data

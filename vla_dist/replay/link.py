@@ -14,7 +14,7 @@ import redis
 
 from vla_dist.core.errors import ConfigError, DataError, NotFound, ReplayWait, Unauthorised, Unreachable
 from vla_dist.core.types import Array
-from vla_dist.replay.wire import Command, Endpoint, ReplyError, Wire, pack
+from vla_dist.replay.wire import BulkLayout, Command, Endpoint, ReplyError, Wire, pack
 
 _CONNECT_TIMEOUT_S = 2.0
 _LEAST_S = 1.0
@@ -111,12 +111,12 @@ class RedisLink:
 
         return self._patiently(send_and_read, timeout_s)
 
-    def bulks(self, request: bytes, sizes: Array, *, timeout_s: float) -> tuple[bytearray, Array]:
+    def bulks(self, request: bytes, layout: BulkLayout, arena: Array, *, timeout_s: float) -> tuple[Array, Array]:
         """Packed commands that answer one string each, of known sizes: see ``Wire.read_bulks``. Errors as ``call``."""
 
-        def exchange(wire: Wire, end: float) -> tuple[bytearray, Array]:
+        def exchange(wire: Wire, end: float) -> tuple[Array, Array]:
             wire.send([request], end)
-            return wire.read_bulks(sizes, end)
+            return wire.read_bulks(layout, arena, end)
 
         return self._patiently(exchange, timeout_s)
 

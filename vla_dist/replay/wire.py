@@ -25,8 +25,6 @@ _JOIN_BYTES = 1 << 15
 _MOST_BUFFERS = 512
 _RECEIVE_BYTES = 1 << 17
 _HEADER_BYTES = 64
-_SLACK_BYTES = 4096
-"""Room for an error message where a string was expected."""
 
 Command = Sequence[Any]
 ReplyError = hiredis.ReplyError
@@ -162,54 +160,48 @@ class Wire:
                 replies.append(reply)
         return replies
 
-    def read_bulks(self, sizes: Array, end: float) -> tuple[bytearray, Array]:
-        """Strings of sizes (N,) that are known beforehand, left where they were received.
+    def read_bulks(self, layout: "BulkLayout", arena: Array, end: float) -> tuple[Array, Array]:
+        """Strings of sizes that are known beforehand, left where they are received.
+
+        Args:
+            layout: of the N strings.
+            arena: uint8, at least ``layout.num_bytes`` long; overwritten.
 
         Returns:
-            The received bytes, and (N,) where in them each string starts; -1 for one of another size or a missing one.
+            The received bytes, in ``arena`` unless a reply was unexpected, and (N,) where in them each string starts;
+            -1 for one of another size or a missing one.
 
         Raises:
             hiredis.ReplyError: the first error among the replies.
         """
-        layout = _BulkLayout(sizes)
-        arena = bytearray(layout.num_bytes + _SLACK_BYTES)
-        filled = 0
-        with memoryview(arena) as view:
-            while filled < layout.num_bytes:
-                filled += self._receive(view[filled : layout.num_bytes], end)
-                # Fewer bytes may come than expected: waiting for all of them could last for ever.
-                if filled < layout.num_bytes and not layout.is_in_step(arena, filled):
-                    break
+        filled, view = 0, arena.data
+        while filled < layout.num_bytes:
+            filled += self._receive(view[filled : layout.num_bytes], end)
+            # Fewer bytes may come than expected: waiting for all of them could last for ever.
+            if filled < layout.num_bytes and not layout.is_in_step(view, filled):
+                break
         good = layout.first_unexpected(arena, filled)
         if good is not None:
-            return self._read_unexpected(arena, filled, layout, good, end)
+            return self._read_unexpected(bytearray(view[:filled]), layout, good, end)
         return arena, layout.starts
 
-    def _read_unexpected(
-        self, arena: bytearray, filled: int, layout: "_BulkLayout", good: int, end: float
-    ) -> tuple[bytearray, Array]:
+    def _read_unexpected(self, received: bytearray, layout: "BulkLayout", good: int, end: float) -> tuple[Array, Array]:
         """The rest of ``read_bulks``, one reply after the other, from the first one that is not as expected."""
         starts = layout.starts.copy()
         position = int(layout.headers[good])
         for number in range(good, len(layout.sizes)):
-            while (line_end := arena.find(b"\r\n", position, filled)) < 0:
-                filled += self._receive_more(arena, filled, _HEADER_BYTES, end)
-            kind, size = arena[position : position + 1], bytes(arena[position + 1 : line_end])
+            while (line_end := received.find(b"\r\n", position)) < 0:
+                received += self._receive_some(_HEADER_BYTES, end)
+            kind, size = received[position : position + 1], bytes(received[position + 1 : line_end])
             if kind == b"-":
                 raise hiredis.ReplyError(size.decode(errors="replace"))
             if kind != b"$":
                 raise ConnectionError(f"a reply of kind {bytes(kind)!r} where a string was expected")
             starts[number] = line_end + 2 if int(size) == layout.sizes[number] else -1
             position = line_end + 2 + (int(size) + 2 if int(size) >= 0 else 0)
-            while filled < position:
-                filled += self._receive_more(arena, filled, position - filled, end)
-        return arena, starts
-
-    def _receive_more(self, arena: bytearray, filled: int, num_bytes: int, end: float) -> int:
-        if filled + num_bytes > len(arena):
-            arena.extend(bytes(filled + num_bytes + _SLACK_BYTES - len(arena)))
-        with memoryview(arena) as view:
-            return self._receive(view[filled:], end)
+            while len(received) < position:
+                received += self._receive_some(position - len(received), end)
+        return np.frombuffer(received, np.uint8), starts
 
     def read_bulks_into(self, targets: Iterable[memoryview], end: float) -> list[bool]:
         """Strings, each received straight into its target; False for one of another size or a missing one.
@@ -246,7 +238,7 @@ class Wire:
         self._socket.close()
 
     def _receive_some(self, most: int, end: float) -> bytes:
-        size = self._receive(memoryview(self._scratch)[:most], end)
+        size = self._receive(memoryview(self._scratch)[: min(most, _RECEIVE_BYTES)], end)
         return bytes(self._scratch[:size])
 
     def _receive(self, view: memoryview, end: float) -> int:
@@ -263,7 +255,7 @@ class Wire:
         self._socket.settimeout(left)
 
 
-class _BulkLayout:
+class BulkLayout:
     """Where N strings of known sizes lie in the bytes of their replies, if all are there."""
 
     def __init__(self, sizes: Array) -> None:
@@ -281,24 +273,23 @@ class _BulkLayout:
         texts = [b"$%d\r\n" % size for size in kinds.tolist()]
         self._texts = np.frombuffer(b"".join(text.ljust(width, b"\0") for text in texts), np.uint8).reshape(-1, width)
 
-    def is_in_step(self, arena: bytearray, filled: int) -> bool:
+    def is_in_step(self, received: memoryview, filled: int) -> bool:
         """Whether the last header received, or the part of it, is where it must be if all before it were as expected.
 
         A quick look, wrong with the probability that bytes of a string look like a header.
         """
         last = int(np.searchsorted(self.headers, filled)) - 1
         at = int(self.headers[last])
-        text = self._texts[self._kind[last]][: min(int(self._header_bytes[last]), filled - at)]
-        return arena.startswith(text.tobytes(), at)
+        size = min(int(self._header_bytes[last]), filled - at)
+        return received[at : at + size] == self._texts[self._kind[last]][:size].tobytes()
 
-    def first_unexpected(self, arena: bytearray, filled: int) -> int | None:
+    def first_unexpected(self, received: Array, filled: int) -> int | None:
         """The first reply whose header, as far as received, is not the expected one; None: all are."""
         begun = int(np.searchsorted(self.headers, filled))
         columns = np.arange(self._texts.shape[1])
         places = self.headers[:begun, None] + columns
         known = (columns < self._header_bytes[:begun, None]) & (places < filled)
-        received = np.frombuffer(arena, np.uint8)[places]
-        wrong = ((received != self._texts[self._kind[:begun]]) & known).any(axis=1)
+        wrong = ((received[places] != self._texts[self._kind[:begun]]) & known).any(axis=1)
         return int(wrong.argmax()) if wrong.any() else None
 
 
