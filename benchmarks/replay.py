@@ -2,9 +2,9 @@
 
     vla-dist bench replay [--json FILE] [--plot FILE] [--quick] [--only low_dim,image,capacity,size,sampler]
 
-Workloads: segments of T = 32 steps, windows of K = 20; ``low_dim`` has 39 + 4 floats a step, ``image`` an 84x84x3 frame
-more. A sample of B windows counts B x K steps. Rows go to a server with an append-only file, images to one without, as in
-a run. Systems are named system/transport/processes and take turns; the median of the turns counts.
+Workloads: segments of T = 32 steps, windows of K = 20; ``low_dim`` has 39 + 4 floats a step, ``image`` an 84x84x3
+frame more. A sample of B windows counts B x K steps. Rows go to a server with an append-only file, images to one
+without, as in a run. Systems are named system/transport/processes and take turns; the median of the turns counts.
 
 ``ratio_vs_PEER`` divides our best by the peer's best, ``like_for_like`` one process over TCP by Reverb's one process.
 ``ratio_vs_raw`` is the median over the turns of one process over a Unix socket against the bare protocol in the same
@@ -213,14 +213,18 @@ def main() -> None:
         if name not in parts:
             continue
         note(f"{name}:")
-        unavailable: dict[str, str] = {}
+        clients: dict[str, object] = {}
 
-        def peers(rates: Rates, name: str = name, workload: Workload = workload, lacks: dict = unavailable) -> None:
+        def peers(rates: Rates, name: str = name, workload: Workload = workload, seen: dict = clients) -> None:
             for peer in () if options.no_peers else PEERS:
-                measure_peer(peer, name, workload, seconds=seconds, rates=rates, unavailable=lacks)
+                for system, found in measure_peer(peer, name, workload, seconds=seconds).items():
+                    note(f"  {system}: {found}")
+                    seen[system] = found.get("unavailable") or found["client"]
+                    for action in _ACTIONS if "unavailable" not in found else ():
+                        rates[action].setdefault(system, []).append(float(found[f"{action}_steps_per_s"]))
 
         rates = measure_ours(workload, turns=turns, seconds=seconds, between=peers)
-        answer[name] = {**summarise(rates), "unavailable": unavailable}
+        answer[name] = {**summarise(rates), "clients": clients}
         note(json.dumps(answer[name], indent=2))
     if "capacity" in parts:
         sizes = (10_000, 100_000, 1_000_000) if options.quick else (10_000, 100_000, 1_000_000, 10_000_000)

@@ -1,8 +1,8 @@
 """Client processes that insert or sample on demand: through the table, or through the bare protocol.
 
 The raw protocol is the limit: the same payload bytes in the same commands (SET; GETRANGE of the same ranges), packed
-beforehand, sent and received through bare sockets into memory that is there already. No codec, no dedupe, no limiter, no
-index, no arrays.
+beforehand, sent and received through bare sockets into memory that is there already. No codec, no dedupe, no limiter,
+no index, no arrays.
 """
 
 import multiprocessing
