@@ -20,6 +20,8 @@ class Keys:
         self.live = self.prefix + "live"
         self.gone = self.prefix + "gone"
         self.by = self.prefix + "by"
+        self.archive_plan = self.prefix + "archive_plan"
+        self.images_gone = self.prefix + "images_gone"
 
     def row(self, digest: str, segment: int) -> str:
         return f"{self.prefix}row:{digest}:{segment}"

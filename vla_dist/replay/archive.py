@@ -1,0 +1,452 @@
+"""The archive: every complete episode once in Parquet files, from which a buffer can be refilled.
+
+The archiver:
+consumes: complete episodes of a buffer. waits for: a part to be due. unblocked by: completions and time.
+
+Exactly once, whatever dies when: a plan (name of the file, its episodes) is stored in Redis before the file is written
+and removed when it is finished. Who finds a plan executes that one, also where several archivers are at work, and an
+episode that a file of the archive holds already is never planned: not after a refill, nor after Redis lost its last
+second. An episode may be evicted once the plan that holds it is finished.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from vla_dist.core.errors import ConfigError, IntegrityError, NotFound, ReplayWait
+from vla_dist.core.types import Metrics, Segment
+from vla_dist.replay.archive_folder import ArchiveFolder
+from vla_dist.replay.archive_parts import (
+    OnError,
+    add_episode,
+    incarnation_of,
+    new_part,
+    open_for_writing,
+    part_name,
+    put_part,
+    require_same_contract,
+    skipping,
+    wanted_row_groups,
+)
+from vla_dist.replay.episodes import Entry
+from vla_dist.replay.link import Deadline
+from vla_dist.replay.parquet import EpisodeFilter, PartReader, PartWriter
+from vla_dist.replay.state import BufferState
+from vla_dist.replay.table import RedisReplayTable
+
+_PATIENCE_S = 10.0
+_POLL_S = 0.25
+_EVERYTHING = EpisodeFilter()
+_COUNTS = ("episodes", "parts", "bytes", "duplicates", "missing", "quarantined")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefillCounts:
+    """What ``refill`` did; episodes."""
+
+    inserted: int = 0
+    duplicates: int = 0
+    """The buffer knew them already."""
+    left_out: int = 0
+    """Older than what fitted the buffer or the limit."""
+    steps: int = 0
+    """Of those inserted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportCounts:
+    """What ``export_episodes`` did; episodes."""
+
+    written: int = 0
+    already_there: int = 0
+    quarantined: int = 0
+    steps: int = 0
+    """Of those written."""
+    parts: int = 0
+    """Files written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    file: str
+    """Empty where there is nothing to write."""
+    completions: tuple[int, ...]
+    duplicates: int
+    """Episodes that the archive holds already."""
+    reached: int
+    """Completions up to this one are dealt with when the plan is finished."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "_Plan":
+        fields = json.loads(text)
+        return cls(**{**fields, "completions": tuple(fields["completions"])})
+
+
+class Archiver:
+    """Writes the complete episodes of one buffer to one folder; a ``core.protocols.Worker``.
+
+    From its construction on, eviction waits for the archive. Any number of them may be at work on a buffer and any of
+    them may die at any moment. A buffer has one archive; several buffers (shards) may share a folder. Not safe for
+    several threads.
+    """
+
+    def __init__(
+        self,
+        table: RedisReplayTable,
+        uri: str | Path | ArchiveFolder,
+        *,
+        episodes_per_part: int = 256,
+        bytes_per_part: int = 64 << 20,
+        flush_after_s: float = 30.0,
+    ) -> None:
+        """
+        Args:
+            table: of the buffer; any of its tables.
+            uri: a path, or a URI for ``pyarrow.fs``: see ``ArchiveFolder.at``. Made where it is missing.
+            episodes_per_part: most episodes of a file.
+            bytes_per_part: a file is full with the episode that reaches this, before compression.
+            flush_after_s: an episode waits no longer than this for others to share its file. Once half of the buffer
+                waits, nothing does.
+
+        Raises:
+            ConfigError: settings that cannot work, or a folder with episodes of another T.
+            ContractMismatch: a folder with episodes of another contract.
+            Unreachable: the buffer or the folder does not answer.
+        """
+        if episodes_per_part < 1 or bytes_per_part < 1 or flush_after_s < 0:
+            raise ConfigError(
+                f"episodes_per_part {episodes_per_part} and bytes_per_part {bytes_per_part} must be at least 1, "
+                f"flush_after_s {flush_after_s} must not be negative"
+            )
+        self._table = table
+        self._folder = ArchiveFolder.at(uri)
+        self._episodes_per_part = episodes_per_part
+        self._bytes_per_part = bytes_per_part
+        self._flush_after_s = flush_after_s
+        self._sizes: dict[str, int] = {}
+        self._known = open_for_writing(self._folder, table)
+        self._behind = 0
+        self._counts: dict[str, float] = dict.fromkeys(_COUNTS, 0.0)
+        table.link.call([table.function("archiving", 1)], timeout_s=_PATIENCE_S)
+
+    def step(self, *, timeout_s: float = 1.0) -> Metrics:
+        """Write one file, or return when none was due within ``timeout_s``.
+
+        Returns:
+            Of this archiver since its construction: ``episodes``, ``parts`` and ``bytes`` written, ``duplicates`` that
+            the archive had, ``missing`` ones that were discarded before they were archived, ``quarantined`` damaged
+            ones (named in a ``.quarantine.jsonl`` file of the archive); and ``behind``, complete episodes that are not
+            archived yet.
+
+        Raises:
+            Unreachable: the buffer or the folder does not answer; call again, nothing is lost or repeated.
+        """
+        end = time.monotonic() + timeout_s
+        while not self._advance(is_forced=False):
+            left_s = end - time.monotonic()
+            if left_s <= 0:
+                break
+            time.sleep(min(_POLL_S, left_s))
+        return {**self._counts, "behind": float(self._behind)}
+
+    def flush(self, *, timeout_s: float) -> None:
+        """Archive every episode that is complete now, however few they are.
+
+        Raises:
+            ReplayWait: ``timeout_s`` were not enough; call again.
+            Unreachable: as ``step``.
+        """
+        deadline = Deadline(timeout_s)
+        until = self._table.state().completions
+        while True:
+            archived = self._table.state().archived
+            if archived >= until:
+                return
+            # Another archiver may be at the same file: nothing to do here, and not done yet.
+            is_late = deadline.left_s <= 0 if self._advance(is_forced=True) else not deadline.pause()
+            if is_late and self._table.state().archived < until:
+                raise ReplayWait(
+                    f"{until - archived} of {until} episodes were not archived in {self._folder.name!r} within "
+                    f"{timeout_s} s; call flush again"
+                )
+
+    def release(self) -> None:
+        """Let eviction go on without the archive: for a buffer that nobody archives any more."""
+        self._table.link.call([self._table.function("archiving", 0)], timeout_s=_PATIENCE_S)
+
+    def close(self) -> None:
+        """Close the table's connections. Eviction goes on waiting for the archive: another archiver may take over."""
+        self._table.close()
+
+    def _advance(self, *, is_forced: bool) -> bool:
+        """One plan, where one is due or somebody left one; whether there was."""
+        keys = self._table.keys
+        packed, pending, clock = self._table.link.call(
+            [("GET", keys.state), ("GET", keys.archive_plan), ("TIME",)], timeout_s=_PATIENCE_S
+        )
+        state = BufferState.unpack(packed, self._table.config.name)
+        if not state.archiving:
+            # The buffer was created anew, or an earlier archiver released it.
+            self._table.link.call([self._table.function("archiving", 1)], timeout_s=_PATIENCE_S)
+        self._behind = state.completions - state.archived
+        if pending is None:
+            now_s = float(clock[0]) + float(clock[1]) / 1e6
+            pending = self._propose(state, now_s, is_forced=is_forced) if self._behind else None
+        if pending is None:
+            return False
+        self._execute(state.archived, pending)
+        return True
+
+    def _propose(self, state: BufferState, now_s: float, *, is_forced: bool) -> bytes | None:
+        """The plan that holds now, this one or another's; None where none is due."""
+        reader = self._table.reader
+        entries = reader.entries(after=state.archived, timeout_s=_PATIENCE_S)
+        waiting = list(itertools.islice(entries, self._episodes_per_part))
+        chosen, is_full = self._fill(waiting)
+        presses = 2 * sum(entry["length"] for entry in waiting) >= self._table.config.capacity_steps
+        is_old = bool(waiting) and now_s - waiting[0]["completed_at_s"] >= self._flush_after_s
+        if waiting and not (is_forced or is_full or presses or is_old):
+            return None
+        self._known.learn()
+        wanted = [entry for entry in chosen if entry not in self._known]
+        # Where nothing waits, all that the state counted has left meanwhile.
+        plan = _Plan(
+            file=part_name(incarnation_of(self._table), wanted[0]) if wanted else "",
+            completions=tuple(entry["completion"] for entry in wanted),
+            duplicates=len(chosen) - len(wanted),
+            reached=chosen[-1]["completion"] if chosen else state.completions,
+        )
+        call = self._table.function("plan_archive", state.archived, plan.to_json())
+        answer, holding = self._table.link.call([call], timeout_s=_PATIENCE_S)[0]
+        if answer == b"STALE":
+            return None
+        return holding
+
+    def _fill(self, waiting: Sequence[Entry]) -> tuple[list[Entry], bool]:
+        """As many as one file takes, and whether it is full then."""
+        self._measure(waiting)
+        chosen, num_bytes = [], 0
+        for entry in waiting:
+            chosen.append(entry)
+            num_bytes += entry["num_segments"] * self._sizes[entry["digest"]]
+            if num_bytes >= self._bytes_per_part:
+                return chosen, True
+        return chosen, len(chosen) == self._episodes_per_part
+
+    def _measure(self, waiting: Sequence[Entry]) -> None:
+        """Bytes of a segment of each episode, judged by its first one."""
+        keys, cameras = self._table.keys, range(len(self._table.codec.image_codecs))
+        new = [entry["digest"] for entry in waiting if entry["digest"] not in self._sizes]
+        commands = [("STRLEN", keys.image(digest, 0, camera)) for digest in new for camera in cameras]
+        sizes = self._table.images_link.call(commands, timeout_s=_PATIENCE_S) if commands else []
+        images = np.array(sizes, np.int64).reshape(len(new), len(cameras)).sum(axis=1).tolist()
+        known = {digest: self._table.codec.row_bytes + size for digest, size in zip(new, images, strict=True)}
+        self._sizes = {entry["digest"]: (known | self._sizes)[entry["digest"]] for entry in waiting}
+
+    def _execute(self, archived: int, holding: bytes) -> None:
+        plan = _Plan.from_json(holding)
+        done: dict[str, float] = {"duplicates": plan.duplicates}
+        if plan.file and not self._is_written(plan.file):
+            writer, damaged, missing = self._build(archived, plan)
+            if missing and self._table.state().archived != archived:
+                # Evicted, so another archiver has finished this plan meanwhile: its file is the whole one.
+                return
+            num_bytes = put_part(self._folder, plan.file, writer, damaged)
+            done |= {"episodes": writer.num_episodes, "parts": num_bytes > 0, "bytes": num_bytes}
+            done |= {"missing": missing, "quarantined": len(damaged)}
+        finish = self._table.function("finish_archive", archived, plan.reached, holding)
+        if self._table.link.call([finish], timeout_s=_PATIENCE_S)[0] == 1:
+            self._behind -= plan.reached - archived
+            for name, value in done.items():
+                self._counts[name] += value
+
+    def _is_written(self, file: str) -> bool:
+        """Whether an earlier life came as far as the file: what it holds may have left the buffer since."""
+        if not self._folder.has(file):
+            return False
+        try:
+            with PartReader(self._folder, file):
+                return True
+        except (IntegrityError, NotFound):
+            return False
+
+    def _build(self, archived: int, plan: _Plan) -> tuple[PartWriter, dict[str, str], int]:
+        """The file, the reason for each damaged episode, and the number of those that are not there."""
+        wanted = set(plan.completions)
+        writer, damaged = new_part(self._table), dict[str, str]()
+        for entry in self._table.reader.entries(after=archived, timeout_s=_PATIENCE_S):
+            if entry["completion"] > plan.reached:
+                break
+            if entry["completion"] in wanted and add_episode(self._table, writer, entry, damaged):
+                wanted.discard(entry["completion"])
+        return writer, damaged, len(wanted)
+
+
+def read_archive(
+    uri: str | Path | ArchiveFolder, *, where: EpisodeFilter = _EVERYTHING, on_error: OnError = "raise"
+) -> Iterator[list[Segment]]:
+    """Episodes of an archive, each as its segments in order, bit for bit as they were stored.
+
+    In the order they became whole; where several buffers share the archive, one buffer after the other. Memory holds
+    one row group of a file: some 16 MB, or one episode where that is more.
+
+    Args:
+        uri: see ``ArchiveFolder.at``.
+        where: which ones.
+        on_error: see ``OnError``.
+
+    Raises:
+        IntegrityError: a damaged or foreign file, named, unless ``on_error`` says to skip it.
+        NotFound: no such folder.
+        Unreachable: no answer.
+    """
+    for part, group, episodes in wanted_row_groups(ArchiveFolder.at(uri), where, on_error):
+        with skipping(on_error):
+            yield from part.read(group, episodes)
+
+
+def refill(
+    table: RedisReplayTable,
+    uri: str | Path | ArchiveFolder,
+    *,
+    where: EpisodeFilter = _EVERYTHING,
+    limit: int | None = None,
+    timeout_s: float,
+    on_error: OnError = "raise",
+) -> RefillCounts:
+    """Append what a buffer lacks of an archive, in the order of the archive.
+
+    Of more than fits beside what the buffer holds now, the newest: nothing is evicted for it. Episodes that the buffer
+    remembers, evicted ones too, are duplicates. What comes from the archive of this buffer is not archived again.
+
+    Args:
+        table: of the buffer.
+        uri: see ``ArchiveFolder.at``.
+        where: which episodes.
+        limit: most to insert, the newest; None: all that fit.
+        timeout_s: how long one append of up to a row group may wait for a limiter.
+        on_error: see ``OnError``.
+
+    Raises:
+        ContractMismatch: episodes of another contract; the message lists every difference.
+        ConfigError: episodes of another T.
+        ReplayWait: a limiter or a full server refused; call again, what was inserted is a duplicate then.
+        IntegrityError, NotFound, Unreachable: as ``read_archive``.
+    """
+    folder = ArchiveFolder.at(uri)
+    places: list[tuple[str, int, int]] = []
+    times, lengths = [], []
+    duplicates = 0
+    for part, group, episodes in wanted_row_groups(folder, where, on_error):
+        require_same_contract(table, part.header, folder.name)
+        known = table.link.call([table.function("has", e.episode_id) for e in episodes], timeout_s=timeout_s)
+        duplicates += sum(known)
+        for episode, is_known in zip(episodes, known, strict=True):
+            if not is_known:
+                places.append((part.file_name, group, episode.first_row))
+                times.append(episode.completed_at_s)
+                lengths.append(episode.length)
+    newest = np.argsort(np.array(times), kind="stable")[::-1]
+    room = table.config.capacity_steps - table.state().steps
+    num_fitting = int(np.searchsorted(np.cumsum(np.array(lengths)[newest]), room, "right")) if places else 0
+    chosen = {places[at] for at in newest[: num_fitting if limit is None else min(limit, num_fitting)].tolist()}
+    counts = RefillCounts(duplicates=duplicates, left_out=len(places) - len(chosen))
+    groups = {(name, group) for name, group, _ in chosen}
+    for part, group, episodes in wanted_row_groups(folder, where, on_error):
+        if (part.file_name, group) in groups:
+            wanted = [e for e in episodes if (part.file_name, group, e.first_row) in chosen]
+            with skipping(on_error):
+                counts = _append(table, list(part.read(group, wanted)), counts, timeout_s)
+    return counts
+
+
+def export_episodes(
+    table: RedisReplayTable,
+    uri: str | Path | ArchiveFolder,
+    *,
+    where: EpisodeFilter = _EVERYTHING,
+    limit: int | None = None,
+    episodes_per_part: int = 256,
+    bytes_per_part: int = 64 << 20,
+) -> ExportCounts:
+    """Write the complete episodes that a buffer holds now, as an archive does; what the folder holds is left out.
+
+    Needs no archiver, and nothing waits for it: an episode that is evicted meanwhile is not exported.
+
+    Args:
+        table: of the buffer.
+        uri: see ``ArchiveFolder.at``. Made where it is missing.
+        where: which episodes.
+        limit: most to write, the oldest first; None: all.
+        episodes_per_part: most episodes of a file.
+        bytes_per_part: most bytes of a file, and the last episode.
+
+    Raises:
+        ContractMismatch, ConfigError: the folder holds episodes of another contract, or T.
+        Unreachable: the buffer or the folder does not answer; what was written stays.
+    """
+    folder = ArchiveFolder.at(uri)
+    known = open_for_writing(folder, table)
+    incarnation = incarnation_of(table)
+    wanted = (entry for entry in table.reader.entries(timeout_s=_PATIENCE_S) if _is_wanted(entry, where))
+    counts = ExportCounts()
+    while limit is None or counts.written < limit:
+        most = episodes_per_part if limit is None else min(episodes_per_part, limit - counts.written)
+        writer, damaged = new_part(table), dict[str, str]()
+        first: Entry | None = None
+        already_there = 0
+        for entry in wanted:
+            if entry in known:
+                already_there += 1
+                continue
+            first = first or entry
+            add_episode(table, writer, entry, damaged)
+            if writer.num_episodes >= most or writer.num_bytes >= bytes_per_part:
+                break
+        counts = replace(counts, already_there=counts.already_there + already_there)
+        if first is None:
+            break
+        is_written = put_part(folder, part_name(incarnation, first), writer, damaged) > 0
+        counts = replace(
+            counts,
+            written=counts.written + writer.num_episodes,
+            steps=counts.steps + writer.num_steps,
+            quarantined=counts.quarantined + len(damaged),
+            parts=counts.parts + is_written,
+        )
+    return counts
+
+
+def _is_wanted(entry: Entry, where: EpisodeFilter) -> bool:
+    return where.accepts(
+        task=entry["task"],
+        source=entry["source"],
+        success=entry["success"],
+        policy_versions=entry["policy_versions"],
+    )
+
+
+def _append(
+    table: RedisReplayTable, episodes: Sequence[Sequence[Segment]], counts: RefillCounts, timeout_s: float
+) -> RefillCounts:
+    results = iter(table.append_all([segment for episode in episodes for segment in episode], timeout_s=timeout_s))
+    inserted = duplicates = steps = 0
+    for episode in episodes:
+        is_new = "inserted" in list(itertools.islice(results, len(episode)))
+        inserted += is_new
+        duplicates += not is_new
+        steps += is_new * sum(segment.length for segment in episode)
+    return replace(
+        counts,
+        inserted=counts.inserted + inserted,
+        duplicates=counts.duplicates + duplicates,
+        steps=counts.steps + steps,
+    )
