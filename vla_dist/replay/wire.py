@@ -82,7 +82,7 @@ class Endpoint:
             return plain
         try:
             return self._tls_context().wrap_socket(plain, server_hostname=self.host)
-        except OSError:
+        except (OSError, ConfigError):
             plain.close()
             raise
 
@@ -137,7 +137,7 @@ class Wire:
                 self._patience(end)
                 self._socket.sendall(buffer)
             return
-        waiting = [memoryview(buffer) for buffer in buffers]
+        waiting = [memoryview(buffer).cast("B") for buffer in buffers]
         first = 0
         while first < len(waiting):
             self._patience(end)
