@@ -21,7 +21,7 @@ _RING_BYTES = 1 << 22
 
 
 class _FellBehind(Exception):
-    """Departures or events were trimmed before this copy saw them."""
+    """Departures or events were trimmed before this copy saw them, or the server may not be where it was."""
 
 
 class IndexFollower:
@@ -47,7 +47,7 @@ class IndexFollower:
         self._max_draws = max_draws
         self._has_events = bool(max_draws) or isinstance(sampler, PrioritisedDraw)
         self._started = False
-        self._live = self._gone = self._events = 0
+        self._live = self._gone = self._events = self._breaks = 0
 
     def exchange(self, first: Sequence[Command], deadline: Deadline) -> list[Any]:
         """Bring the copy up to date; in the same round trip, and before that, do ``first``. Returns its replies."""
@@ -65,6 +65,8 @@ class IndexFollower:
 
     def _start(self, deadline: Deadline) -> None:
         """Everything from what is stored: episodes, then priorities and draws, before anything is drawn."""
+        # Taken before anything is read: what breaks from now on makes this copy start again.
+        self._breaks = self._link.num_breaks
         tails: list[Command] = [("XREVRANGE", self._keys.gone, "+", "-", "COUNT", 1)]
         if self._has_events:
             tails.append(("XREVRANGE", self._keys.of_table("events", self._table), "+", "-", "COUNT", 1))
@@ -95,6 +97,9 @@ class IndexFollower:
             commands.append(self._range(self._keys.of_table("events", self._table), self._events))
         replies = self._link.call(commands, timeout_s=deadline.left_s)
         answers, live, gone = replies[: len(first)], replies[len(first)], replies[len(first) + 1]
+        if self._link.num_breaks != self._breaks:
+            # After a restart from an older log the same completions may stand for other episodes.
+            raise _FellBehind(answers)
         while self._take_live(live):
             live = self._link.call([self._range(self._keys.live, self._live)], timeout_s=deadline.left_s)[0]
         self._gone = self._require_next(gone, self._gone, answers)

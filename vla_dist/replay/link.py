@@ -18,8 +18,6 @@ from vla_dist.replay.wire import BulkLayout, Command, Endpoint, ReplyError, Wire
 
 _CONNECT_TIMEOUT_S = 2.0
 _LEAST_S = 1.0
-_STALL_S = 5.0
-"""An exchange that takes longer is given up and tried again."""
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.002, 0.05
 _SOURCE = files("vla_dist.replay").joinpath("functions.lua").read_text()
 _DIGEST = hashlib.sha256(_SOURCE.encode()).hexdigest()[:8]
@@ -84,6 +82,8 @@ class RedisLink:
         # The password must not end up in a message.
         self.address = address_of(url)
         self._idle: list[Wire] = []
+        self.num_breaks = 0
+        """Connections that broke: the server may have restarted, perhaps without its newest data."""
         self._lock = threading.Lock()
 
     def call(self, commands: Sequence[Command], *, timeout_s: float) -> list[Any]:
@@ -161,7 +161,7 @@ class RedisLink:
         deadline = Deadline(timeout_s)
         while True:
             try:
-                return self._once(exchange, timeout_s=min(max(deadline.left_s, _LEAST_S), _STALL_S))
+                return self._once(exchange, timeout_s=max(deadline.left_s, _LEAST_S))
             except Unreachable:
                 if not deadline.pause():
                     raise
@@ -177,6 +177,7 @@ class RedisLink:
                 wire.close()
             raise self.meaning(error) from error
         except OSError as error:
+            self.num_breaks += 1
             if wire is not None:
                 # Replies may still be on their way: nobody must read them as answers to something else.
                 wire.close()
@@ -199,6 +200,7 @@ class RedisLink:
                 break
             if not wire.is_stale:
                 return wire
+            self.num_breaks += 1
             wire.close()
         return Wire(self._endpoint, timeout_s=min(timeout_s, _CONNECT_TIMEOUT_S))
 

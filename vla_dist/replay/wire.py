@@ -25,6 +25,8 @@ _JOIN_BYTES = 1 << 15
 _MOST_BUFFERS = 512
 _RECEIVE_BYTES = 1 << 17
 _HEADER_BYTES = 64
+_STALL_S = 5.0
+"""A peer that moves no byte for so long is given up; as long as bytes move, only the caller's time counts."""
 
 Command = Sequence[Any]
 ReplyError = hiredis.ReplyError
@@ -251,8 +253,8 @@ class Wire:
     def _patience(self, end: float) -> None:
         left = end - time.monotonic()
         if left <= 0:
-            raise TimeoutError("no answer in time")
-        self._socket.settimeout(left)
+            raise TimeoutError("the time is up")
+        self._socket.settimeout(min(left, _STALL_S))
 
 
 class BulkLayout:
