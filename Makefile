@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= demo
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-slow lint format bench proto lock clean
+.PHONY: setup demo test test-slow test-chaos lint format bench proto lock clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +31,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow or gl"
+
+test-chaos: setup
+	$(BIN)/python -m pytest -m chaos -s
 
 lint: setup
 	$(BIN)/ruff format --check vla_dist tests benchmarks examples

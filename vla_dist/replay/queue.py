@@ -56,7 +56,8 @@ class EpisodeQueue:
         self._abandoned_ms = int(abandoned_after_s * 1000)
         self._handed_out: set[int] = set()
         self.lost_episodes = 0
-        """Evicted before anybody acknowledged them; a limiter with ``samples_per_insert`` 1 keeps this at 0."""
+        """Evicted or discarded before anybody acknowledged them; a limiter with ``samples_per_insert`` 1 keeps the
+        evicted ones at 0."""
 
     def take(self, num_episodes: int, *, timeout_s: float) -> list[TakenEpisode]:
         """The oldest 1 to ``num_episodes`` episodes that nobody has, in the order they became whole.
@@ -90,7 +91,7 @@ class EpisodeQueue:
         completions = [episode.completion for episode in episodes]
         index = self._table.config.table_index(self._table.table.name)
         call = self._table.function("acknowledge", index, self._group, *completions)
-        (fresh,) = self._table.link.call([call], timeout_s=timeout_s)
+        fresh = self._table.call_removing(call, timeout_s=timeout_s)
         self._handed_out.difference_update(completions)
         return int(fresh)
 
@@ -104,7 +105,11 @@ class EpisodeQueue:
             ],
             timeout_s=deadline.left_s,
         )
-        entries = [entry for entry in own[0][1] if _number(entry[0]) not in self._handed_out] if own else []
+        # Claiming forgets what was evicted before anybody acknowledged it, whoever had taken it.
+        forgotten = set(abandoned[2])
+        self.lost_episodes += len(forgotten)
+        mine = [entry for entry in own[0][1] if entry[0] not in forgotten] if own else []
+        entries = [entry for entry in mine if _number(entry[0]) not in self._handed_out]
         if abandoned[1]:
             # They are ours now, and come with the first command of the next try.
             return self._try(num, deadline) if not entries else self._hand_out(entries[:num], deadline)
@@ -119,7 +124,7 @@ class EpisodeQueue:
         for entry_id, fields in entries:
             segments: list[Segment] = []
             if fields:
-                segments = self._table.reader.read(decode_entry(fields[1]), timeout_s=max(1.0, deadline.left_s))
+                segments = self._table.read_episode(decode_entry(fields[1]), timeout_s=max(1.0, deadline.left_s))
             if segments:
                 taken.append(TakenEpisode(completion=_number(entry_id), segments=tuple(segments)))
             else:
