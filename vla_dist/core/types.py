@@ -205,6 +205,8 @@ class TableStats:
     episodes_by_task: Mapping[str, int]
     num_bytes: int
     """Memory the server uses."""
+    episodes_discarded: int = 0
+    """Ever, because a part of them was missing or damaged."""
 
     @property
     def samples_per_insert(self) -> float:

@@ -187,7 +187,7 @@ class BufferConfig:
                     "episodes"
                 )
 
-    def identity(self, spec: EnvSpec, codec: SegmentCodec, *, images_apart: bool) -> str:
+    def identity(self, spec: EnvSpec, codec: SegmentCodec, *, images_apart: bool, num_shards: int = 1) -> str:
         """JSON of what clients must agree on."""
         encodings = {c.name: str(self.image_encodings.get(c.name, RAW)) for c in spec.cameras}
         tables = [
@@ -209,14 +209,16 @@ class BufferConfig:
             "remembered_episodes": self.remembered_episodes,
             "image_encodings": encodings,
             "images_apart": images_apart,
+            "num_shards": num_shards,
             "tables": tables,
         }
         return json.dumps(fields, sort_keys=True)
 
-    def packed(self, spec: EnvSpec, *, images_apart: bool) -> bytes:
+    def packed(self, spec: EnvSpec, *, images_apart: bool, num_shards: int = 1) -> bytes:
         """The server's state of an empty buffer, see ``functions.lua``."""
-        cameras_here = 0 if images_apart else len(spec.cameras)
-        head = struct.pack("<14d", self.capacity_steps, self.remembered_episodes, cameras_here, *([0] * 11))
+        here, apart = (0, len(spec.cameras)) if images_apart else (len(spec.cameras), 0)
+        counters = [0] * 11
+        head = struct.pack("<17d", self.capacity_steps, self.remembered_episodes, here, *counters, apart, num_shards, 0)
         return head + b"".join(table.packed() for table in self.tables)
 
 

@@ -17,6 +17,10 @@ Entry = Mapping[str, Any]
 """See ``index.decode_entry``."""
 
 
+class PayloadMissing(IntegrityError):
+    """An episode that is stored, but not whole."""
+
+
 class EpisodeReader:
     """Complete episodes of one buffer; threads may share it."""
 
@@ -48,6 +52,7 @@ class EpisodeReader:
         """The segments of one episode, checked against their checksums; empty where it was evicted meanwhile.
 
         Raises:
+            PayloadMissing: the episode is there, but not all of its payload.
             IntegrityError: a damaged or strange segment, named.
         """
         payload = self.payload(entry, timeout_s=timeout_s)
@@ -60,7 +65,8 @@ class EpisodeReader:
             if (segment.episode_id, segment.segment_index) != (entry["episode_id"], index):
                 raise IntegrityError(
                     f"episode {entry['episode_id']!r}, segment {index} holds segment "
-                    f"{segment.episode_id!r}/{segment.segment_index}; discard the episode and append it again"
+                    f"{segment.episode_id!r}/{segment.segment_index}; discard the episode, and append it under another "
+                    "id"
                 )
             segments.append(segment)
         return segments
@@ -69,7 +75,7 @@ class EpisodeReader:
         """Row and images, as stored, of each segment; empty where the episode was evicted meanwhile.
 
         Raises:
-            IntegrityError: the episode is there, but not all of its payload.
+            PayloadMissing: the episode is there, but not all of its payload.
         """
         digest, indices = entry["digest"], range(entry["num_segments"])
         (rows,) = self._link.call([("MGET", *(self._keys.row(digest, i) for i in indices))], timeout_s=timeout_s)
@@ -85,6 +91,7 @@ class EpisodeReader:
         (still_there,) = self._link.call([("XRANGE", self._keys.live, completion, completion)], timeout_s=timeout_s)
         if not still_there:
             return []
-        raise IntegrityError(
-            f"episode {entry['episode_id']!r} lacks the payload of segments {missing}; discard it and append it again"
+        raise PayloadMissing(
+            f"episode {entry['episode_id']!r} lacks the payload of segments {missing}; discard it, and append it "
+            "under another id"
         )

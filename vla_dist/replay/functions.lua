@@ -17,6 +17,8 @@
 --   completed             hash: completion -> episode id
 --   live                  stream, id COMPLETION-0: one entry for each complete episode that is stored
 --   gone                  stream, id N-0: packed completions that left
+--   images_gone           list of packed digest and number of segments: episodes that left, whose images may still lie
+--                         on the server of the images; only if state.cameras_apart > 0
 --   by                    hash: counters of complete episodes by task and steps by source
 -- and for each table that needs them:
 --   priorities:TABLE      packed float at row mod capacity; the highest so far until somebody scores it
@@ -25,11 +27,11 @@
 --   events:TABLE          stream, id N-0: field p: packed rows and priorities; field x: packed rows that are used up
 
 local HEAD = {'capacity', 'remembered', 'cameras_here', 'archiving', 'archived', 'steps', 'complete', 'completion', 'row',
-              'gone', 'inserted', 'duplicates', 'evicted_steps', 'broken'}
+              'gone', 'inserted', 'duplicates', 'evicted_steps', 'broken', 'cameras_apart', 'shards', 'discarded'}
 local TABLE = {'min_steps', 'ratio', 'buffer', 'max_draws', 'prioritised', 'queue', 'drawable', 'balance', 'sampled',
                'inserts_waited', 'samples_waited', 'max_priority', 'events'}
 -- Written out: while this file is loaded nothing but Lua's own syntax is there.
-local HEAD_FORMAT, TABLE_FORMAT = '<dddddddddddddd', '<ddddddddddddd'
+local HEAD_FORMAT, TABLE_FORMAT = '<ddddddddddddddddd', '<ddddddddddddd'
 -- completion (0: not complete), last index (-1: not seen yet), segments seen, steps, status, success, source,
 -- intervened, digest, bytes of the task
 local EPISODE = '<di4I4I4BBBBc16I2'
@@ -42,7 +44,7 @@ local ARRIVAL = '<c16I4I4BBBBddI2I2'
 local LIVE = '<ddI4I4BBBBdc16I2I2I2'
 local STAGE_MS = 60000
 local GONE_KEPT, EVENTS_KEPT = 65536, 4096
-local MOST_KEYS = 4000
+local MOST_KEYS, MOST_IMAGES_GONE = 4000, 128
 
 local function number(text) return string.format('%.17g', text) end
 
@@ -61,7 +63,7 @@ end
 local function open_buffer(keys)
   local packed = redis.call('GET', keys[1])
   if not packed then error('NOBUFFER nothing at ' .. keys[1]) end
-  local b = {key = keys[1], prefix = string.sub(keys[1], 1, -6), left = {}, evicted = {}, tables = {}}
+  local b = {key = keys[1], prefix = string.sub(keys[1], 1, -6), left = {}, tables = {}}
   b.s = unpack_into(HEAD, HEAD_FORMAT, packed, 1)
   for at = 8 * #HEAD + 1, #packed, 8 * #TABLE do
     local t = unpack_into(TABLE, TABLE_FORMAT, packed, at)
@@ -160,7 +162,9 @@ end
 -- A whole episode goes at once: without its first segment the windows of the rest would be incomplete.
 local function evict(b, id, e)
   unlink_payload(b, e)
-  b.evicted[#b.evicted + 1] = e.digest .. struct.pack('<I4', num_segments(e))
+  if b.s.cameras_apart > 0 then
+    redis.call('RPUSH', b.prefix .. 'images_gone', e.digest .. struct.pack('<I4', num_segments(e)))
+  end
   if e.status == COMPLETE then
     local completion = number(e.completion)
     redis.call('XDEL', b.prefix .. 'live', completion .. '-0')
@@ -234,12 +238,16 @@ local function complete(b, id, e, instruction)
   e.segments = ''
 end
 
+-- Of a limiter over several shards each has its share; min_steps and buffer are those of the whole.
 local function wait_reply(b, t, why)
-  return {'WAIT', why, number(t.index), number(t.drawable), number(t.min_steps), number(t.balance), number(t.ratio),
-          number(t.buffer), number(b.s.steps), number(b.s.capacity), number(b.s.completion - b.s.archived)}
+  return {'WAIT', why, number(t.index), number(t.drawable), number(t.min_steps / b.s.shards), number(t.balance),
+          number(t.ratio), number(t.buffer / b.s.shards), number(b.s.steps), number(b.s.capacity),
+          number(b.s.completion - b.s.archived)}
 end
 
-local function insert_waits(t) return t.ratio >= 0 and t.drawable >= t.min_steps and t.balance > t.buffer end
+local function counts_inserts(b, t) return t.ratio >= 0 and t.drawable >= t.min_steps / b.s.shards end
+
+local function insert_waits(b, t) return counts_inserts(b, t) and t.balance > t.buffer / b.s.shards end
 
 -- Takes the expiry off; false where a payload is not there, and then all expire as before.
 local function keep_payload(b, a)
@@ -261,10 +269,12 @@ local function take_in(b, a, first_try)
     return {'DUP', e.status == EVICTED and '1' or '0'}
   end
   if e and ((e.last_index >= 0 and a.index > e.last_index) or (a.is_last == 1 and a.index < num_segments(e) - 1)) then
+    -- What was staged contradicts the episode: the right segment of this name must not find it there.
+    redis.call('UNLINK', unpack(payload_names(b, a.digest, a.index, a.index)))
     return {'CLOSED', number(e.last_index >= 0 and e.last_index or num_segments(e) - 1)}
   end
   for _, t in ipairs(b.tables) do
-    if insert_waits(t) then
+    if insert_waits(b, t) then
       if first_try then t.inserts_waited = t.inserts_waited + 1 end
       return wait_reply(b, t, 'limiter')
     end
@@ -287,7 +297,7 @@ local function take_in(b, a, first_try)
   end
   s.inserted = s.inserted + a.length
   for _, t in ipairs(b.tables) do
-    if t.ratio >= 0 and t.drawable >= t.min_steps then t.balance = t.balance + a.length * t.ratio end
+    if counts_inserts(b, t) then t.balance = t.balance + a.length * t.ratio end
   end
   e.seen = e.seen + 1
   if a.is_last == 1 then e.last_index, e.success = a.index, a.success end
@@ -305,8 +315,7 @@ local function take_in(b, a, first_try)
 end
 
 -- args: 1 at the first try of this append, then each segment as packed ARRIVAL with id, task and instruction
--- Answers one reply for each segment up to the first WAIT or MISSING, then the digests and numbers of segments of the
--- episodes that were evicted, so that a client can remove their images from another server.
+-- Answers one reply for each segment up to the first WAIT or MISSING, then the oldest of images_gone.
 local function commit(keys, args)
   local b, out = open_buffer(keys), {}
   for i = 2, #args do
@@ -322,7 +331,11 @@ local function commit(keys, args)
   end
   close_episode(b)
   save(b)
-  return {out, table.concat(b.evicted)}
+  local images_gone = {}
+  if b.s.cameras_apart > 0 then
+    images_gone = redis.call('LRANGE', b.prefix .. 'images_gone', 0, MOST_IMAGES_GONE - 1)
+  end
+  return {out, table.concat(images_gone)}
 end
 
 -- args: index of the table, windows, 1 at the first try. Answers WAIT ..., or OK and the server's time.
@@ -343,7 +356,18 @@ local function charge(keys, args)
   return {'OK', number(now_s())}
 end
 
--- args: index of the table, packed <dd of row and priority
+-- For a table of which this is one of several shards. args: index of the table, windows drawn here, what to add to the
+-- balance, 1 if a sample began to wait. Who samples compares the sums over all shards and evens out the balances.
+local function charge_shard(keys, args)
+  local b = open_buffer(keys)
+  local t = b.tables[tonumber(args[1]) + 1]
+  t.sampled, t.balance = t.sampled + tonumber(args[2]), t.balance + tonumber(args[3])
+  t.samples_waited = t.samples_waited + tonumber(args[4])
+  save(b)
+  return {'OK', number(now_s())}
+end
+
+-- args: index of the table, packed <dd of row and priority. The row -1 only says how high a priority on another shard is.
 local function reprioritise(keys, args)
   local b = open_buffer(keys)
   local t, packed = b.tables[tonumber(args[1]) + 1], args[2]
@@ -351,8 +375,9 @@ local function reprioritise(keys, args)
   for at = 1, #packed, 16 do
     local row, priority = struct.unpack('<dd', packed, at)
     -- Rows that left are older than the ring and must not touch their successors.
-    if row < b.s.row and row >= b.s.row - b.s.capacity then
-      redis.call('SETRANGE', key, (row % b.s.capacity) * 4, struct.pack('<f', priority))
+    local stored = row >= 0 and row < b.s.row and row >= b.s.row - b.s.capacity
+    if stored then redis.call('SETRANGE', key, (row % b.s.capacity) * 4, struct.pack('<f', priority)) end
+    if stored or row == -1 then
       accepted[#accepted + 1] = string.sub(packed, at, at + 15)
       t.max_priority = math.max(t.max_priority, priority)
     end
@@ -441,6 +466,7 @@ local function discard(keys, args)
   local id = redis.call('HGET', b.prefix .. 'completed', args[1])
   if not id then return 0 end
   evict(b, id, read_episode(b, id))
+  b.s.discarded = b.s.discarded + 1
   save(b)
   return 1
 end
@@ -484,10 +510,12 @@ local function finish_archive(keys, args)
   if tonumber(args[1]) ~= b.s.archived or redis.call('GET', b.prefix .. 'archive_plan') ~= args[3] then return 0 end
   redis.call('DEL', b.prefix .. 'archive_plan')
   b.s.archived = tonumber(args[2])
-  for completion = tonumber(args[1]) + 1, b.s.archived do
-    -- What was used up before it was archived could not be removed then.
-    local id = redis.call('HGET', b.prefix .. 'completed', number(completion))
-    if id then remove_if_used_up(b, completion, id, read_episode(b, id)) end
+  -- What was used up before it was archived could not be removed then. Most of these numbers may have left long ago.
+  local arrived = redis.call('XRANGE', b.prefix .. 'live', '(' .. args[1] .. '-0', args[2] .. '-0')
+  for _, entry in ipairs(arrived) do
+    local completion = string.match(entry[1], '^%d+')
+    local id = redis.call('HGET', b.prefix .. 'completed', completion)
+    remove_if_used_up(b, tonumber(completion), id, read_episode(b, id))
   end
   save(b)
   return 1
@@ -520,6 +548,7 @@ redis.register_function('vla_commit_DIGEST', commit)
 redis.register_function('vla_create_DIGEST', create)
 -- Whoever reads must go on when memory is full: that is what lets the limiter and the learner move.
 redis.register_function{function_name = 'vla_charge_DIGEST', callback = charge, flags = {'allow-oom'}}
+redis.register_function{function_name = 'vla_charge_shard_DIGEST', callback = charge_shard, flags = {'allow-oom'}}
 redis.register_function{function_name = 'vla_use_DIGEST', callback = use, flags = {'allow-oom'}}
 redis.register_function{function_name = 'vla_acknowledge_DIGEST', callback = acknowledge, flags = {'allow-oom'}}
 redis.register_function{function_name = 'vla_reprioritise_DIGEST', callback = reprioritise, flags = {'allow-oom'}}

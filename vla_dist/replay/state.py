@@ -22,6 +22,9 @@ _HEAD_NAMES = [
     "duplicates",
     "evicted_steps",
     "broken",
+    "cameras_apart",
+    "shards",
+    "discarded",
 ]
 _TABLE_NAMES = [
     "min_steps",
@@ -81,6 +84,8 @@ class BufferState:
     evicted_steps: int
     broken: int
     """Episodes evicted before they were whole."""
+    discarded: int
+    """Damaged episodes that were removed: part of their payload was missing."""
     tables: tuple[TableCounters, ...]
 
     @classmethod
@@ -99,6 +104,7 @@ class BufferState:
             duplicates=int(head["duplicates"]),
             evicted_steps=int(head["evicted_steps"]),
             broken=int(head["broken"]),
+            discarded=int(head["discarded"]),
             tables=tuple(_table(counters) for counters in tables),
         )
 

@@ -6,26 +6,29 @@ batches. What must happen at once is in ``functions.lua``.
 
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from vla_dist.core.errors import ConfigError, NotFound, ReplayWait
+from vla_dist.core.errors import ConfigError, NotFound, ReplayWait, VlaDistError
 from vla_dist.core.protocols import AppendResult
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import SOURCES, Array, Batch, Segment, TableStats
 from vla_dist.data.normalisation import RunningMoments
 from vla_dist.data.segment_codec import SegmentCodec
 from vla_dist.replay.config import BufferConfig, Fifo, buffer_from_identity, ratio_field, require_same_identity
-from vla_dist.replay.episodes import EpisodeReader
+from vla_dist.replay.episodes import Entry, EpisodeReader, PayloadMissing
 from vla_dist.replay.fetching import WindowFetcher, WindowPlan
 from vla_dist.replay.following import IndexFollower
 from vla_dist.replay.keys import Keys
 from vla_dist.replay.limiter import LimiterConfig, LimiterState
 from vla_dist.replay.link import Deadline, RedisLink, function_name
+from vla_dist.replay.losses import LossCheck
 from vla_dist.replay.samplers import make_sampler
 from vla_dist.replay.state import BufferState
+from vla_dist.replay.sweeping import ImagesGone
 from vla_dist.replay.wire import Command
 from vla_dist.replay.writing import SegmentWriter, wait_reason
 
@@ -74,18 +77,22 @@ class RedisReplayTable:
         self.keys = Keys(config.name)
         self.link = RedisLink(url)
         self.images_link = self.link if images_url is None else RedisLink(images_url)
-        self.link.require_functions(timeout_s=_PATIENCE_S)
         apart = images_url is not None
-        identity = config.identity(spec, self.codec, images_apart=apart)
-        groups = [other.name for other in config.tables if isinstance(other.sampler, Fifo)]
-        create = self.function("create", identity, spec.to_json(), config.packed(spec, images_apart=apart), *groups)
-        stored = self.link.call([create], timeout_s=_PATIENCE_S)[0]
-        require_same_identity(config.name, identity, stored.decode())
+        try:
+            self._create(images_apart=apart)
+        except VlaDistError:
+            self.close()
+            raise
         self._writer = SegmentWriter(self.link, self.images_link if apart else None, self.codec, self.keys)
         self._fetcher = WindowFetcher(
             self.link, self.images_link, self.codec, self.keys, context_steps=config.context_steps
         )
         self.reader = EpisodeReader(self.link, self.images_link, self.codec, self.keys)
+        cameras = len(spec.cameras)
+        self._images_gone = ImagesGone(self.link, self.images_link, self.keys, cameras) if apart and cameras else None
+        self._losses = LossCheck(
+            self.reader, self.link, self.images_link, self.keys, num_cameras=cameras, discard=self.discard
+        )
         self._rng = np.random.default_rng(seed)
         self._lock = threading.Lock()
         self._follower: IndexFollower | None = None
@@ -142,9 +149,10 @@ class RedisReplayTable:
         batch, gone = self._fetch(plan, deadline, now_s)
         while gone.any():
             if deadline.left_s <= 0:
+                evicted = f"they were evicted first; raise capacity_steps {self.config.capacity_steps}"
                 raise ReplayWait(
-                    f"{gone.sum()} of {num_windows} windows were evicted again and again before they could be read, "
-                    f"for {timeout_s} s; raise capacity_steps {self.config.capacity_steps}"
+                    f"{gone.sum()} of {num_windows} windows could not be read again and again, for {timeout_s} s: "
+                    f"{self._losses.reason or evicted}"
                 )
             # Evicted between draw and fetch: those windows, and only those, are drawn anew.
             again = np.flatnonzero(gone)
@@ -203,6 +211,7 @@ class RedisReplayTable:
                 key.removeprefix("task:"): value for key, value in counters.items() if key.startswith("task:")
             },
             num_bytes=int(memory["used_memory"]),
+            episodes_discarded=state.discarded,
         )
 
     def state(self) -> BufferState:
@@ -239,14 +248,35 @@ class RedisReplayTable:
         for entry in self.reader.entries(timeout_s=_PATIENCE_S):
             if limit is not None and given >= limit:
                 return
-            segments = self.reader.read(entry, timeout_s=_PATIENCE_S)
+            segments = self.read_episode(entry, timeout_s=_PATIENCE_S)
             if segments:
                 given += 1
                 yield segments
 
+    def read_episode(self, entry: Entry, *, timeout_s: float) -> list[Segment]:
+        """The segments of an episode; empty where it is gone, because it was evicted, or just now discarded because a
+        part of its payload is missing.
+
+        Raises:
+            IntegrityError: a damaged segment, named.
+            Unreachable: no answer.
+        """
+        try:
+            return self.reader.read(entry, timeout_s=timeout_s)
+        except PayloadMissing:
+            self.discard_incomplete(timeout_s=timeout_s)
+        return self.reader.read(entry, timeout_s=timeout_s)
+
     def discard(self, completion: int) -> bool:
-        """Remove a damaged episode for good; whether it was there."""
-        return bool(self.link.call([self.function("discard", completion)], timeout_s=_PATIENCE_S)[0])
+        """Remove a damaged episode for good; whether it was there. ``BufferState.discarded`` counts them."""
+        return bool(self.call_removing(self.function("discard", completion), timeout_s=_PATIENCE_S))
+
+    def discard_incomplete(self, *, timeout_s: float = _PATIENCE_S) -> int:
+        """Look at all episodes and discard those that lack a part of their payload; returns how many.
+
+        Blocking: a second more than the look takes, if any lacks something: its writer may still be at it.
+        """
+        return self._losses.look_to_the_end(timeout_s=timeout_s)
 
     def dataset_statistics(self, limit: int | None = None) -> dict[str, RunningMoments]:
         """Moments of ``proprio`` and ``actions`` over the valid steps of up to ``limit`` complete episodes."""
@@ -267,6 +297,14 @@ class RedisReplayTable:
         """The call of one of the buffer's functions, see ``functions.lua``."""
         return ("FCALL", function_name(verb), 1, self.keys.state, *args)
 
+    def call_removing(self, command: Command, *, timeout_s: float) -> Any:
+        """Answer of a function that may remove episodes; their images on another server are removed as well."""
+        if self._images_gone is None:
+            return self.link.call([command], timeout_s=timeout_s)[0]
+        answer, gone = self.link.call([command, self._images_gone.command], timeout_s=timeout_s)
+        self._images_gone.remove(gone, timeout_s=timeout_s)
+        return answer
+
     def _draw(self, num: int, deadline: Deadline, timeout_s: float, *, charge: bool) -> tuple[WindowPlan, float]:
         """What to fetch, and the server's time; waits while the limiter says so."""
         while True:
@@ -282,11 +320,21 @@ class RedisReplayTable:
                     if index.live_steps > 0:
                         drawn = self._follower.sampler.draw(index, num, self._rng)
                         return WindowPlan.of(index, drawn, context_steps=self.config.context_steps), now_s
-                    reason = "all episodes were evicted in between"
+                    reason = "all episodes were evicted or discarded in between"
                 else:
                     reason = wait_reason("samples", answer)
             if not deadline.pause():
                 raise ReplayWait(f"no windows within {timeout_s} s: {reason}. Are the rollout workers running?")
+
+    def _create(self, *, images_apart: bool) -> None:
+        config = self.config
+        self.link.require_functions(timeout_s=_PATIENCE_S)
+        identity = config.identity(self.spec, self.codec, images_apart=images_apart)
+        packed = config.packed(self.spec, images_apart=images_apart)
+        groups = [other.name for other in config.tables if isinstance(other.sampler, Fifo)]
+        create = self.function("create", identity, self.spec.to_json(), packed, *groups)
+        stored = self.link.call([create], timeout_s=_PATIENCE_S)[0]
+        require_same_identity(config.name, identity, stored.decode())
 
     def _follow(self) -> IndexFollower:
         return IndexFollower(
@@ -301,13 +349,19 @@ class RedisReplayTable:
 
     def _fetch(self, plan: WindowPlan, deadline: Deadline, now_s: float) -> tuple[Batch, Array]:
         batch, gone = self._fetcher.fetch(plan, deadline, now_s=now_s)
+        if gone.any() and self._losses.note(plan.completions[gone]):
+            finished = self._losses.look(
+                timeout_s=max(1.0, deadline.left_s), until_s=time.monotonic() + deadline.left_s
+            )
+            if not finished:
+                deadline.pause()
         if self.table.max_draws is not None:
             # After the fetch: the last draw of a segment may remove it.
             uses = np.zeros(len(plan.numbers), "<f8,<f8,<u4,<u4")
             uses["f0"], uses["f1"], uses["f2"] = plan.numbers, plan.completions, plan.row_lengths
             allowed = np.flatnonzero(~gone)
             use = self.function("use", self._index, uses[allowed].tobytes())
-            (flags,) = self.link.call([use], timeout_s=deadline.left_s)
+            flags = self.call_removing(use, timeout_s=deadline.left_s)
             gone[allowed] = np.frombuffer(flags, np.uint8) == 0
         return batch, gone
 

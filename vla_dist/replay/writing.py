@@ -4,7 +4,7 @@ consumes: segments. waits for: the limiters, room, the archive. unblocked by: sa
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from vla_dist.core.types import SOURCES, Segment
 from vla_dist.data.segment_codec import EncodedSegment, SegmentCodec
 from vla_dist.replay.keys import Keys, episode_digest
 from vla_dist.replay.link import Deadline, RedisLink, ServerFull, function_name
+from vla_dist.replay.sweeping import ImagesGone
 from vla_dist.replay.wire import Command, ReplyError
 
 _STAGE_MS = b"60000"
@@ -34,6 +35,8 @@ class _Item:
     arrival: bytes
     num_bytes: int
     result: AppendResult | None = None
+    inserted: bool = False
+    """By this call, even if its images had to be brought again."""
 
 
 class SegmentWriter:
@@ -52,6 +55,7 @@ class SegmentWriter:
         self._codec = codec
         self._keys = keys
         self._cameras = list(codec.image_codecs)
+        self._images_gone = None if images is None else ImagesGone(link, images, keys, len(self._cameras))
 
     def append(self, segments: Sequence[Segment], *, timeout_s: float) -> list[AppendResult]:
         """Store each once; see ``RedisReplayTable.append_all``."""
@@ -108,8 +112,8 @@ class SegmentWriter:
             else:
                 full = next((reply for reply in replies if isinstance(reply, ReplyError)), None)
                 staged, reason = False, "the payload expired before it was committed" if full is None else str(full)
-                answers, evicted = answer
-                self._settle_images(items, answers, evicted, deadline)
+                answers, images_gone = answer
+                lost = self._settle_images(items, answers, images_gone, deadline)
                 for item, reply in zip(items, answers, strict=False):
                     kind = reply[0]
                     if kind == b"CLOSED":
@@ -118,7 +122,12 @@ class SegmentWriter:
                     elif kind == b"WAIT":
                         staged, reason = True, wait_reason("inserts", reply)
                     elif kind != b"MISSING":
-                        item.result = "inserted" if kind == b"OK" else "duplicate"
+                        item.inserted |= kind == b"OK"
+                        if item.digest in lost:
+                            reason = "the server of the images forgot them"
+                        else:
+                            item.result = "inserted" if item.inserted else "duplicate"
+                staged = staged and not lost
                 items = [item for item in items if item.result is None]
             if items and not deadline.pause():
                 first = items[0].segment
@@ -155,36 +164,29 @@ class SegmentWriter:
             self._keys.image(item.digest, item.segment.segment_index, number) for number in range(len(self._cameras))
         ]
 
-    def _settle_images(self, items: list[_Item], answers: list[Any], evicted: bytes, deadline: Deadline) -> None:
-        """On a server of their own, images outlive their expiry once the row is committed, and leave with it."""
-        if self._images is None or not self._cameras:
-            return
-        gone = self._evicted_names(evicted)
-        stored = [
-            item
-            for item, reply in zip(items, answers, strict=False)
-            if reply[0] in (b"OK", b"DUP") and reply[1] == b"0" and not gone.intersection(self._image_names(item))
-        ]
-        names = [name for item in stored for name in self._image_names(item)]
-        commands: list[Command] = [("PERSIST", name) for name in names]
-        commands += [("UNLINK", name) for name in gone]
-        if not commands:
-            return
-        kept = self._images.call([*commands, *(("EXISTS", name) for name in names)], timeout_s=deadline.left_s)
-        present = kept[len(commands) :]
-        if names and not all(present):
-            # That server restarted in between and forgot them.
-            again = [command for item in stored for command in self._image_commands(item, "NX")]
-            self._images.call(again, timeout_s=deadline.left_s)
+    def _settle_images(
+        self, items: list[_Item], answers: list[Any], images_gone: bytes, deadline: Deadline
+    ) -> Set[str]:
+        """On a server of their own, images outlive their expiry once the row is committed, and leave with it.
 
-    def _evicted_names(self, evicted: bytes) -> set[str]:
-        names = set()
-        for at in range(0, len(evicted), 20):
-            digest = evicted[at : at + 16].decode()
-            (num,) = struct.unpack("<I", evicted[at + 16 : at + 20])
-            cameras = range(len(self._cameras))
-            names.update(self._keys.image(digest, index, camera) for index in range(num) for camera in cameras)
-        return names
+        Returns the digests of episodes whose images vanished between upload and commit: they must come again, and be
+        committed again, because the episode may have been evicted meanwhile.
+        """
+        if self._images_gone is None or self._images is None or not self._cameras:
+            return frozenset()
+        commands: list[Command] = []
+        stored: list[tuple[str, str]] = []
+        for item, reply in zip(items, answers, strict=False):
+            names = self._image_names(item)
+            if reply[0] == b"CLOSED" or (reply[0] in (b"OK", b"DUP") and reply[1] == b"1"):
+                commands.append(("UNLINK", *names))
+            elif reply[0] in (b"OK", b"DUP"):
+                commands += [("PERSIST", name) for name in names]
+                stored += [(item.digest, name) for name in names]
+        questions: list[Command] = [("EXISTS", name) for _, name in stored]
+        present = self._images.call([*commands, *questions], timeout_s=deadline.left_s)[len(commands) :]
+        self._images_gone.remove(ImagesGone.split(images_gone), timeout_s=deadline.left_s)
+        return {digest for (digest, _), there in zip(stored, present, strict=True) if not there}
 
 
 def _num_bytes(encoded: EncodedSegment) -> int:
