@@ -205,6 +205,8 @@ class SegmentCodec:
         except UnicodeDecodeError as error:
             raise IntegrityError(f"row with text that is not UTF-8 ({error}); append the segment again") from error
         steps, layout = record["steps"], self.layout
+        # Outside of the try: damaged frames say so themselves, and the row may be whole.
+        frames = self._unpack_images(record, images or {}, length)
         try:
             segment = Segment(
                 **texts,
@@ -219,7 +221,7 @@ class SegmentCodec:
                 target_actions=steps[:, layout.target_actions],
                 rewards=steps[:, layout.reward],
                 interventions=steps[:, layout.intervention] != 0,
-                images=self._unpack_images(record, images or {}, length),
+                images=frames,
             )
         except DataError as error:
             raise IntegrityError(f"row that no encoder writes ({error}); append the segment again") from error
