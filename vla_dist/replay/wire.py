@@ -203,6 +203,8 @@ class Wire:
             position = line_end + 2 + (int(size) + 2 if int(size) >= 0 else 0)
             while len(received) < position:
                 received += self._receive_some(position - len(received), end)
+        # Callers look where a missing string would have been, too.
+        received += bytes(max(0, layout.num_bytes - len(received)))
         return np.frombuffer(received, np.uint8), starts
 
     def read_bulks_into(self, targets: Iterable[memoryview], end: float) -> list[bool]:
