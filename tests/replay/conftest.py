@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import struct
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import redis
 
 from vla_dist.core.types import Segment
 from vla_dist.replay.config import BufferConfig, TableConfig
+from vla_dist.replay.keys import episode_digest
 from vla_dist.replay.server import EmbeddedServer
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.testing.fakes import make_segment, make_spec
@@ -109,6 +111,38 @@ def make_episode():
         ]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pack_entry():
+    """An entry of the stream of complete episodes, as LIVE and SEGMENT in ``functions.lua`` say."""
+
+    def pack(
+        completion,
+        row,
+        length,
+        *,
+        num_steps=T,
+        source=0,
+        success=False,
+        intervened=False,
+        task="go",
+        instruction="please go",
+        returns=None,
+        versions=None,
+        completed_at_s=0.0,
+    ):
+        num = -(-length // num_steps)
+        returns = [0.0] * num if returns is None else returns
+        versions = [0] * num if versions is None else versions
+        episode_id = f"e{completion}"
+        texts = [text.encode() for text in (episode_id, task, instruction)]
+        digest = episode_digest(episode_id).encode()
+        head = (completion, row, length, num, source, success, intervened, 0, completed_at_s, digest)
+        segments = [struct.pack("<dd", *values) for values in zip(returns, versions, strict=True)]
+        return b"".join([struct.pack("<ddIIBBBBd16sHHH", *head, *map(len, texts)), *texts, *segments])
+
+    return pack
 
 
 @pytest.fixture
