@@ -12,7 +12,7 @@ second. An episode may be evicted once the plan that holds it is finished.
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -41,6 +41,8 @@ from vla_dist.replay.table import RedisReplayTable
 
 _PATIENCE_S = 10.0
 _POLL_S = 0.25
+_NEXT = 16
+"""Episodes at the head of the order of eviction that are looked at; some of them may have left."""
 _EVERYTHING = EpisodeFilter()
 _COUNTS = ("episodes", "parts", "bytes", "duplicates", "missing", "quarantined")
 
@@ -113,8 +115,8 @@ class Archiver:
             uri: a path, or a URI for ``pyarrow.fs``: see ``ArchiveFolder.at``. Made where it is missing.
             episodes_per_part: most episodes of a file.
             bytes_per_part: a file is full with the episode that reaches this, before compression.
-            flush_after_s: an episode waits no longer than this for others to share its file. Once half of the buffer
-                waits, nothing does.
+            flush_after_s: an episode waits no longer than this for others to share its file, and not at all once the
+                buffer is half full and it is among the next to be evicted.
 
         Raises:
             ConfigError: settings that cannot work, or a folder with episodes of another T.
@@ -211,9 +213,8 @@ class Archiver:
         entries = reader.entries(after=state.archived, timeout_s=_PATIENCE_S)
         waiting = list(itertools.islice(entries, self._episodes_per_part))
         chosen, is_full = self._fill(waiting)
-        presses = 2 * sum(entry["length"] for entry in waiting) >= self._table.config.capacity_steps
         is_old = bool(waiting) and now_s - waiting[0]["completed_at_s"] >= self._flush_after_s
-        if waiting and not (is_forced or is_full or presses or is_old):
+        if waiting and not (is_forced or is_full or is_old or self._holds_eviction_up(state, waiting)):
             return None
         self._known.learn()
         wanted = [entry for entry in chosen if entry not in self._known]
@@ -229,6 +230,13 @@ class Archiver:
         if answer == b"STALE":
             return None
         return holding
+
+    def _holds_eviction_up(self, state: BufferState, waiting: Sequence[Entry]) -> bool:
+        """Whether one of those that are to be evicted next waits for the archive, and room is getting short."""
+        if 2 * state.steps < self._table.config.capacity_steps:
+            return False
+        (names,) = self._table.link.call([("LRANGE", self._table.keys.order, 0, _NEXT - 1)], timeout_s=_PATIENCE_S)
+        return not {name.decode() for name in names}.isdisjoint(entry["episode_id"] for entry in waiting)
 
     def _fill(self, waiting: Sequence[Entry]) -> tuple[list[Entry], bool]:
         """As many as one file takes, and whether it is full then."""
@@ -321,6 +329,7 @@ def refill(
     limit: int | None = None,
     timeout_s: float,
     on_error: OnError = "raise",
+    on_counts: Callable[[RefillCounts], None] = lambda _: None,
 ) -> RefillCounts:
     """Append what a buffer lacks of an archive, in the order of the archive.
 
@@ -334,6 +343,7 @@ def refill(
         limit: most to insert, the newest; None: all that fit.
         timeout_s: how long one append of up to a row group may wait for a limiter.
         on_error: see ``OnError``.
+        on_counts: told of the counts so far after each row group.
 
     Raises:
         ContractMismatch: episodes of another contract; the message lists every difference.
@@ -365,6 +375,7 @@ def refill(
             wanted = [e for e in episodes if (part.file_name, group, e.first_row) in chosen]
             with skipping(on_error):
                 counts = _append(table, list(part.read(group, wanted)), counts, timeout_s)
+            on_counts(counts)
     return counts
 
 
@@ -376,6 +387,7 @@ def export_episodes(
     limit: int | None = None,
     episodes_per_part: int = 256,
     bytes_per_part: int = 64 << 20,
+    on_counts: Callable[[ExportCounts], None] = lambda _: None,
 ) -> ExportCounts:
     """Write the complete episodes that a buffer holds now, as an archive does; what the folder holds is left out.
 
@@ -388,6 +400,7 @@ def export_episodes(
         limit: most to write, the oldest first; None: all.
         episodes_per_part: most episodes of a file.
         bytes_per_part: most bytes of a file, and the last episode.
+        on_counts: told of the counts so far after each file.
 
     Raises:
         ContractMismatch, ConfigError: the folder holds episodes of another contract, or T.
@@ -422,6 +435,7 @@ def export_episodes(
             quarantined=counts.quarantined + len(damaged),
             parts=counts.parts + is_written,
         )
+        on_counts(counts)
     return counts
 
 
