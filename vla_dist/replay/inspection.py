@@ -92,6 +92,8 @@ class BufferSurvey:
     """Complete ones, ever."""
     episodes_broken: int
     """Evicted before they were whole."""
+    episodes_discarded: int
+    """Damaged ones, ever."""
     episodes_intervened: int
     """Complete and stored, in which a person took over."""
     duplicates: int
@@ -195,7 +197,7 @@ def survey(table: RedisReplayTable, on_progress: Progress = no_progress) -> Buff
         if len(entries) % 1000 == 0:
             on_progress(len(entries), state.complete)
     columns = EpisodeColumns.of(entries)
-    used, limit = _memory(memory)
+    used, limit = memory_of(memory)
     apart = table.images_link is not table.link
     return BufferSurvey(
         name=table.config.name,
@@ -209,11 +211,12 @@ def survey(table: RedisReplayTable, on_progress: Progress = no_progress) -> Buff
         steps_evicted=state.evicted_steps,
         episodes_evicted=state.completions - state.complete,
         episodes_broken=state.broken,
+        episodes_discarded=state.discarded,
         episodes_intervened=int(columns.intervened.sum()),
         duplicates=state.duplicates,
         memory_bytes=used,
         memory_limit_bytes=limit,
-        image_memory_bytes=_memory(table.images_link.call([("INFO", "memory")], timeout_s=_PATIENCE_S)[0])[0]
+        image_memory_bytes=memory_of(table.images_link.call([("INFO", "memory")], timeout_s=_PATIENCE_S)[0])[0]
         if apart
         else 0,
         archiving=state.archiving,
@@ -340,7 +343,7 @@ class EpisodeColumns:
         return self.grouped(np.minimum(bands, len(AGE_BANDS) - 1), lambda band: AGE_BANDS[band][0])
 
 
-def _memory(info: bytes) -> tuple[int, int]:
-    """Used, and the limit (0: none), in bytes."""
+def memory_of(info: bytes) -> tuple[int, int]:
+    """Used memory and its limit (0: none), in bytes, from the answer to ``INFO memory``."""
     fields = dict(line.split(":", 1) for line in info.decode().split("\r\n") if ":" in line)
     return int(fields["used_memory"]), int(fields["maxmemory"])
