@@ -132,7 +132,7 @@ class EmbeddedServer:
             ResourceMissing: no program, no memory, a taken port, or a directory in use by another server.
             Unreachable: it started and does not answer.
         """
-        memory = _half_of_memory() if max_memory_bytes is None else max_memory_bytes
+        memory = half_of_memory() if max_memory_bytes is None else max_memory_bytes
         if memory < 2**24:
             raise ConfigError(f"max_memory_bytes {memory} must be at least {2**24} (16 MiB)")
         self.directory = Path(directory).resolve()
@@ -380,7 +380,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _half_of_memory() -> int:
+def half_of_memory() -> int:
     """Half of the machine's memory, or of the container's limit where that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):

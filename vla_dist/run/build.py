@@ -23,6 +23,7 @@ from vla_dist.replay.config import BufferConfig, TableConfig
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.run.config import RunConfig
+from vla_dist.run.store import Store
 
 if TYPE_CHECKING:
     from vla_dist.envs.instructions import Split
@@ -45,8 +46,21 @@ class Place:
     run_id: str
     run_dir: Path
     redis_url: str
+    images_url: str | None
+    """Where frames of cameras lie; None: beside everything else."""
     spec: EnvSpec
     """Of the environment, so that only those who step it need its simulator."""
+
+    @classmethod
+    def of(cls, config: RunConfig, run_dir: Path, store: Store) -> Place:
+        return cls(
+            config=config,
+            run_id=run_dir.name,
+            run_dir=run_dir,
+            redis_url=store.redis_url,
+            images_url=store.images_url,
+            spec=build_spec(config),
+        )
 
 
 def build_env(config: RunConfig, *, instructions: Split = "training") -> RobotEnv:
@@ -87,7 +101,7 @@ def build_table(place: Place, *, seed: int = 0) -> RedisReplayTable:
             ),
         ),
     )
-    return RedisReplayTable(place.redis_url, place.spec, config, seed=seed)
+    return RedisReplayTable(place.redis_url, place.spec, config, seed=seed, images_url=place.images_url)
 
 
 def build_registry(place: Place) -> RedisPolicyRegistry:

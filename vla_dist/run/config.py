@@ -32,6 +32,9 @@ class ReplaySettings:
 
     redis_url: str = ""
     """Empty: a server of the run's own, on a Unix socket."""
+    images_redis_url: str = ""
+    """Another server for the frames of cameras, one that need not log its writes. Empty: beside everything else on
+    ``redis_url``, or, where that is empty too, a second server of the run's own."""
     capacity_steps: int = 500_000
     segment_steps: int = 32
     """T."""

@@ -13,10 +13,10 @@ import ray
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.run import preflight
-from vla_dist.run.build import Place, build_spec
+from vla_dist.run.build import Place
 from vla_dist.run.config import RunConfig, load_config
 from vla_dist.run.controller import RunController
-from vla_dist.run.files import CONFIG, REDIS, SUMMARY, new_run_dir, write_atomically
+from vla_dist.run.files import CONFIG, SUMMARY, new_run_dir, write_atomically
 from vla_dist.run.serve_app import apply_serving_environment
 from vla_dist.run.status import RunStatus
 from vla_dist.run.store import open_store
@@ -40,9 +40,9 @@ def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume:
     run_dir = _begin(config) if resume is None else _require_resumable(config, resume)
     on_status(RunStatus(preset=config.preset, run_dir=run_dir))
     with contextlib.ExitStack() as stack:
-        redis_url = stack.enter_context(open_store(config.replay.redis_url, run_dir / REDIS))
+        store = stack.enter_context(open_store(config, run_dir))
         stack.enter_context(ray_runtime(num_cpus=cpus_wanted(config), object_store_mb=config.object_store_mb))
-        place = Place(config=config, run_id=run_dir.name, run_dir=run_dir, redis_url=redis_url, spec=build_spec(config))
+        place = Place.of(config, run_dir, store)
         return RunController(place, on_status, started_s=started_s).execute()
 
 

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from vla_dist.core.errors import NotFound
-from vla_dist.run.build import Place, build_services, build_spec
+from vla_dist.run.build import Place, build_services
 from vla_dist.run.config import load_config
-from vla_dist.run.files import CONFIG, REDIS
+from vla_dist.run.files import CONFIG
 from vla_dist.run.store import open_store
 
 
@@ -25,8 +25,8 @@ def reopen(run_dir: Path) -> Iterator[Place]:
         raise NotFound(f"{run_dir} is not the folder of a run: it has no {CONFIG}; runs lie in runs/<preset>-<time>")
     run_dir = run_dir.resolve()
     config = load_config(run_dir / CONFIG)
-    with open_store(config.replay.redis_url, run_dir / REDIS) as redis_url:
-        yield Place(config=config, run_id=run_dir.name, run_dir=run_dir, redis_url=redis_url, spec=build_spec(config))
+    with open_store(config, run_dir) as store:
+        yield Place.of(config, run_dir, store)
 
 
 def serve_single(place: Place, *, host: str, port: int, token: str | None, on_ready: Callable[[str], None]) -> None:

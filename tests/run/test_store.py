@@ -1,0 +1,101 @@
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import redis
+
+from vla_dist.core.errors import Unreachable
+from vla_dist.core.specs import CameraSpec
+from vla_dist.replay.server import EmbeddedServer
+from vla_dist.run.build import Place, build_registry, build_table
+from vla_dist.run.presets import preset
+from vla_dist.run.store import open_store
+from vla_dist.testing.fakes import make_segment, make_spec
+
+CAMERAS = (CameraSpec(name="front", height=8, width=8),)
+
+
+@pytest.fixture
+def make_config():
+    def make(*, cameras=CAMERAS, **replay):
+        config = preset("demo")
+        return replace(
+            config, env=replace(config.env, cameras=cameras), replay=replace(config.replay, **replay, min_steps=1)
+        )
+
+    return make
+
+
+def open_place(config, run_dir, store):
+    spec = make_spec(cameras=config.env.cameras)
+    return Place(
+        config=config,
+        run_id="run",
+        run_dir=Path(run_dir),
+        redis_url=store.redis_url,
+        images_url=store.images_url,
+        spec=spec,
+    )
+
+
+def value_of(url, section, name):
+    with redis.Redis.from_url(url) as client:
+        return client.info(section)[name]
+
+
+def test_a_run_with_cameras_has_a_second_server_that_logs_nothing(make_config, tmp_path):
+    config = make_config()
+    with open_store(config, tmp_path) as store:
+        assert store.images_url is not None
+        assert value_of(store.redis_url, "persistence", "aof_enabled") == 1
+        assert value_of(store.images_url, "persistence", "aof_enabled") == 0
+        place = open_place(config, tmp_path, store)
+        table = build_table(place)
+        table.append(make_segment(place.spec, episode_id="e", num_steps=32, is_last=True), timeout_s=5.0)
+        with redis.Redis.from_url(store.images_url) as client:
+            assert len(list(client.scan_iter("*:image:*"))) == 1
+        with redis.Redis.from_url(store.redis_url) as client:
+            assert list(client.scan_iter("*:image:*")) == []
+        table.close()
+        build_registry(place).manifests("none")
+    # A stopped run has saved its images.
+    with open_store(config, tmp_path) as store:
+        table = build_table(open_place(config, tmp_path, store))
+        assert table.sample(3, timeout_s=5.0).num_windows == 3
+        table.close()
+
+
+def test_a_run_without_cameras_has_one_server(make_config, tmp_path):
+    with open_store(make_config(cameras=()), tmp_path) as store:
+        assert store.images_url is None
+        assert {path.name for path in tmp_path.iterdir()} == {"redis"}
+
+
+def test_a_killed_image_server_costs_a_resumed_run_its_images_alone(make_config, tmp_path):
+    config = make_config()
+    with open_store(config, tmp_path) as store:
+        place = open_place(config, tmp_path, store)
+        table = build_table(place)
+        table.append(make_segment(place.spec, episode_id="e", num_steps=32, is_last=True), timeout_s=5.0)
+        os.kill(value_of(store.images_url, "server", "process_id"), signal.SIGKILL)
+        table.close()
+    with open_store(config, tmp_path) as store:
+        table = build_table(open_place(config, tmp_path, store))
+        assert list(table.episodes()) == []
+        assert table.state().discarded == 1
+        table.close()
+
+
+def test_given_servers_are_used_and_asked_first(make_config, tmp_path):
+    with EmbeddedServer(tmp_path / "mine") as mine, EmbeddedServer(tmp_path / "images", append_only=False) as images:
+        with open_store(make_config(redis_url=mine.url), tmp_path) as store:
+            assert (store.redis_url, store.images_url) == (mine.url, None)
+        config = make_config(redis_url=mine.url, images_redis_url=images.url)
+        with open_store(config, tmp_path) as store:
+            assert (store.redis_url, store.images_url) == (mine.url, images.url)
+        images.close()
+        with pytest.raises(Unreachable, match="images"), open_store(config, tmp_path):
+            pass
+    assert not (tmp_path / "redis").exists()
