@@ -23,6 +23,8 @@ _SOURCE = files("vla_dist.replay").joinpath("functions.lua").read_text()
 _DIGEST = hashlib.sha256(_SOURCE.encode()).hexdigest()[:8]
 _LIBRARY = _SOURCE.replace("DIGEST", _DIGEST)
 
+_NOT_READY = ("LOADING", "MASTERDOWN", "TRYAGAIN")
+
 R = TypeVar("R")
 
 
@@ -107,7 +109,7 @@ class RedisLink:
 
         def send_and_read(wire: Wire, end: float) -> list[Any]:
             wire.send(buffers, end)
-            return wire.read(len(commands), end)
+            return _read_ready(wire, len(commands), end)
 
         return self._patiently(send_and_read, timeout_s)
 
@@ -139,7 +141,7 @@ class RedisLink:
 
         def exchange(wire: Wire, end: float) -> Any:
             wire.send(pack([("FCALL", function_name("ping"), 0)]), end)
-            if wire.read(1, end)[0] == b"PONG":
+            if _read_ready(wire, 1, end)[0] == b"PONG":
                 return None
             wire.send(pack([("FUNCTION", "LOAD", _LIBRARY)]), end)
             return wire.read(1, end)[0]
@@ -215,9 +217,18 @@ class RedisLink:
             return NotFound(
                 f"the table is gone from Redis at {self.address} (restarted without its data?); construct a new client"
             )
-        if text.startswith(("LOADING", "MASTERDOWN", "TRYAGAIN")):
+        if text.startswith(_NOT_READY):
             return Unreachable(f"Redis at {self.address} is not ready yet ({text})")
         if "Function not found" in text:
             # Just restarted: whoever owns the server loads the library again.
             return Unreachable(f"Redis at {self.address} has no replay functions; was it restarted without its data?")
         return DataError(f"Redis at {self.address} refused a command: {text}")
+
+
+def _read_ready(wire: Wire, num_replies: int, end: float) -> list[Any]:
+    """As ``Wire.read``, but a server that still loads its data has not answered: raises its ReplyError."""
+    replies = wire.read(num_replies, end)
+    for reply in replies:
+        if isinstance(reply, ReplyError) and str(reply).startswith(_NOT_READY):
+            raise reply
+    return replies
