@@ -3,13 +3,13 @@
 import contextlib
 import json
 import logging
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from typing import Literal
 
-from vla_dist.core.errors import ConfigError, ContractMismatch, IntegrityError, NotFound
+from vla_dist.core.errors import ConfigError, ContractMismatch, IntegrityError, NotFound, Unreachable
 from vla_dist.replay.archive_folder import PART_SUFFIX, ArchiveFolder
 from vla_dist.replay.episodes import Entry
 from vla_dist.replay.parquet import ArchivedEpisode, EpisodeFilter, PartHeader, PartReader, PartWriter
@@ -37,8 +37,15 @@ class KnownEpisodes:
         return entry["digest"] in self._digests
 
     def learn(self) -> list[PartHeader]:
-        """Look for files that were not there before; their headers. A damaged file holds no episode."""
-        names = [name for name in self._folder.part_names() if name not in self._seen]
+        """Look for files that were not there before; their headers. A damaged file holds no episode.
+
+        Raises:
+            Unreachable: the folder does not answer, or is not there any more.
+        """
+        try:
+            names = [name for name in self._folder.part_names() if name not in self._seen]
+        except NotFound as error:
+            raise Unreachable(f"archive {self._folder.name!r} is gone; was it removed, or a disk unmounted?") from error
         with ThreadPoolExecutor(_HEADER_THREADS) as threads:
             headers = [header for header in threads.map(self._header, names) if header is not None]
         self._seen.update(names)
@@ -86,7 +93,7 @@ def require_same_contract(table: RedisReplayTable, header: PartHeader, archive: 
 
 def incarnation_of(table: RedisReplayTable) -> str:
     """Time and chance, stored once with the buffer: another one when a buffer of this name is created anew."""
-    proposed = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:8]}"
+    proposed = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}"
     key = table.keys.config
     replies = table.link.call(
         [("HSETNX", key, "incarnation", proposed), ("HGET", key, "incarnation")], timeout_s=_PATIENCE_S

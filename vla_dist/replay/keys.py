@@ -20,6 +20,7 @@ class Keys:
         self.live = self.prefix + "live"
         self.gone = self.prefix + "gone"
         self.by = self.prefix + "by"
+        self.order = self.prefix + "order"
         self.archive_plan = self.prefix + "archive_plan"
         self.images_gone = self.prefix + "images_gone"
 

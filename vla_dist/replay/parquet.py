@@ -164,9 +164,19 @@ class PartWriter:
                 record = self._codec.require_intact(row, frames)
             except IntegrityError as error:
                 raise IntegrityError(f"episode {entry['episode_id']!r}, segment {index}: {error}") from error
-            found = (record["episode_id"].decode(), int(record["segment_index"]))
-            if found != (entry["episode_id"], index):
-                raise IntegrityError(f"episode {entry['episode_id']!r}, segment {index} holds segment {found}")
+            length = min(self._codec.num_steps, entry["length"] - index * self._codec.num_steps)
+            expected = (entry["episode_id"], index, length, index == len(payload) - 1)
+            found = (
+                record["episode_id"].decode(),
+                int(record["segment_index"]),
+                int(record["length"]),
+                bool(record["is_last"]),
+            )
+            if found != expected:
+                raise IntegrityError(
+                    f"episode {entry['episode_id']!r}, segment {index} holds (episode, segment, length, is last) "
+                    f"{found}, expected {expected}"
+                )
         for row, frames in payload:
             self._rows.append(row)
             for name, packed in frames.items():
