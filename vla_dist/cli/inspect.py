@@ -53,6 +53,13 @@ def main(arguments: Sequence[str]) -> None:
             f"{stats.duplicates} duplicates refused, {stats.num_bytes / 2**20:.0f} MB",
             highlight=False,
         )
+        if place.config.replay.archive:
+            state = table.state()
+            console.print(
+                f"archive {place.config.replay.archive}: {state.archived:,} of {state.completions:,} complete episodes "
+                "archived",
+                highlight=False,
+            )
         for task, episodes in sorted(stats.episodes_by_task.items()):
             console.print(f"  {task}: {episodes} episodes", highlight=False)
         if options.config:

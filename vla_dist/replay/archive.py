@@ -180,6 +180,11 @@ class Archiver:
                     f"{timeout_s} s; call flush again"
                 )
 
+    def count_episodes(self) -> int:
+        """Those that the archive holds now, of whichever buffer. Raises Unreachable."""
+        self._known.learn()
+        return len(self._known)
+
     def release(self) -> None:
         """Let eviction go on without the archive: for a buffer that nobody archives any more."""
         self._table.link.call([self._table.function("archiving", 0)], timeout_s=_PATIENCE_S)

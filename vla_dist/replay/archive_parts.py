@@ -36,6 +36,9 @@ class KnownEpisodes:
     def __contains__(self, entry: Entry) -> bool:
         return entry["digest"] in self._digests
 
+    def __len__(self) -> int:
+        return len(self._digests)
+
     def learn(self) -> list[PartHeader]:
         """Look for files that were not there before; their headers. A damaged file holds no episode.
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vla_dist.envs.instructions import Split
     from vla_dist.evaluation.suite import PhraseSource, VersionJudge
     from vla_dist.learner.learner import Learner, Rank
+    from vla_dist.replay.archive import Archiver
     from vla_dist.robot.simulated_robot import SimulatedRobot
     from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
     from vla_dist.serving.ingest import FleetIngest
@@ -102,6 +103,19 @@ def build_table(place: Place, *, seed: int = 0) -> RedisReplayTable:
         ),
     )
     return RedisReplayTable(place.redis_url, place.spec, config, seed=seed, images_url=place.images_url)
+
+
+def build_archiver(place: Place) -> Archiver:
+    """For a run that has an archive. Raises what ``Archiver`` raises."""
+    from vla_dist.replay.archive import Archiver
+
+    archive = place.config.replay.archive
+    return Archiver(build_table(place, seed=4000), archive if "://" in archive else place.run_dir / archive)
+
+
+def build_archivers(place: Place) -> list[Archiver]:
+    """The same for a host."""
+    return [build_archiver(place)]
 
 
 def build_registry(place: Place) -> RedisPolicyRegistry:

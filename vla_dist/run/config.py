@@ -35,6 +35,9 @@ class ReplaySettings:
     images_redis_url: str = ""
     """Another server for the frames of cameras, one that need not log its writes. Empty: beside everything else on
     ``redis_url``, or, where that is empty too, a second server of the run's own."""
+    archive: str = ""
+    """Where every complete episode also goes, as Parquet: a path, relative to the run's folder, or a URI such as
+    s3://bucket/episodes. Empty: nowhere."""
     capacity_steps: int = 500_000
     segment_steps: int = 32
     """T."""

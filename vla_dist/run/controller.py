@@ -3,6 +3,7 @@
 | part | meets others in | when it dies |
 |---|---|---|
 | rollout workers | replay | Ray starts the actor again, it skips what is stored |
+| archiver | replay | Ray starts the actor again, it finishes the file that was planned |
 | learner | replay, registry | Ray Train starts it again from its last checkpoint |
 | replicas | registry, replay (ingest) | Serve starts another; robots reconnect and rebuild their state |
 | robots | gRPC | started again with new episodes |
@@ -22,10 +23,13 @@ from ray.exceptions import RayTaskError
 
 from vla_dist.core.errors import NotFound, ResourceMissing, Unreachable, WaitTimeout
 from vla_dist.evaluation.suite import SuiteConfig
+from vla_dist.replay.archive import Archiver
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.run.board import BoardLink
 from vla_dist.run.build import (
     Place,
+    build_archiver,
+    build_archivers,
     build_registry,
     build_robots,
     build_rollout_worker,
@@ -51,6 +55,10 @@ _RUN_TIMEOUT_S = 24 * 3600.0
 _FILM_EVERY = 4
 """Steps of the simulator for each frame of the film."""
 _FILM_TIMEOUT_S = 300.0
+_ARCHIVE_TIMEOUT_S = 300.0
+_ARCHIVER, _FLEET = "archiver", "fleet"
+_ENDLESS = {_ARCHIVER, _FLEET}
+"""Hosts whose work does not end by itself."""
 
 
 class RunController:
@@ -72,6 +80,7 @@ class RunController:
         self._started_s = self._phase_started_s = started_s
         self._hosts: list[HostedWorker] = []
         self._judged: EvaluationBoard | None = None
+        self._archiver: Archiver | None = None
         self._known_versions: set[int] = set()
 
     def execute(self) -> RunSummary:
@@ -82,6 +91,7 @@ class RunController:
             board.start()
             self._telemetry = Telemetry(self._place, self._table, self._registry, board)
             stack.callback(self._close_hosts)
+            self._start_archiver(board, stack)
             self._start_rollouts(board)
             self._training = Training(self._place, partial(board.post, "learner"))
             self._enter("collecting")
@@ -95,11 +105,34 @@ class RunController:
             self._close_fleet()
             self._ask(self._final_suites())
             self._tick_until(lambda: self._judges().is_idle)
+            self._finish_archive()
             self._enter("reporting")
             self._film()
             summary = self._summarise()
             summary.write()
             return summary
+
+    def _start_archiver(self, board: BoardLink, stack: contextlib.ExitStack) -> None:
+        """Before anything is appended, so that nothing can be evicted unseen."""
+        if self._config.replay.archive:
+            # Built here as well: a location that cannot work is refused in its own words, and the end needs one.
+            self._archiver = stack.enter_context(contextlib.closing(build_archiver(self._place)))
+            build = partial(build_archivers, self._place)
+            self._hosts.append(HostedWorker(_ARCHIVER, build, board, max_seconds=_RUN_TIMEOUT_S))
+
+    def _finish_archive(self) -> None:
+        """Nothing is appended any more: what is complete is archived, whatever became of the host."""
+        if self._archiver is None:
+            return
+        self._enter("archiving")
+        for host in self._hosts:
+            if host.name == _ARCHIVER:
+                host.stop(timeout_s=20.0)
+        try:
+            self._archiver.flush(timeout_s=_ARCHIVE_TIMEOUT_S)
+            self._archiver.release()
+        except (Unreachable, WaitTimeout) as error:
+            self._notes.append(f"the archive is not complete: {error}")
 
     def _start_rollouts(self, board: BoardLink) -> None:
         for index in range(self._config.rollout.num_workers):
@@ -122,12 +155,12 @@ class RunController:
     def _start_fleet(self, board: BoardLink, serving: ServingHandle) -> None:
         if self._config.fleet.num_robots:
             build = partial(build_robots, self._place, serving.address)
-            self._hosts.append(HostedWorker("fleet", build, board, max_seconds=_RUN_TIMEOUT_S))
+            self._hosts.append(HostedWorker(_FLEET, build, board, max_seconds=_RUN_TIMEOUT_S))
 
     def _close_fleet(self) -> None:
         """Robots finish their episode, so that nothing they did is cut off."""
         for host in self._hosts:
-            if host.name == "fleet":
+            if host.name == _FLEET:
                 host.stop(timeout_s=20.0)
 
     def _close_hosts(self) -> None:
@@ -170,7 +203,7 @@ class RunController:
             self._table.override_limiter(limiter)
             self._inserts_are_free = True
         for host in self._hosts:
-            if host.name != "fleet" and not host.is_done:
+            if host.name not in _ENDLESS and not host.is_done:
                 return False
         # Every version was queued when it was first seen; the last one is judged by the final suite.
         return self._judges().is_idle
@@ -252,6 +285,15 @@ class RunController:
         finally:
             ray.kill(judge)
 
+    def _archive_counts(self) -> dict[str, int]:
+        if self._archiver is None:
+            return {}
+        state = self._table.state()
+        return {
+            "episodes": self._archiver.count_episodes(),
+            "not_archived": state.completions - state.archived,
+        }
+
     def _summarise(self) -> RunSummary:
         self._enter("done")
         judges, published = self._judges(), self._telemetry.published()
@@ -280,4 +322,5 @@ class RunController:
             peak_memory_mb=self._memory.peak_bytes / 2**20,
             notes=self._notes,
             fleet=self._telemetry.fleet(),
+            archive=self._archive_counts(),
         )

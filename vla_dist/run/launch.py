@@ -100,5 +100,6 @@ def cpus_wanted(config: RunConfig) -> int:
         + config.learner.num_workers
         + config.serving.num_replicas
         + config.evaluation.num_workers
+        + bool(config.replay.archive)
         + 2  # the fleet, and the film
     )

@@ -32,6 +32,8 @@ class RunSummary:
     peak_memory_mb: float
     notes: Sequence[str] = field(default_factory=tuple)
     fleet: Mapping[str, float] = field(default_factory=dict)
+    archive: Mapping[str, int] = field(default_factory=dict)
+    """Episodes it holds, and complete ones that are not archived; empty without an archive."""
 
     @property
     def rates(self) -> dict[int, SuccessRate]:
@@ -69,6 +71,7 @@ class RunSummary:
             "phase_seconds": dict(self.phase_seconds),
             "peak_memory_mb": self.peak_memory_mb,
             "fleet": dict(self.fleet),
+            "archive": dict(self.archive),
             "notes": list(self.notes),
         }
 
@@ -118,6 +121,9 @@ class RunSummary:
             "",
             "Seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in self.phase_seconds.items()) + ".",
         ]
+        if self.archive:
+            archived, missing = self.archive["episodes"], self.archive["not_archived"]
+            lines += ["", f"Archived: {archived:,} episodes; {missing:,} complete ones are not."]
         if (self.run_dir / FILM).exists():
             lines += ["", f"![the served policy]({FILM})"]
         lines += [f"- {note}" for note in self.notes]
