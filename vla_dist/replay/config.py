@@ -10,7 +10,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.core.specs import EnvSpec
@@ -268,7 +268,7 @@ def require_same_identity(name: str, mine: str, stored: str) -> None:
     """Raise ConfigError naming each field in which a client differs from the buffer as it was created."""
     if mine == stored:
         return
-    ours, theirs = json.loads(mine), json.loads(stored)
+    ours, theirs = _flat(json.loads(mine)), _flat(json.loads(stored))
     differing = [
         f"{key} {ours.get(key)!r} against {theirs.get(key)!r}"
         for key in sorted(set(ours) | set(theirs))
@@ -278,6 +278,13 @@ def require_same_identity(name: str, mine: str, stored: str) -> None:
         f"buffer {name!r} was created with another configuration: {'; '.join(differing)} (yours against the buffer's). "
         "Use the buffer's, another name, or override_limiter() for a limiter"
     )
+
+
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity with a key for each field of each table."""
+    tables = {f"table {t['name']}: {key}": value for t in identity["tables"] for key, value in t.items()}
+    order = {"tables": [t["name"] for t in identity["tables"]]}
+    return {**identity, **order, **tables}
 
 
 def _require_name(what: str, name: str) -> None:

@@ -111,7 +111,8 @@ class SegmentWriter:
                 staged, reason = False, str(full)
             else:
                 full = next((reply for reply in replies if isinstance(reply, ReplyError)), None)
-                staged, reason = False, "the payload expired before it was committed" if full is None else str(full)
+                expired = "the payload expired before it was committed"
+                staged, reason = False, expired if full is None else str(self._link.meaning(full))
                 answers, images_gone = answer
                 lost = self._settle_images(items, answers, images_gone, deadline)
                 for item, reply in zip(items, answers, strict=False):
