@@ -109,7 +109,8 @@ class BufferModel:
         if self.contradicts(segment):
             raise Contradiction
         for table in self.tables:
-            if self._counts(table) and table.balance > table.limiter.error_buffer_steps:
+            has_least = self.drawable(table) >= table.limiter.min_steps
+            if self._counts(table) and has_least and table.balance > table.limiter.error_buffer_steps:
                 table.inserts_waited += first_try
                 raise Wait
         while self.steps > 0 and self.steps + segment.length > self.config.capacity_steps:
@@ -117,6 +118,7 @@ class BufferModel:
             if oldest.completion and self.archiving and oldest.completion > self.archived:
                 raise Wait
             self.evict(oldest)
+        self._end_long_stays(segment)
         for table in self.tables:
             if self._counts(table):
                 table.balance += segment.length * (table.limiter.samples_per_insert or 0)
@@ -127,6 +129,8 @@ class BufferModel:
         self.inserted += segment.length
         if episode.evicted:
             self.evicted_steps += segment.length
+            for table in self.tables:
+                self._owe_no_more(table, segment.length)
         elif episode.whole:
             self._complete(episode)
         return "inserted"
@@ -134,11 +138,29 @@ class BufferModel:
     def evict(self, episode: EpisodeModel) -> None:
         episode.evicted = True
         self.evicted_steps += episode.steps
+        for table in self.tables:
+            self._owe_no_more(table, episode.steps - table.used.get(episode.completion, 0))
         if self.complete.pop(episode.completion, None) is None:
             self.broken += 1
         self.remembered.append(episode.id)
         if len(self.remembered) > self.config.remembered_episodes:
             del self.known[self.remembered.pop(0)]
+
+    def _end_long_stays(self, segment: Segment) -> None:
+        """Where rows have places, as many as the capacity, no two stored rows may share one."""
+        episode = self.known.get(segment.episode_id, EpisodeModel(segment.episode_id))
+        last = segment.segment_index if segment.is_last else episode.last_index
+        if episode.evicted or len(episode.segments) != last:
+            return
+        if not any(t.is_prioritised or t.config.max_draws for t in self.tables):
+            return
+        while self.complete:
+            oldest = self.complete[min(self.complete)]
+            if self.rows + last + 1 - oldest.first_row <= self.config.capacity_steps:
+                return
+            if self.archiving and oldest.completion > self.archived:
+                raise Wait
+            self.evict(oldest)
 
     def sample_waits(self, table: TableModel) -> bool:
         limiter = table.limiter
@@ -196,7 +218,13 @@ class BufferModel:
 
     def _counts(self, table: TableModel) -> bool:
         limiter = table.limiter
-        return limiter.samples_per_insert is not None and self.drawable(table) >= limiter.min_steps
+        has_least = table.is_queue or self.drawable(table) >= limiter.min_steps
+        return limiter.samples_per_insert is not None and has_least
+
+    @staticmethod
+    def _owe_no_more(table: TableModel, steps: int) -> None:
+        if table.is_queue:
+            table.balance -= steps * (table.limiter.samples_per_insert or 0)
 
     def _complete(self, episode: EpisodeModel) -> None:
         self.completions += 1

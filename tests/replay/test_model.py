@@ -36,6 +36,7 @@ from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.queue import EpisodeQueue
 from vla_dist.replay.server import EmbeddedServer
 from vla_dist.replay.table import RedisReplayTable
+from vla_dist.testing.fakes import make_segment, make_spec
 
 T, K = 4, 6
 PATIENCE_S = 10.0
@@ -424,3 +425,57 @@ def test_many_long_histories_match_the_model(run_histories):
 @pytest.mark.timeout(900)
 def test_many_histories_with_killed_servers_match_the_model(run_histories):
     run_histories(RestartedBufferMachine, histories=60, steps=60)
+
+
+def test_an_episode_that_outstays_a_turn_of_the_rings_is_not_drawn_more_often(server):
+    """Its count of draws was that of the row that got its place, and so it was drawn in that row's stead."""
+    tables = (TableConfig(name="few", max_draws=1), TableConfig(name="q", sampler=Fifo()))
+    for seed in range(8):
+        config = BufferConfig(name=next(_names), num_steps=1, capacity_steps=2 * MAX_LENGTH + 1, tables=tables)
+        spec = make_spec(max_episode_steps=MAX_LENGTH)
+        clients = [RedisReplayTable(server.url, spec, config, table=name, seed=seed) for name in ("few", "q")]
+        queue = EpisodeQueue(clients[1], "consumer")
+        for number in range(config.capacity_steps + 1):
+            segment = make_segment(spec, episode_id=f"e{number}", num_steps=1, is_last=True)
+            clients[0].append(segment, timeout_s=PATIENCE_S)
+            taken = queue.take(1, timeout_s=PATIENCE_S)
+            if number:
+                queue.acknowledge(taken)  # All but the first leave when they are drawn.
+            if number < config.capacity_steps:
+                clients[0].sample(1, timeout_s=PATIENCE_S)
+        reader = RedisReplayTable(server.url, spec, config, table="few", seed=seed)
+        newest = clients[0].reader.entries(after=config.capacity_steps, timeout_s=PATIENCE_S)
+        assert [entry["episode_id"] for entry in newest] == [f"e{config.capacity_steps}"]
+        assert reader.sample(1, timeout_s=PATIENCE_S).items.tolist() == [config.capacity_steps]
+        assert clients[0].limiter_state().drawable_steps == 0
+        for client in (*clients, reader):
+            client.close()
+
+
+def test_a_queue_that_ran_dry_still_holds_its_writers_back(server):
+    """Steps that came while it was empty were not counted, those taken were: the balance fell without end."""
+    limiter = LimiterConfig(samples_per_insert=1.0, error_buffer_steps=8)
+    config = BufferConfig(
+        name=next(_names),
+        num_steps=T,
+        capacity_steps=4 * MAX_LENGTH,
+        tables=(TableConfig(name="q", sampler=Fifo(), limiter=limiter),),
+    )
+    spec = make_spec(max_episode_steps=MAX_LENGTH)
+    table = RedisReplayTable(server.url, spec, config)
+    queue = EpisodeQueue(table, "consumer")
+    numbers = itertools.count()
+
+    def append() -> None:
+        segment = make_segment(spec, episode_id=f"e{next(numbers)}", num_steps=T, is_last=True)
+        table.append(segment, timeout_s=0.0)
+
+    for _ in range(20):
+        append()
+        queue.acknowledge(queue.take(1, timeout_s=PATIENCE_S))
+    assert table.limiter_state().balance == 0
+    for _ in range(3):
+        append()
+    with pytest.raises(ReplayWait, match="the limiter makes inserts wait"):
+        append()
+    table.close()

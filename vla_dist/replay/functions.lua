@@ -68,6 +68,7 @@ local function open_buffer(keys)
   for at = 8 * #HEAD + 1, #packed, 8 * #TABLE do
     local t = unpack_into(TABLE, TABLE_FORMAT, packed, at)
     t.index = #b.tables
+    b.has_rings = b.has_rings or t.prioritised == 1 or (t.max_draws > 0 and t.queue == 0)
     b.tables[#b.tables + 1] = t
   end
   return b
@@ -159,6 +160,11 @@ local function unlink_payload(b, e)
   end
 end
 
+-- Steps left that nobody took from the queue: its writers must not wait for them.
+local function owe_no_more(t, steps)
+  if t.queue == 1 and t.ratio >= 0 then t.balance = t.balance - steps * t.ratio end
+end
+
 -- A whole episode goes at once: without its first segment the windows of the rest would be incomplete.
 local function evict(b, id, e)
   unlink_payload(b, e)
@@ -180,9 +186,11 @@ local function evict(b, id, e)
         redis.call('HDEL', table_key(b, 'used', t), completion)
       end
       t.drawable = t.drawable - e.steps + used
+      owe_no_more(t, e.steps - used)
     end
   else
     b.s.broken = b.s.broken + 1
+    for _, t in ipairs(b.tables) do owe_no_more(t, e.steps) end
   end
   b.s.steps = b.s.steps - e.steps
   b.s.evicted_steps = b.s.evicted_steps + e.steps
@@ -245,9 +253,12 @@ local function wait_reply(b, t, why)
           number(b.s.completion - b.s.archived)}
 end
 
-local function counts_inserts(b, t) return t.ratio >= 0 and t.drawable >= t.min_steps / b.s.shards end
+local function has_least(b, t) return t.drawable >= t.min_steps / b.s.shards end
 
-local function insert_waits(b, t) return counts_inserts(b, t) and t.balance > t.buffer / b.s.shards end
+-- Every step of a queue is taken once, also those that came while it was empty.
+local function counts_inserts(b, t) return t.ratio >= 0 and (t.queue == 1 or has_least(b, t)) end
+
+local function insert_waits(b, t) return t.ratio >= 0 and has_least(b, t) and t.balance > t.buffer / b.s.shards end
 
 -- Takes the expiry off; false where a payload is not there, and then all expire as before.
 local function keep_payload(b, a)
@@ -259,6 +270,19 @@ local function keep_payload(b, a)
     end
   end
   return true
+end
+
+-- The rings have a place for each of the last rows, as many as the capacity. While others leave by use an episode may
+-- stay for longer: it must go before its places are used again. Answers its id.
+local function outstayed(b, a, e)
+  local last = a.is_last == 1 and a.index or e and e.last_index or -1
+  local completes = last >= 0 and (e and e.seen or 0) == last and not (e and e.status == EVICTED)
+  if not (b.has_rings and completes) then return nil end
+  local oldest = redis.call('XRANGE', b.prefix .. 'live', '-', '+', 'COUNT', 1)[1]
+  if not oldest then return nil end
+  local completion, row = struct.unpack('<dd', oldest[2][2])
+  if row + b.s.capacity >= b.s.row + last + 1 then return nil end
+  return redis.call('HGET', b.prefix .. 'completed', number(completion))
 end
 
 -- One segment: OK or DUP, with 1 if its episode is evicted; CLOSED with the last index, MISSING where its payload is gone, or WAIT ...
@@ -287,6 +311,14 @@ local function take_in(b, a, first_try)
   end
   -- Making room may have evicted this very episode.
   if made_room then e = read_episode(b, a.id) end
+  local late = outstayed(b, a, e)
+  while late do
+    close_episode(b)
+    local old = read_episode(b, late)
+    if b.s.archiving == 1 and old.completion > b.s.archived then return wait_reply(b, b.tables[1], 'archive') end
+    evict(b, late, old)
+    late = outstayed(b, a, e)
+  end
   if not e then
     e = {completion = 0, last_index = -1, seen = 0, steps = 0, status = OPEN, success = 0, source = a.source,
       intervened = 0, digest = a.digest, task = a.task, segments = ''}
@@ -306,6 +338,7 @@ local function take_in(b, a, first_try)
   if e.status == EVICTED then
     -- It outlived the capacity while open, so it can never be drawn: accepted, and gone at once.
     s.evicted_steps = s.evicted_steps + a.length
+    for _, t in ipairs(b.tables) do owe_no_more(t, a.length) end
   else
     e.steps, s.steps = e.steps + a.length, s.steps + a.length
     if e.seen == e.last_index + 1 then complete(b, a.id, e, a.instruction) end

@@ -3,6 +3,9 @@
 The limiter keeps one number, the balance: since the table first held ``min_steps`` drawable steps, each inserted step
 adds ``samples_per_insert`` to it and each sampled window subtracts 1.
 
+For a FIFO table, which gives each step once, all inserted steps count; each acknowledged step subtracts 1, and steps
+evicted before that count no more. With a ratio of 1 the balance is what waits in the queue.
+
     an insert waits   iff  drawable >= min_steps  and  balance > +error_buffer_steps
     a sample waits    iff  drawable <  min_steps  or   balance < -error_buffer_steps
 

@@ -102,7 +102,8 @@ class Storm:
                 # Everybody once before anybody twice.
                 order = self._rng.sample(victims, len(victims))
             victim = order.pop()
-            for name in self._names:
+            # Kills must hit programs at work, not while they start.
+            for name in self._names if victim == "server" else [victim]:
                 self._await_progress(name)
             time.sleep(self._rng.uniform(0, pause_s))
             if victim == "server":
@@ -146,7 +147,6 @@ class Storm:
         return path.stat().st_size if path.exists() else 0
 
     def _await_progress(self, name: str) -> None:
-        """Kills must hit programs at work, not while they start."""
         self._wait(lambda: self._progress(name) > self._before[name], f"{name} gets on")
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
@@ -176,8 +176,9 @@ class Storm:
         self.totals.kills["server"] += 1
         time.sleep(self._rng.choice([0.0, 0.0, 1.0]) * self._rng.random())
         self._server = EmbeddedServer(self._folder / "server")
-        # Who waited for the server must get on with it.
-        self._before = {name: self._progress(name) for name in self._names}
+        for name in self._names:
+            # Who waited for the server must get on with it.
+            self._before[name] = self._progress(name)
 
     def _begin_rewrite(self) -> None:
         """Of the append-only file, so that the kill may hit it in the middle."""
