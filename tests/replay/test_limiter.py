@@ -5,7 +5,7 @@ import time
 import pytest
 
 from vla_dist.core.errors import ConfigError, ReplayWait
-from vla_dist.replay.config import TableConfig
+from vla_dist.replay.config import BufferConfig, TableConfig
 from vla_dist.replay.limiter import LimiterConfig, LimiterState
 from vla_dist.testing.fakes import make_spec
 
@@ -45,7 +45,8 @@ def test_inserts_wait_until_enough_is_sampled(waiting_writer, make_episode, appe
     assert table.limiter_state().balance == 32.0
     start = time.monotonic()
     with pytest.raises(
-        ReplayWait, match=r"third/0 was not stored within 0\.2 s: .*balance 32\.0 windows, error buffer 30\.0.* 2\.0"
+        ReplayWait,
+        match=r"third/0 on were not stored within 0\.2 s: .*balance 32\.0 windows, error buffer 30\.0",
     ):
         table.append(segment, timeout_s=0.2)
     assert 0.2 <= time.monotonic() - start < 1.5
@@ -178,7 +179,8 @@ def test_settings_that_deadlock_are_refused_with_the_reason(settings, reason):
 
 def test_a_capacity_that_could_never_reach_min_steps_is_refused(make_table):
     spec = make_spec(max_episode_steps=20)
-    TableConfig(capacity_steps=140, limiter=LimiterConfig(min_steps=100)).require_capacity(spec)
+    table = TableConfig(limiter=LimiterConfig(min_steps=100))
+    BufferConfig(capacity_steps=140, tables=(table,)).require_capacity(spec)
     with pytest.raises(ConfigError, match=r"capacity_steps 139 must be at least 140.*might wait for ever"):
         make_table(capacity_steps=139, limiter=LimiterConfig(min_steps=100))
 

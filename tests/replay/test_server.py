@@ -13,7 +13,7 @@ from redis.retry import Retry
 
 from vla_dist.core.errors import ConfigError, ResourceMissing, Unreachable
 from vla_dist.replay import server as server_module
-from vla_dist.replay import table as table_module
+from vla_dist.replay import writing
 from vla_dist.replay.server import EmbeddedServer, find_server_program
 
 # Starts a server and tells its pid, then waits to be killed.
@@ -159,7 +159,7 @@ def test_a_second_server_on_the_directory_is_refused(server, monkeypatch):
 
 def test_a_kill_loses_nothing_acknowledged(make_server, make_table, make_episode, append_all, monkeypatch):
     # Staged bytes expire quickly here, so that the log is replayed after their time.
-    monkeypatch.setattr(table_module, "_STAGE_TTL_MS", 300)
+    monkeypatch.setattr(writing, "_STAGE_MS", b"300")
     first = make_server()
     table = make_table(url=first.url)
     for number in range(20):
