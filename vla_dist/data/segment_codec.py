@@ -135,8 +135,16 @@ class SegmentCodec:
         """Raises DataError where the segment does not fit the spec or holds a number that is not finite."""
         return self.encode_all([segment])[0]
 
-    def encode_all(self, segments: Sequence[Segment]) -> list[EncodedSegment]:
-        """The same for many, several times as fast as one by one."""
+    def encode_all(
+        self, segments: Sequence[Segment], frames: Sequence[Mapping[str, bytes]] | None = None
+    ) -> list[EncodedSegment]:
+        """The same for many, several times as fast as one by one.
+
+        Args:
+            segments: to encode.
+            frames: of each segment, packed before by ``image_codecs`` like this codec's and in their order; then
+                ``Segment.images`` are not looked at. Packing JPEG a second time would lose a little more.
+        """
         if not segments:
             return []
         num, layout, size = len(segments), self.layout, self.row_bytes
@@ -147,6 +155,8 @@ class SegmentCodec:
         with np.errstate(over="ignore", invalid="ignore"):
             for mine, segment in zip(steps, segments, strict=True):
                 self._require_shapes(segment)
+                if frames is None:
+                    self._require_images(segment)
                 valid = segment.length
                 mine[:valid, layout.proprio] = segment.proprio[:valid]
                 mine[:valid, layout.actions] = segment.actions[:valid]
@@ -162,9 +172,7 @@ class SegmentCodec:
         view = memoryview(buffer).toreadonly()
         encoded = []
         for number, segment in enumerate(segments):
-            images = {
-                name: codec.pack(segment.images[name][: segment.length]) for name, codec in self.image_codecs.items()
-            }
+            images = self._pack_images(segment) if frames is None else frames[number]
             checksums = [xxhash.xxh3_64_intdigest(data) for data in images.values()]
             texts = [_text_bytes(name, getattr(segment, name), capacity) for name, capacity in _TEXT_BYTES.items()]
             start = number * size
@@ -280,6 +288,8 @@ class SegmentCodec:
                     f"segment {segment.episode_id}/{segment.segment_index}: {name} has shape "
                     f"{getattr(segment, name).shape}, spec {self.spec.name!r} with T = {self.num_steps} expects {shape}"
                 )
+
+    def _require_images(self, segment: Segment) -> None:
         if set(segment.images) != set(self.image_codecs):
             raise DataError(
                 f"segment {segment.episode_id}/{segment.segment_index} has cameras {sorted(segment.images)}, spec "
@@ -293,6 +303,9 @@ class SegmentCodec:
                     f"segment {segment.episode_id}/{segment.segment_index}: camera {camera.name!r} has "
                     f"{frames.dtype} frames of shape {frames.shape}, expected uint8 of {shape}"
                 )
+
+    def _pack_images(self, segment: Segment) -> dict[str, bytes | memoryview]:
+        return {name: codec.pack(segment.images[name][: segment.length]) for name, codec in self.image_codecs.items()}
 
     def _unpack_images(
         self, record: np.void, images: Mapping[str, bytes | memoryview], length: int

@@ -7,7 +7,7 @@ batches. What must happen at once is in ``functions.lua``.
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,13 +126,20 @@ class RedisReplayTable:
         """
         return self._writer.append([segment], timeout_s=timeout_s)[0]
 
-    def append_all(self, segments: Sequence[Segment], *, timeout_s: float) -> list[AppendResult]:
+    def append_all(
+        self, segments: Sequence[Segment], *, timeout_s: float, frames: Sequence[Mapping[str, bytes]] | None = None
+    ) -> list[AppendResult]:
         """Store each once, many in one round trip: several times as fast as one by one.
 
         Errors as ``append``; what does not fit the spec is found before anything is sent. Where one contradicts its
         episode the others are stored. After ReplayWait or Unreachable append all of them again.
+
+        Args:
+            segments: of any episodes.
+            timeout_s: for all of them together.
+            frames: see ``SegmentCodec.encode_all``.
         """
-        return self._writer.append(segments, timeout_s=timeout_s)
+        return self._writer.append(segments, timeout_s=timeout_s, frames=frames)
 
     def sample(self, num_windows: int, *, timeout_s: float) -> Batch:
         """B windows, each ending at a step that the table's sampler drew from the complete episodes.

@@ -4,7 +4,7 @@ consumes: segments. waits for: the limiters, room, the archive. unblocked by: sa
 """
 
 import struct
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +57,12 @@ class SegmentWriter:
         self._cameras = list(codec.image_codecs)
         self._images_gone = None if images is None else ImagesGone(link, images, keys, len(self._cameras))
 
-    def append(self, segments: Sequence[Segment], *, timeout_s: float) -> list[AppendResult]:
+    def append(
+        self, segments: Sequence[Segment], *, timeout_s: float, frames: Sequence[Mapping[str, bytes]] | None = None
+    ) -> list[AppendResult]:
         """Store each once; see ``RedisReplayTable.append_all``."""
         # All are checked before the first byte of any is sent.
-        items = self._prepare(segments)
+        items = self._prepare(segments, frames)
         deadline = Deadline(timeout_s)
         refused: DataError | None = None
         start = 0
@@ -75,7 +77,7 @@ class SegmentWriter:
             raise refused
         return [item.result for item in items if item.result is not None]
 
-    def _prepare(self, segments: Sequence[Segment]) -> list[_Item]:
+    def _prepare(self, segments: Sequence[Segment], frames: Sequence[Mapping[str, bytes]] | None) -> list[_Item]:
         for segment in segments:
             if segment.segment_index >= MOST_SEGMENTS_PER_EPISODE:
                 raise DataError(
@@ -84,7 +86,7 @@ class SegmentWriter:
                 )
         return [
             _Item(segment, encoded, digest, _arrival(segment, encoded, digest), _num_bytes(encoded))
-            for segment, encoded in zip(segments, self._codec.encode_all(segments), strict=True)
+            for segment, encoded in zip(segments, self._codec.encode_all(segments, frames), strict=True)
             for digest in (episode_digest(segment.episode_id),)
         ]
 
