@@ -8,13 +8,18 @@ server has confirmed all of its items. The chunk length fixes what an insert and
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import queue
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 
 import numpy as np
 import venvs
@@ -22,7 +27,6 @@ from workload import (
     EPISODE_STEPS,
     Arrays,
     K,
-    Options,
     Rates,
     Workload,
     best,
@@ -90,6 +94,8 @@ def readers(workload: Workload, every: bool) -> list[Reader]:
 def quiet() -> None:
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # A client process ends after its last flush; that its writer was not closed is no news.
+    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def serve(pipe: Connection, capacity: int) -> None:
@@ -223,7 +229,9 @@ def sampler(address: str, workload: Workload, reader: Reader) -> Callable[[], Ar
     return lambda: dict(zip(episode, next(batches).data, strict=True))
 
 
-def work(address: str, workload: Workload, job: Writer | Reader, seconds: float, barrier, answers) -> None:
+def work(
+    address: str, workload: Workload, job: Writer | Reader, seconds: float, barrier: Barrier, answers: Queue
+) -> None:
     """A client process: answers its rates and how many items it created. No seconds: fill the table once."""
     quiet()
     if isinstance(job, Reader):
@@ -250,11 +258,28 @@ def work(address: str, workload: Workload, job: Writer | Reader, seconds: float,
     answers.put((rates, steps // EPISODE_STEPS * (EPISODE_STEPS - K + 1)))
 
 
-def run_clients(running: Server, workload: Workload, job: Writer | Reader, seconds: float, processes: int) -> float:
-    """Steps/s of all clients together.
+def next_answer(clients: list[SpawnProcess], answers: Queue) -> tuple[Rates, int]:
+    """What ``work`` puts.
+
+    Raises:
+        RuntimeError: A client failed; its traceback is on stderr.
+        TimeoutError: No answer in RUN_TIMEOUT_S.
+    """
+    end = time.monotonic() + RUN_TIMEOUT_S
+    while time.monotonic() < end:
+        with contextlib.suppress(queue.Empty):
+            return answers.get(timeout=1.0)
+        if failed := [client.exitcode for client in clients if client.exitcode]:
+            raise RuntimeError(f"got exit codes {failed} of the reverb clients, expected 0: see stderr")
+    raise TimeoutError(f"no answer of a reverb client in {RUN_TIMEOUT_S:.0f} s")
+
+
+def run_clients(running: Server, workload: Workload, job: Writer | Reader, seconds: float, processes: int) -> Rates:
+    """Steps/s of all clients together, slice by slice.
 
     Raises:
         RuntimeError: The server did not confirm every item, or a client failed.
+        TimeoutError: A client did not answer.
     """
     barrier, answers = CONTEXT.Barrier(processes), CONTEXT.Queue()
     before = running.inserted()
@@ -263,9 +288,7 @@ def run_clients(running: Server, workload: Workload, job: Writer | Reader, secon
     for client in clients:
         client.start()
     try:
-        found = [answers.get(timeout=RUN_TIMEOUT_S) for _ in clients]
-    except queue.Empty:
-        raise RuntimeError(f"a client with {job} did not answer in {RUN_TIMEOUT_S:.0f} s") from None
+        found = [next_answer(clients, answers) for _ in clients]
     finally:
         for client in clients:
             client.join(10.0)
@@ -273,25 +296,23 @@ def run_clients(running: Server, workload: Workload, job: Writer | Reader, secon
                 client.kill()
     if (inserted := running.inserted() - before) != (created := sum(items for _, items in found)):
         raise RuntimeError(f"got {inserted} items in the table, expected the {created} that were created")
-    return sum(rates.median for rates, _ in found) if seconds else 0.0
+    return Rates(slices=[sum(together) for together in zip(*(rates.slices for rates, _ in found), strict=True)])
 
 
-def try_writers(options: Options, candidates: list[Writer]) -> dict[str, float]:
+def try_writers(workload: Workload, candidates: list[Writer]) -> dict[str, float]:
     trials = {}
     for writer in candidates:
-        with server(options.workload, writer.chunk) as running:
-            trials[str(writer)] = run_clients(running, options.workload, writer, TRIAL_S, options.workload.processes)
+        with server(workload, writer.chunk) as running:
+            trials[str(writer)] = run_clients(running, workload, writer, TRIAL_S, workload.processes).best
     return trials
 
 
-def try_readers(options: Options, candidates: list[Reader]) -> dict[str, float]:
+def try_readers(workload: Workload, candidates: list[Reader]) -> dict[str, float]:
     trials = {}
     for chunk in dict.fromkeys(reader.chunk for reader in candidates):
-        with server(options.workload, chunk) as running:
+        with server(workload, chunk) as running:
             for reader in (reader for reader in candidates if reader.chunk == chunk):
-                trials[str(reader)] = run_clients(
-                    running, options.workload, reader, TRIAL_S, options.workload.processes
-                )
+                trials[str(reader)] = run_clients(running, workload, reader, TRIAL_S, workload.processes).best
     return trials
 
 
@@ -301,12 +322,12 @@ def main() -> None:
     workload = options.workload
     insert_clients = {str(w): w for w in writers(workload, options.every_client)}
     sample_clients = {str(r): r for r in readers(workload, options.every_client)}
-    writer = insert_clients[best(try_writers(options, list(insert_clients.values())), "insert")]
-    reader = sample_clients[best(try_readers(options, list(sample_clients.values())), "sample")]
+    writer = insert_clients[best(try_writers(workload, list(insert_clients.values())), "insert")]
+    reader = sample_clients[best(try_readers(workload, list(sample_clients.values())), "sample")]
     with server(workload, writer.chunk) as running:
-        inserted = run_clients(running, workload, writer, workload.seconds, workload.processes)
+        inserted = run_clients(running, workload, writer, workload.seconds, workload.processes).median
     with server(workload, reader.chunk) as running:
-        sampled = run_clients(running, workload, reader, workload.seconds, workload.processes)
+        sampled = run_clients(running, workload, reader, workload.seconds, workload.processes).median
     report(
         "dm-reverb",
         version("dm-reverb"),

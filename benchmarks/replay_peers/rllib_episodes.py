@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import cast
 
 import numpy as np
 from workload import (
@@ -18,6 +19,7 @@ from workload import (
     Arrays,
     K,
     Options,
+    Rates,
     T,
     best,
     measure_insert,
@@ -28,6 +30,7 @@ from workload import (
 )
 
 TRIAL_S = 0.6
+UNITS = (T, EPISODE_STEPS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,7 @@ class Client:
         return f"{kind}, {'whole episodes' if self.steps == EPISODE_STEPS else f'fragments of {self.steps}'}"
 
 
-CLIENTS = [Client(rows=rows, steps=steps) for rows in (True, False) for steps in (EPISODE_STEPS, T)]
+CLIENTS = [Client(rows=rows, steps=steps) for rows in (True, False) for steps in UNITS]
 
 
 def pack(columns: Arrays) -> np.ndarray:
@@ -70,45 +73,54 @@ def connect(options: Options, client: Client) -> tuple[Callable[[], int], Callab
 
     workload, episode = options.workload, options.workload.episode()
     buffer = EpisodeReplayBuffer(workload.stored_steps, batch_size_B=workload.windows, batch_length_T=K)
-    # An episode of N actions has N + 1 observations: the last one is repeated.
+    # An episode of N actions has N + 1 observations: the last one is repeated as step N.
     following = np.minimum(np.arange(EPISODE_STEPS + 1), EPISODE_STEPS - 1)
     observed = {name: column[following] for name, column in episode.items() if name not in ("action", "reward")}
-    observations = pack(observed) if client.rows else observed
+    observed["step"] = np.arange(EPISODE_STEPS + 1, dtype=np.int32)
+    packed = pack(observed)
     adds = itertools.count()
+
+    def observations_of(steps: slice) -> np.ndarray | Arrays:
+        return packed[steps] if client.rows else {name: column[steps] for name, column in observed.items()}
 
     def insert() -> int:
         number = next(adds)
         at = number * client.steps % EPISODE_STEPS
         span, after = slice(at, at + client.steps), slice(at, at + client.steps + 1)
-        buffer.add(
-            SingleAgentEpisode(
-                id_=str(number * client.steps // EPISODE_STEPS),
-                observations=observations[after] if client.rows else {n: c[after] for n, c in observed.items()},
-                actions=episode["action"][span],
-                rewards=episode["reward"][span],
-                truncated=at + client.steps == EPISODE_STEPS,
-                t_started=at,
-                len_lookback_buffer=0,
-            )
+        chunk = SingleAgentEpisode(
+            id_=str(number * client.steps // EPISODE_STEPS),
+            observations=cast("list", observations_of(after)),
+            actions=cast("list", episode["action"][span]),
+            rewards=cast("list", episode["reward"][span]),
+            infos=[{}] * (client.steps + 1),
+            truncated=at + client.steps == EPISODE_STEPS,
+            t_started=at,
+            len_lookback_buffer=0,
         )
+        buffer.add(chunk)
         return client.steps
 
     def sample_rows() -> Arrays:
-        batch = buffer.sample()
+        batch = cast("Arrays", buffer.sample())
         # A row that reaches the end of an episode goes on in another; its reward belongs to the step before.
-        return unpack(batch["obs"]) | {"action": batch["actions"], "is_first": batch["is_first"]}
+        return unpack(batch["obs"]) | {
+            "action": batch["actions"],
+            "is_first": batch["is_first"],
+            "is_last": batch["is_last"],
+        }
 
     def sample_episodes() -> Arrays:
         # RLlib counts K + 1 for each slice of K steps.
-        slices = buffer.sample(
+        sampled = buffer.sample(
             batch_size_B=workload.windows * (K + 1),
             batch_length_T=K,
             n_step=1,
             sample_episodes=True,
             min_batch_length_T=K,
         )
+        slices = cast("list[SingleAgentEpisode]", sampled)
         windows = [s.get_observations(slice(0, K)) for s in slices]
-        batch = {name: np.stack([window[name] for window in windows]) for name in observed}
+        batch: Arrays = {name: np.stack([window[name] for window in windows]) for name in observed}
         batch["action"] = np.stack([s.get_actions() for s in slices])
         batch["reward"] = np.stack([s.get_rewards() for s in slices])
         return batch
@@ -129,15 +141,20 @@ def check_rows(options: Options, batch: Arrays) -> None:
     if steps.shape != (workload.windows, K) or (jumps & ~batch["is_first"][:, 1:]).any():
         raise ValueError(f"got step indices {steps[:2]} of shape {steps.shape}: expected consecutive ones")
     for name, column in workload.episode().items():
-        if name != "reward" and not np.array_equal(batch[name], column[steps]):
+        expected = steps if name == "step" else column[np.minimum(steps, EPISODE_STEPS - 1)]
+        # RLlib repeats the last action of an episode, or of what is there of it, for the observation after it.
+        asked = ~batch["is_last"] if name == "action" else np.full(steps.shape, name != "reward")
+        if asked.any() and not np.array_equal(batch[name][asked], expected[asked]):
             raise ValueError(f"the sampled {name} is not what was inserted at its steps")
 
 
-def rates(options: Options, client: Client, seconds: float) -> tuple[float, float]:
-    insert, sample = connect(options, client)
-    inserted = measure_insert(insert, lambda: None, seconds)
+def insert_rates(options: Options, client: Client, seconds: float) -> Rates:
+    return measure_insert(connect(options, client)[0], lambda: None, seconds)
+
+
+def sample_rates(options: Options, client: Client, seconds: float) -> Rates:
     check = (lambda batch: check_rows(options, batch)) if client.rows else options.workload.check
-    return inserted.median, measure_sample(sample, check, seconds).median
+    return measure_sample(connect(options, client)[1], check, seconds)
 
 
 def main() -> None:
@@ -145,18 +162,21 @@ def main() -> None:
     if options.workload.processes > 1:
         unavailable("RLlib's buffer lives in one process: --processes must be 1")
     clients = {str(client): client for client in CLIENTS}
-    trials = {name: rates(options, client, TRIAL_S) for name, client in clients.items()}
-    inserter = best({name: pair[0] for name, pair in trials.items()}, "insert")
-    sampler = best({name: pair[1] for name, pair in trials.items()}, "sample")
-    inserted, _ = rates(options, clients[inserter], options.workload.seconds)
-    _, sampled = rates(options, clients[sampler], options.workload.seconds)
+    seconds, inserters, by_unit = options.workload.seconds, {}, {}
+    for unit in UNITS:
+        trials = {name: insert_rates(options, c, TRIAL_S).best for name, c in clients.items() if c.steps == unit}
+        inserters[unit] = best(trials, "insert")
+        by_unit[unit] = insert_rates(options, clients[inserters[unit]], seconds).median
+    sampler = best({name: sample_rates(options, client, TRIAL_S).best for name, client in clients.items()}, "sample")
+    unit = max(UNITS, key=lambda steps: by_unit[steps])
     report(
         "RLlib EpisodeReplayBuffer",
         version("ray"),
         options.workload,
-        insert=inserted,
-        sample=sampled,
-        client=f"insert {inserter}; sample {sampler}",
+        insert=by_unit[unit],
+        sample=sample_rates(options, clients[sampler], seconds).median,
+        client=f"insert {inserters[unit]}; sample {sampler}",
+        insert_by_unit=by_unit,
     )
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/replay_peers/torchrl_slices.py --workload low_dim|image [--seconds 3] [--stored-steps N]
 
-A chunk of T = 32 steps is one ``extend``. One untimed extend goes before each timed sample: a table in use is written
-to, and an index of trajectories that is only fast until the next write would be timed as if it were not.
+An ``extend`` is a chunk of T = 32 steps or a whole episode. One untimed extend goes before each timed
+sample: a table in use is written to, so an index of trajectories that holds until the next write is of no use.
 """
 
 import itertools
@@ -21,6 +21,7 @@ from workload import (
     Arrays,
     K,
     Options,
+    Rates,
     T,
     best,
     measure_insert,
@@ -31,6 +32,7 @@ from workload import (
 )
 
 TRIAL_S = 0.5
+UNITS = (T, EPISODE_STEPS)
 WINNERS = ("end_key, 1 thread", "end_key, all threads", "traj_key, 1 thread")
 
 
@@ -56,7 +58,7 @@ CLIENTS = {
 }
 
 
-def connect(options: Options, client: Client) -> tuple[Callable[[], int], Callable[[], Arrays]]:
+def connect(options: Options, client: Client, unit: int = T) -> tuple[Callable[[], int], Callable[[], Arrays]]:
     """Insert and sample of a new buffer, which is full."""
     import torch
     from tensordict import TensorDict
@@ -83,14 +85,14 @@ def connect(options: Options, client: Client) -> tuple[Callable[[], int], Callab
 
     def insert() -> int:
         number = next(chunks)
-        at = number * T % EPISODE_STEPS
-        columns = {name: torch.from_numpy(column[at : at + T]) for name, column in episode.items()}
+        at = number * unit % EPISODE_STEPS
+        columns = {name: torch.from_numpy(column[at : at + unit]) for name, column in episode.items()}
         if client.boundary == "end_key":
-            columns["done"] = torch.from_numpy(done[at : at + T])
+            columns["done"] = torch.from_numpy(done[at : at + unit])
         else:
-            columns["episode"] = torch.full((T,), number * T // EPISODE_STEPS)
-        buffer.extend(TensorDict(columns, [T]))
-        return T
+            columns["episode"] = torch.full((unit,), number * unit // EPISODE_STEPS)
+        buffer.extend(TensorDict(columns, [unit]))
+        return unit
 
     def sample() -> Arrays:
         batch = buffer.sample()
@@ -98,15 +100,18 @@ def connect(options: Options, client: Client) -> tuple[Callable[[], int], Callab
             name: batch[name].view(workload.windows, K, *column.shape[1:]).numpy() for name, column in episode.items()
         }
 
-    for _ in range(workload.stored_steps // T + 2 * EPISODE_STEPS // T):
+    for _ in range((workload.stored_steps + 2 * EPISODE_STEPS) // unit):
         insert()
     return insert, sample
 
 
-def rates(options: Options, client: Client, seconds: float) -> tuple[float, float]:
+def insert_rates(options: Options, client: Client, unit: int, seconds: float) -> Rates:
+    return measure_insert(connect(options, client, unit)[0], lambda: None, seconds)
+
+
+def sample_rates(options: Options, client: Client, seconds: float) -> Rates:
     insert, sample = connect(options, client)
-    inserted = measure_insert(insert, lambda: None, seconds)
-    return inserted.median, measure_sample(sample, options.workload.check, seconds, before=insert).median
+    return measure_sample(sample, options.workload.check, seconds, before=insert)
 
 
 def main() -> None:
@@ -117,18 +122,22 @@ def main() -> None:
     # Without its C++ extension, which only the prioritised samplers use, torchrl warns at import.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    trials = {name: rates(options, CLIENTS[name], TRIAL_S) for name in (CLIENTS if options.every_client else WINNERS)}
-    inserter = best({name: pair[0] for name, pair in trials.items()}, "insert")
-    sampler = best({name: pair[1] for name, pair in trials.items()}, "sample")
-    inserted, _ = rates(options, CLIENTS[inserter], options.workload.seconds)
-    _, sampled = rates(options, CLIENTS[sampler], options.workload.seconds)
+    names, seconds = list(CLIENTS if options.every_client else WINNERS), options.workload.seconds
+    inserters, by_unit = {}, {}
+    for unit in UNITS:
+        trials = {name: insert_rates(options, CLIENTS[name], unit, TRIAL_S).best for name in names}
+        inserters[unit] = best(trials, f"insert of {unit}")
+        by_unit[unit] = insert_rates(options, CLIENTS[inserters[unit]], unit, seconds).median
+    sampler = best({name: sample_rates(options, CLIENTS[name], TRIAL_S).best for name in names}, "sample")
+    unit = max(UNITS, key=lambda steps: by_unit[steps])
     report(
         "torchrl",
         f"{version('torchrl')} with torch {version('torch')}",
         options.workload,
-        insert=inserted,
-        sample=sampled,
-        client=f"LazyTensorStorage, SliceSampler; insert {inserter}; sample {sampler}",
+        insert=by_unit[unit],
+        sample=sample_rates(options, CLIENTS[sampler], seconds).median,
+        client=f"LazyTensorStorage, SliceSampler; insert {unit} steps a call, {inserters[unit]}; sample {sampler}",
+        insert_by_unit=by_unit,
     )
 
 

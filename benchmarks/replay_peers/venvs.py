@@ -58,7 +58,7 @@ def interpreters(versions: tuple[str, ...]) -> list[str]:
     found = []
     for version in versions:
         if version == running:
-            found.append(sys._base_executable)
+            found.append(str(Path(sys.base_prefix, "bin", f"python{version}")))
         candidates = [shutil.which(f"python{version}")]
         candidates += sorted(map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python")), reverse=True)
         found += [path for path in candidates if path]
@@ -83,7 +83,7 @@ def ensure(name: str, folder: Path) -> Path:
     """
     peer, venv = PEERS[name], folder.resolve() / name
     python, mark = venv / "bin" / "python", venv / "pins.txt"
-    if mark.exists() and mark.read_text() in ("\n".join(pins) for pins in peer.pins):
+    if mark.exists() and python.exists() and mark.read_text() in ("\n".join(pins) for pins in peer.pins):
         return python
     failures = []
     for interpreter in interpreters(peer.pythons):
@@ -118,11 +118,16 @@ def enter(name: str, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*PEERS, []], help="default: all")
+    parser.add_argument("names", nargs="*", help=f"default: {' '.join(PEERS)}")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
+    if unknown := set(options.names) - set(PEERS):
+        parser.error(f"got {sorted(unknown)}: expected names out of {list(PEERS)}")
     for name in options.names or PEERS:
-        print(ensure(name, options.folder))
+        try:
+            print(ensure(name, options.folder))
+        except VenvError as error:
+            unavailable(str(error))
 
 
 if __name__ == "__main__":

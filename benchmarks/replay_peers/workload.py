@@ -85,6 +85,11 @@ class Rates:
     def median(self) -> float:
         return statistics.median(self.slices)
 
+    @property
+    def best(self) -> float:
+        """For choosing between clients on a noisy machine; what is reported is the median."""
+        return max(self.slices)
+
 
 def measure_insert(insert: Callable[[], int], finish: Callable[[], None], seconds: float) -> Rates:
     """Times ``insert``, which returns its steps; ``finish`` waits, inside the time, until all of them are stored."""
@@ -168,8 +173,17 @@ def parse(description: str | None) -> Options:
     return Options(workload=workload, every_client=given.every_client, venvs=given.venvs)
 
 
-def report(system: str, version: str, workload: Workload, *, insert: float, sample: float, client: str) -> None:
-    """Prints the answer, one JSON object on a line."""
+def report(
+    system: str,
+    version: str,
+    workload: Workload,
+    *,
+    insert: float,
+    sample: float,
+    client: str,
+    insert_by_unit: dict[int, float] | None = None,
+) -> None:
+    """Prints the answer, one JSON object on a line; ``insert_by_unit`` gives steps/s by the steps of one call."""
     answer = {
         "system": system,
         "version": version,
@@ -181,6 +195,8 @@ def report(system: str, version: str, workload: Workload, *, insert: float, samp
         "windows": workload.windows,
         "stored_steps": workload.stored_steps,
     }
+    if insert_by_unit is not None:
+        answer["insert_by_unit"] = {unit: round(rate) for unit, rate in insert_by_unit.items()}
     print(json.dumps(answer), flush=True)
 
 
