@@ -3,15 +3,16 @@
 import itertools
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import redis
 
 from vla_dist.core.errors import ConfigError, IntegrityError, ReplayWait
 from vla_dist.core.specs import CameraSpec
-from vla_dist.replay.draws import replaced
+from vla_dist.data.image_codec import ImageEncoding
 from vla_dist.replay.limiter import LimiterConfig
-from vla_dist.replay.link import Deadline
 from vla_dist.testing.fakes import make_spec
 
 
@@ -85,14 +86,15 @@ def test_windows_equal_those_cut_from_the_raw_episodes(make_table, make_episode,
     assert (batch.ages_s < 60).all()
 
 
-def test_a_window_asks_only_for_the_segments_it_touches(make_table, make_episode, append_all):
-    table = make_table(context_steps=6)
-    append_all(table, make_episode("e", 20))
-    draws, _ = table._draw(200, Deadline(5.0), 5.0, charge=False)
-    ends = draws["segment_index"].astype(int) * 4 + draws["offset"]
-    touched = ends // 4 - np.maximum(ends - 5, 0) // 4 + 1
-    assert set(touched.tolist()) == {1, 2, 3}
-    np.testing.assert_array_equal((draws["segments"]["slot"] >= 0).sum(axis=1), touched)
+def test_a_window_fetches_only_the_steps_it_holds(make_table, make_episode, append_all, server):
+    # Each segment takes 40 KB, of which a window of 2 steps needs a twentieth.
+    table = make_table(spec=make_spec(proprio_dim=250), num_steps=40, context_steps=2)
+    append_all(table, make_episode("e", 20, spec=table.spec, num_steps=40))
+    table.sample(1, timeout_s=5.0)
+    with redis.Redis.from_url(server.url) as client:
+        before = client.info("stats")["total_net_output_bytes"]
+        table.sample(50, timeout_s=5.0)
+        assert client.info("stats")["total_net_output_bytes"] - before < 50 * 2 * 1200 + 20_000
 
 
 def test_the_types_are_those_promised(make_table, make_episode, append_all):
@@ -101,25 +103,73 @@ def test_the_types_are_those_promised(make_table, make_episode, append_all):
     batch = table.sample(3, timeout_s=5.0)
     for name in ("proprio", "actions", "target_actions", "rewards", "returns_to_go"):
         assert getattr(batch, name).dtype == np.float32, name
-    for name in ("timesteps", "episode_lengths", "policy_versions"):
+    for name in ("timesteps", "episode_lengths", "policy_versions", "items"):
         assert getattr(batch, name).dtype == np.int64, name
-    assert batch.padding_mask.dtype == batch.success.dtype == bool
+    assert batch.padding_mask.dtype == batch.success.dtype == batch.interventions.dtype == bool
+    assert batch.weights is None
     assert batch.ages_s.dtype == np.float64
     batch.proprio[:] = 0  # a caller may write into its batch
 
 
-def test_frames_of_windows_across_borders(make_table, make_episode, append_all):
-    spec = make_spec(cameras=(CameraSpec(name="a", height=2, width=3), CameraSpec(name="b", height=4, width=1)))
-    table = make_table(spec=spec, context_steps=7)
+@pytest.mark.parametrize("context_steps", [1, 7])
+def test_frames_of_windows_across_borders(make_table, make_episode, append_all, context_steps):
+    spec = make_spec(
+        cameras=(
+            CameraSpec(name="raw", height=2, width=3),
+            CameraSpec(name="small", height=4, width=1),
+            CameraSpec(name="real", height=8, width=8),
+        )
+    )
+    encodings = {"small": ImageEncoding(kind="lz4"), "real": ImageEncoding(kind="jpeg", quality=95)}
+    table = make_table(spec=spec, context_steps=context_steps, image_encodings=encodings)
     episodes = {}
     for number, length in enumerate([1, 4, 5, 13]):
         instruction = f"episode {number}"
         episodes[instruction] = make_episode(f"e{number}", length, spec=spec, seed=number, instruction=instruction)
+        for segment in episodes[instruction]:
+            # JPEG keeps plain frames: the first pixel's colour tells which frame it is.
+            segment.images["real"][:] = segment.images["real"][:, :1, :1]
         append_all(table, episodes[instruction])
     batch = table.sample(80, timeout_s=5.0)
-    assert batch.images["a"].shape == (80, 7, 2, 3, 3)
-    assert batch.images["b"].dtype == np.uint8
-    assert_windows_are_cut_from(batch, episodes, 7)
+    real = batch.images.pop("real")
+    assert real.shape == (80, context_steps, 8, 8, 3)
+    assert batch.images["raw"].dtype == real.dtype == np.uint8
+    assert_windows_are_cut_from(batch, episodes, context_steps)
+    for b in range(80):
+        frames = np.concatenate([s.images["real"][: s.length] for s in episodes[batch.instructions[b]]])
+        expected = expected_window(frames, int(batch.timesteps[b, -1]), context_steps)
+        assert np.abs(real[b].astype(int) - expected).max() <= 3
+    for mine, theirs in zip(table.episodes(), episodes.values(), strict=True):
+        for found, expected in zip(mine, theirs, strict=True):
+            np.testing.assert_array_equal(
+                found.images["small"][: found.length], expected.images["small"][: found.length]
+            )
+
+
+def test_interventions_and_items_belong_to_their_windows(make_table, make_episode, append_all):
+    table = make_table(context_steps=3)
+    segments = make_episode("e", 10)
+    segments[1].interventions[2] = True
+    append_all(table, make_episode("before", 6))
+    append_all(table, segments)
+    batch = table.sample(200, timeout_s=5.0)
+    mine = batch.episode_lengths == 10
+    expected = (batch.timesteps == 6) & batch.padding_mask & mine[:, None]
+    np.testing.assert_array_equal(batch.interventions, expected)
+    # Rows are numbered in the order in which episodes became whole: two of the first, then three.
+    np.testing.assert_array_equal(batch.items, np.where(mine, 2, 0) + batch.timesteps[:, -1] // 4)
+
+
+def test_returns_of_long_episodes_keep_small_rewards(make_table, make_episode, append_all):
+    table = make_table(spec=make_spec(max_episode_steps=400), context_steps=1)
+    segments = make_episode("e", 399, spec=table.spec)
+    rewards = np.full(400, 0.1, np.float32)
+    rewards[250] = 1e7
+    segments = [replace(s, rewards=rewards[4 * s.segment_index :][:4]) for s in segments]
+    append_all(table, segments)
+    batch = table.sample(300, timeout_s=5.0)
+    exact = rewards[:399].astype(np.float64)[::-1].cumsum()[::-1]
+    np.testing.assert_array_equal(batch.returns_to_go[:, 0], exact[batch.timesteps[:, 0]].astype(np.float32))
 
 
 def test_unfinished_episodes_are_never_drawn(make_table, make_episode, append_all):
@@ -213,15 +263,14 @@ def test_evicted_episodes_are_still_known(make_table, make_episode, append_all):
     assert table.has_episode("e1")
 
 
-def test_eviction_gives_the_memory_back(make_table, make_episode, append_all, server):
-    table = make_table(capacity_steps=45)
+def test_eviction_gives_the_memory_back(make_table, make_episode, append_all, keys_of):
+    table = make_table(spec=make_spec(cameras=(CameraSpec(name="c", height=2, width=2),)), capacity_steps=45)
     for number in range(20):
-        append_all(table, make_episode(f"e{number}", 20))
-    rows = table._link.call([("EXISTS", *(f"{table._prefix}row:{slot}" for slot in range(100)))], timeout_s=5.0)
-    assert rows == [10]
-    assert not any(
-        table._link.call([("EXISTS", f"{table._prefix}row:{slot}") for slot in range(12, 100)], timeout_s=5.0)
-    )
+        append_all(table, make_episode(f"e{number}", 20, spec=table.spec))
+    keys = keys_of(table)
+    assert sum(":row:" in key for key in keys) == sum(":image:" in key for key in keys) == 10
+    assert table.link.call([("LLEN", table.keys.prefix + "order")], timeout_s=5.0) == [2]
+    assert table.link.call([("HLEN", table.keys.prefix + "completed")], timeout_s=5.0) == [2]
 
 
 def test_an_episode_that_outlives_the_table_while_open_is_never_drawn(make_table, make_episode, append_all):
@@ -236,7 +285,7 @@ def test_an_episode_that_outlives_the_table_while_open_is_never_drawn(make_table
     assert table.stats().num_steps <= 45
 
 
-def test_draws_whose_slots_were_given_away_are_made_anew(make_table, make_episode, append_all, monkeypatch):
+def test_draws_that_were_evicted_before_the_fetch_are_made_anew(make_table, make_episode, append_all, monkeypatch):
     table = make_table(capacity_steps=45)
     for number in range(2):
         append_all(table, make_episode(f"old{number}", 20, instruction="old"))
@@ -270,40 +319,44 @@ def test_a_reader_that_eviction_outruns_is_told_so_in_time(make_table, make_epis
 
     append_all(table, make_episode("first", 20))
     monkeypatch.setattr(table, "_fetch", fetch_after_eviction)
-    with pytest.raises(ReplayWait, match=r"5 of 5 windows were evicted.* for 0\.2 s; raise capacity_steps 45"):
+    with pytest.raises(ReplayWait, match=r"5 of 5 windows could not be read .* for 0\.2 s: .*raise capacity_steps 45"):
         table.sample(5, timeout_s=0.2)
 
 
-def test_only_windows_with_a_lost_slot_are_replaced(make_table, make_episode, append_all):
-    table = make_table(context_steps=6)
-    append_all(table, make_episode("e", 20))
-    draws = np.zeros(3, table._draw_dtype)
-    draws["episode_id"] = b"e"
-    draws["segment_index"] = [0, 1, 2]
-    rows = np.zeros(3, table.codec.row_dtype)
-    rows["episode_id"] = [b"e", b"e", b"other"]
-    rows["segment_index"] = [0, 1, 2]
-    moved = rows.copy()
-    moved["episode_id"], moved["segment_index"] = b"e", [0, 4, 2]
-    window_rows = np.array([[-1, -1, 0], [-1, 0, 1], [-1, 1, 2]])
+def test_only_evicted_windows_are_drawn_anew(make_table, make_episode, append_all, monkeypatch):
+    spec = make_spec(cameras=(CameraSpec(name="a", height=2, width=3), CameraSpec(name="b", height=2, width=2)))
+    encodings = {"b": ImageEncoding(kind="lz4")}
+    table = make_table(spec=spec, capacity_steps=45, image_encodings=encodings)
+    episodes = {name: make_episode(name, 20, spec=spec, seed=ord(name), instruction=name) for name in "abc"}
+    append_all(table, episodes["a"])
+    append_all(table, episodes["b"])
+    fetch, plans = table._fetch, []
 
-    class Drawn:
-        pass
+    def fetch_after_eviction(plan, *rest):
+        if not plans:
+            append_all(table, episodes["c"])
+        plans.append(plan)
+        return fetch(plan, *rest)
 
-    Drawn.window_rows = window_rows
-    assert replaced(draws, Drawn, rows, np.ones(3, bool)).tolist() == [False, False, True]
-    assert replaced(draws, Drawn, rows, np.array([False, True, True])).tolist() == [True, True, True]
-    assert replaced(draws, Drawn, moved, np.ones(3, bool)).tolist() == [False, True, True]
+    monkeypatch.setattr(table, "_fetch", fetch_after_eviction)
+    batch = table.sample(40, timeout_s=5.0)
+    first, second = plans
+    kept = np.array(first.instructions) == "b"
+    assert 0 < kept.sum() < 40
+    assert len(second.numbers) == 40 - kept.sum()
+    np.testing.assert_array_equal(batch.items[kept], first.numbers[kept])
+    assert set(batch.instructions) == {"b", "c"}
+    assert_windows_are_cut_from(batch, episodes, 6)
 
 
-def test_readers_see_whole_episodes_while_writers_evict(make_table, make_episode, append_all):
+def test_readers_see_whole_episodes_while_writers_evict(make_table, make_client, make_episode, append_all):
     table = make_table(capacity_steps=60, context_steps=9)
     episodes = {}
     for number in range(60):
         instruction = f"episode {number}"
         episodes[instruction] = make_episode(f"e{number}", 5 + number % 14, seed=number, instruction=instruction)
     append_all(table, episodes["episode 0"])
-    writer_table = make_table(name=table.config.name, capacity_steps=60, context_steps=9)
+    writer_table = make_client(table)
 
     def write():
         for segments in list(episodes.values())[1:]:
@@ -318,9 +371,29 @@ def test_readers_see_whole_episodes_while_writers_evict(make_table, make_episode
     writer.join()
 
 
-def test_a_foreign_row_is_an_integrity_error(make_table, make_episode, append_all):
+def test_a_damaged_episode_is_named_and_can_be_discarded(make_table, make_episode, append_all):
     table = make_table()
-    append_all(table, make_episode("e", 3))
-    table._link.call([("SETRANGE", table._prefix + "row:0", 8, b"garbage")], timeout_s=5.0)
-    with pytest.raises(IntegrityError, match="another Arrow header"):
-        table.sample(1, timeout_s=1.0)
+    for name in ("good", "bad", "last"):
+        append_all(table, make_episode(name, 10))
+    entries = list(table.reader.entries(timeout_s=5.0))
+    assert [entry["episode_id"] for entry in entries] == ["good", "bad", "last"]
+    row = table.keys.row(entries[1]["digest"], 1)
+    table.link.call([("SETRANGE", row, table.codec.steps_offset, b"\x07")], timeout_s=5.0)
+    with pytest.raises(IntegrityError, match="episode 'bad', segment 1: row of 'bad'/1 differs from its checksum"):
+        list(table.episodes())
+    assert table.discard(entries[1]["completion"])
+    assert not table.discard(entries[1]["completion"]), "only once"
+    assert [s[0].episode_id for s in table.episodes()] == ["good", "last"]
+    assert (table.stats().num_steps, table.limiter_state().drawable_steps) == (20, 20)
+    assert set(table.sample(100, timeout_s=5.0).items.tolist()) <= {0, 1, 2, 6, 7, 8}
+
+
+def test_a_row_in_the_place_of_another_is_named(make_table, make_episode, append_all):
+    table = make_table()
+    append_all(table, make_episode("one", 4))
+    append_all(table, make_episode("two", 4))
+    one, two = (table.keys.row(entry["digest"], 0) for entry in table.reader.entries(timeout_s=5.0))
+    (row,) = table.link.call([("GET", two)], timeout_s=5.0)
+    table.link.call([("SET", one, row)], timeout_s=5.0)
+    with pytest.raises(IntegrityError, match="episode 'one', segment 0 holds segment 'two'/0"):
+        list(table.episodes())
