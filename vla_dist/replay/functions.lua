@@ -429,13 +429,8 @@ local function remove_if_used_up(b, completion, id, e)
     if tonumber(redis.call('HGET', table_key(b, 'used', other), name) or 0) < e.steps then return end
   end
   evict(b, id, e)
-  -- Removal by use leaves names behind in the order; those in front are dropped, a few at a time.
-  for _ = 1, 16 do
-    local front = redis.call('LINDEX', b.prefix .. 'order', 0)
-    local oldest = front and read_episode(b, front)
-    if not front or (oldest and oldest.status ~= EVICTED) then return end
-    redis.call('LPOP', b.prefix .. 'order')
-  end
+  -- Mostly one of the oldest. Left there, its name would stay for ever behind an episode that nobody finishes.
+  redis.call('LREM', b.prefix .. 'order', 1, id)
 end
 
 -- Steps of an episode may not be drawn from this table any more.
