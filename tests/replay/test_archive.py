@@ -28,7 +28,8 @@ from vla_dist.replay import parquet
 from vla_dist.replay.archive import Archiver, ExportCounts, RefillCounts, export_episodes, read_archive, refill
 from vla_dist.replay.archive_folder import ArchiveFolder
 from vla_dist.replay.limiter import LimiterConfig
-from vla_dist.replay.parquet import EpisodeFilter, PartReader
+from vla_dist.replay.parquet import EpisodeFilter
+from vla_dist.replay.part_reader import PartReader
 from vla_dist.testing.fakes import make_spec
 
 CAMERAS = make_spec(cameras=tuple(CameraSpec(name=name, height=16, width=24) for name in ("raw", "lz4", "jpeg")))
@@ -444,6 +445,20 @@ def test_refill_takes_the_newest_that_fit_and_evicts_nothing(tmp_path, make_tabl
     assert refill(few, tmp_path, limit=2, timeout_s=5) == RefillCounts(inserted=2, left_out=4, steps=20)
     assert ids(few.episodes()) == ["e4", "e5"]
     assert refill(make_table(), tmp_path, limit=0, timeout_s=5) == RefillCounts(left_out=6)
+
+
+def test_refilled_frames_are_those_that_were_stored(tmp_path, make_table, fill):
+    source = make_table(spec=CAMERAS, image_encodings=ENCODINGS)
+    fill(source, range(3))
+    export_episodes(source, tmp_path)
+    alike = make_table(spec=CAMERAS, image_encodings=ENCODINGS)
+    assert refill(alike, tmp_path, timeout_s=5).inserted == 3
+    for mine, theirs in zip(alike.reader.entries(timeout_s=5), source.reader.entries(timeout_s=5), strict=True):
+        assert alike.reader.payload(mine, timeout_s=5) == source.reader.payload(theirs, timeout_s=5)
+    otherwise = make_table(spec=CAMERAS, image_encodings={"raw": ImageEncoding(kind="lz4")})
+    assert refill(otherwise, tmp_path, timeout_s=5).inserted == 3
+    for mine, theirs in zip(otherwise.episodes(), source.episodes(), strict=True):
+        assert_same_bits(mine, theirs)
 
 
 def test_a_refill_that_had_to_wait_goes_on_where_it_was(tmp_path, make_table, fill):

@@ -136,7 +136,7 @@ class SegmentCodec:
         return self.encode_all([segment])[0]
 
     def encode_all(
-        self, segments: Sequence[Segment], frames: Sequence[Mapping[str, bytes]] | None = None
+        self, segments: Sequence[Segment], frames: Sequence[Mapping[str, bytes | memoryview]] | None = None
     ) -> list[EncodedSegment]:
         """The same for many, several times as fast as one by one.
 

@@ -10,10 +10,9 @@ second. An episode may be evicted once the plan that holds it is finished.
 """
 
 import itertools
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +32,11 @@ from vla_dist.replay.archive_parts import (
     skipping,
     wanted_row_groups,
 )
+from vla_dist.replay.archive_plan import ArchivePlan, PartSize
 from vla_dist.replay.episodes import Entry
 from vla_dist.replay.link import Deadline
-from vla_dist.replay.parquet import EpisodeFilter, PartReader, PartWriter
+from vla_dist.replay.parquet import EpisodeFilter, PartWriter
+from vla_dist.replay.part_reader import PackedEpisode, PartReader
 from vla_dist.replay.state import BufferState
 from vla_dist.replay.table import RedisReplayTable
 
@@ -43,6 +44,7 @@ _PATIENCE_S = 10.0
 _POLL_S = 0.25
 _NEXT = 16
 """Episodes at the head of the order of eviction that are looked at; some of them may have left."""
+_SEGMENTS_PER_APPEND = 64
 _EVERYTHING = EpisodeFilter()
 _COUNTS = ("episodes", "parts", "bytes", "duplicates", "missing", "quarantined")
 
@@ -71,25 +73,6 @@ class ExportCounts:
     """Of those written."""
     parts: int = 0
     """Files written."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    file: str
-    """Empty where there is nothing to write."""
-    completions: tuple[int, ...]
-    duplicates: int
-    """Episodes that the archive holds already."""
-    reached: int
-    """Completions up to this one are dealt with when the plan is finished."""
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: bytes) -> "_Plan":
-        fields = json.loads(text)
-        return cls(**{**fields, "completions": tuple(fields["completions"])})
 
 
 class Archiver:
@@ -130,10 +113,8 @@ class Archiver:
             )
         self._table = table
         self._folder = ArchiveFolder.at(uri)
-        self._episodes_per_part = episodes_per_part
-        self._bytes_per_part = bytes_per_part
+        self._size = PartSize(table, max_episodes=episodes_per_part, max_bytes=bytes_per_part)
         self._flush_after_s = flush_after_s
-        self._sizes: dict[str, int] = {}
         self._known = open_for_writing(self._folder, table)
         self._behind = 0
         self._counts: dict[str, float] = dict.fromkeys(_COUNTS, 0.0)
@@ -216,15 +197,15 @@ class Archiver:
         """The plan that holds now, this one or another's; None where none is due."""
         reader = self._table.reader
         entries = reader.entries(after=state.archived, timeout_s=_PATIENCE_S)
-        waiting = list(itertools.islice(entries, self._episodes_per_part))
-        chosen, is_full = self._fill(waiting)
+        waiting = list(itertools.islice(entries, self._size.max_episodes))
+        chosen, is_full = self._size.fill(waiting)
         is_old = bool(waiting) and now_s - waiting[0]["completed_at_s"] >= self._flush_after_s
         if waiting and not (is_forced or is_full or is_old or self._holds_eviction_up(state, waiting)):
             return None
         self._known.learn()
         wanted = [entry for entry in chosen if entry not in self._known]
         # Where nothing waits, all that the state counted has left meanwhile.
-        plan = _Plan(
+        plan = ArchivePlan(
             file=part_name(incarnation_of(self._table), wanted[0]) if wanted else "",
             completions=tuple(entry["completion"] for entry in wanted),
             duplicates=len(chosen) - len(wanted),
@@ -243,29 +224,8 @@ class Archiver:
         (names,) = self._table.link.call([("LRANGE", self._table.keys.order, 0, _NEXT - 1)], timeout_s=_PATIENCE_S)
         return not {name.decode() for name in names}.isdisjoint(entry["episode_id"] for entry in waiting)
 
-    def _fill(self, waiting: Sequence[Entry]) -> tuple[list[Entry], bool]:
-        """As many as one file takes, and whether it is full then."""
-        self._measure(waiting)
-        chosen, num_bytes = [], 0
-        for entry in waiting:
-            chosen.append(entry)
-            num_bytes += entry["num_segments"] * self._sizes[entry["digest"]]
-            if num_bytes >= self._bytes_per_part:
-                return chosen, True
-        return chosen, len(chosen) == self._episodes_per_part
-
-    def _measure(self, waiting: Sequence[Entry]) -> None:
-        """Bytes of a segment of each episode, judged by its first one."""
-        keys, cameras = self._table.keys, range(len(self._table.codec.image_codecs))
-        new = [entry["digest"] for entry in waiting if entry["digest"] not in self._sizes]
-        commands = [("STRLEN", keys.image(digest, 0, camera)) for digest in new for camera in cameras]
-        sizes = self._table.images_link.call(commands, timeout_s=_PATIENCE_S) if commands else []
-        images = np.array(sizes, np.int64).reshape(len(new), len(cameras)).sum(axis=1).tolist()
-        known = {digest: self._table.codec.row_bytes + size for digest, size in zip(new, images, strict=True)}
-        self._sizes = {entry["digest"]: (known | self._sizes)[entry["digest"]] for entry in waiting}
-
     def _execute(self, archived: int, holding: bytes) -> None:
-        plan = _Plan.from_json(holding)
+        plan = ArchivePlan.from_json(holding)
         done: dict[str, float] = {"duplicates": plan.duplicates}
         if plan.file and not self._is_written(plan.file):
             writer, damaged, missing = self._build(archived, plan)
@@ -291,7 +251,7 @@ class Archiver:
         except (IntegrityError, NotFound):
             return False
 
-    def _build(self, archived: int, plan: _Plan) -> tuple[PartWriter, dict[str, str], int]:
+    def _build(self, archived: int, plan: ArchivePlan) -> tuple[PartWriter, dict[str, str], int]:
         """The file, the reason for each damaged episode, and the number of those that are not there."""
         wanted = set(plan.completions)
         writer, damaged = new_part(self._table), dict[str, str]()
@@ -339,14 +299,15 @@ def refill(
     """Append what a buffer lacks of an archive, in the order of the archive.
 
     Of more than fits beside what the buffer holds now, the newest: nothing is evicted for it. Episodes that the buffer
-    remembers, evicted ones too, are duplicates. What comes from the archive of this buffer is not archived again.
+    remembers, evicted ones too, are duplicates. Frames that are packed as the buffer packs them are stored as they are.
+    What comes from the archive of this buffer is not archived again.
 
     Args:
         table: of the buffer.
         uri: see ``ArchiveFolder.at``.
         where: which episodes.
         limit: most to insert, the newest; None: all that fit.
-        timeout_s: how long one append of up to a row group may wait for a limiter.
+        timeout_s: how long one append, of some 64 segments, may wait for a limiter.
         on_error: see ``OnError``.
         on_counts: told of the counts so far after each row group.
 
@@ -379,7 +340,8 @@ def refill(
         if (part.file_name, group) in groups:
             wanted = [e for e in episodes if (part.file_name, group, e.first_row) in chosen]
             with skipping(on_error):
-                counts = _append(table, list(part.read(group, wanted)), counts, timeout_s)
+                for batch in _batches(part.read_packed(group, wanted, table.codec)):
+                    counts = _append(table, batch, counts, timeout_s)
             on_counts(counts)
     return counts
 
@@ -453,16 +415,30 @@ def _is_wanted(entry: Entry, where: EpisodeFilter) -> bool:
     )
 
 
+def _batches(episodes: Iterable[PackedEpisode]) -> Iterator[list[PackedEpisode]]:
+    """Enough for one round trip: what is decoded at once must not grow with a row group."""
+    batch: list[PackedEpisode] = []
+    for episode in episodes:
+        batch.append(episode)
+        if sum(len(one.segments) for one in batch) >= _SEGMENTS_PER_APPEND:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
 def _append(
-    table: RedisReplayTable, episodes: Sequence[Sequence[Segment]], counts: RefillCounts, timeout_s: float
+    table: RedisReplayTable, episodes: Sequence[PackedEpisode], counts: RefillCounts, timeout_s: float
 ) -> RefillCounts:
-    results = iter(table.append_all([segment for episode in episodes for segment in episode], timeout_s=timeout_s))
+    segments = [segment for episode in episodes for segment in episode.segments]
+    frames = [packed for episode in episodes for packed in episode.frames]
+    results = iter(table.append_all(segments, timeout_s=timeout_s, frames=frames))
     inserted = duplicates = steps = 0
     for episode in episodes:
-        is_new = "inserted" in list(itertools.islice(results, len(episode)))
+        is_new = "inserted" in list(itertools.islice(results, len(episode.segments)))
         inserted += is_new
         duplicates += not is_new
-        steps += is_new * sum(segment.length for segment in episode)
+        steps += is_new * sum(segment.length for segment in episode.segments)
     return replace(
         counts,
         inserted=counts.inserted + inserted,

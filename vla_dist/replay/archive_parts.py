@@ -12,7 +12,8 @@ from typing import Literal
 from vla_dist.core.errors import ConfigError, ContractMismatch, IntegrityError, NotFound, Unreachable
 from vla_dist.replay.archive_folder import PART_SUFFIX, ArchiveFolder
 from vla_dist.replay.episodes import Entry
-from vla_dist.replay.parquet import ArchivedEpisode, EpisodeFilter, PartHeader, PartReader, PartWriter
+from vla_dist.replay.parquet import EpisodeFilter, PartHeader, PartWriter
+from vla_dist.replay.part_reader import ArchivedEpisode, PartReader
 from vla_dist.replay.table import RedisReplayTable
 
 _PATIENCE_S = 10.0

@@ -6,9 +6,8 @@ were raw. The footer's ``vla_dist`` entry is the JSON of a ``PartHeader``.
 Dimensions: N segments, M valid steps of all of them, P proprio, A action.
 """
 
-import contextlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -16,22 +15,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vla_dist.core.errors import ConfigError, IntegrityError, Unreachable
+from vla_dist.core.errors import ConfigError, IntegrityError
 from vla_dist.core.specs import EnvSpec
-from vla_dist.core.types import SOURCES, Array, Segment, Source
-from vla_dist.data.image_codec import ImageCodec, ImageEncoding
+from vla_dist.core.types import SOURCES, Array, Source
 from vla_dist.data.segment_codec import SegmentCodec
-from vla_dist.replay.archive_folder import ArchiveFolder
 from vla_dist.replay.episodes import Entry
 
 _FORMAT = 1
-_KEY = b"vla_dist"
+HEADER_KEY = b"vla_dist"
 _ROW_GROUP_BYTES = 16 << 20
 _TEXTS = ("episode_id", "robot_id", "task", "instruction")
 _VECTORS = ("proprio", "actions", "target_actions")
-_STEPS = (*_VECTORS, "rewards", "interventions")
-_FIELDS = (*_TEXTS, "segment_index", "length", "policy_version", "source", "is_last", "success")
-_MARKS = ("completion", "completed_at_s")
+STEPS = (*_VECTORS, "rewards", "interventions")
+FIELDS = (*_TEXTS, "segment_index", "length", "policy_version", "source", "is_last", "success")
+MARKS = ("completion", "completed_at_s")
 _STEP_LIST, _VECTOR_LIST = ".list.element", ".list.element.list.element"
 
 Payload = Sequence[tuple[bytes, Mapping[str, bytes]]]
@@ -101,19 +98,6 @@ class EpisodeFilter:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArchivedEpisode:
-    """What a file tells about an episode without its steps."""
-
-    episode_id: str
-    length: int
-    completed_at_s: float
-    """By the clock of the server that saw it become whole."""
-    first_row: int
-    """Within the row group."""
-    num_segments: int
-
-
 class PartWriter:
     """Builds one file in memory."""
 
@@ -122,7 +106,7 @@ class PartWriter:
         self._header = header
         self._sink = pa.BufferOutputStream()
         self._schema = _schema(codec)
-        cameras = {_image_column(name): packer for name, packer in codec.image_codecs.items()}
+        cameras = {image_column(name): packer for name, packer in codec.image_codecs.items()}
         numbers = {name: "zstd" for name in _column_paths(self._schema) if name not in cameras}
         frames = {name: "zstd" if packer.is_raw else "none" for name, packer in cameras.items()}
         floats = [f"{name}{_VECTOR_LIST}" for name in _VECTORS] + [f"rewards{_STEP_LIST}"]
@@ -133,7 +117,7 @@ class PartWriter:
             use_dictionary=cast(Any, [*_TEXTS, "source"]),
             # The bytes of floats side by side by significance: neighbours differ least in the first ones.
             column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
-            write_statistics=cast(Any, [*_FIELDS, *_MARKS]),
+            write_statistics=cast(Any, [*FIELDS, *MARKS]),
             write_page_checksum=True,
         )
         self._completions: list[int] = []
@@ -193,7 +177,7 @@ class PartWriter:
         """The whole file."""
         self._flush()
         fields = {**asdict(self._header), "completions": self._completions, "digests": self._digests}
-        self._writer.add_key_value_metadata({_KEY.decode(): PartHeader(**fields).to_json()})
+        self._writer.add_key_value_metadata({HEADER_KEY.decode(): PartHeader(**fields).to_json()})
         self._writer.close()
         return self._sink.getvalue()
 
@@ -217,7 +201,7 @@ class PartWriter:
         columns["rewards"] = _lists(offsets, pa.array(steps[:, layout.reward], pa.float32()))
         columns["interventions"] = _lists(offsets, pa.array(steps[:, layout.intervention] != 0))
         for name, frames in self._frames.items():
-            columns[_image_column(name)] = pa.array(frames, pa.binary())
+            columns[image_column(name)] = pa.array(frames, pa.binary())
         completions, times = zip(*self._marks, strict=True)
         columns["completion"] = pa.array(completions, pa.int64())
         columns["completed_at_s"] = pa.array(times, pa.float64())
@@ -227,146 +211,7 @@ class PartWriter:
         self._frames = {name: [] for name in self._frames}
 
 
-class PartReader:
-    """One file, a row group at a time. Close it, or use it in a ``with`` block."""
-
-    def __init__(self, folder: ArchiveFolder, name: str) -> None:
-        """
-        Raises:
-            IntegrityError: damaged, or no file of ours.
-            NotFound: no such file.
-            Unreachable: no answer.
-        """
-        self.name = f"{folder.name}/{name}"
-        self.file_name = name
-        self._folder = folder
-        self._file = folder.open(name)
-        try:
-            with self._reported():
-                self._parquet = pq.ParquetFile(self._file, page_checksum_verification=True)
-                self.header = PartHeader.from_json(self._parquet.metadata.metadata[_KEY])
-        except BaseException:
-            self._file.close()
-            raise
-        self.num_row_groups = self._parquet.num_row_groups
-        spec = self.header.spec
-        self._codecs = {
-            camera.name: ImageCodec(camera, ImageEncoding.parse(self.header.image_encodings[camera.name]))
-            for camera in spec.cameras
-        }
-
-    def __enter__(self) -> "PartReader":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def episodes(self, group: int, where: EpisodeFilter) -> list[ArchivedEpisode]:
-        """Those that are wanted; only small columns are read. Errors as the constructor."""
-        with self._reported():
-            table = self._parquet.read_row_group(group, columns=[*_FIELDS, *_MARKS])
-            texts = {name: table[name].to_pylist() for name in ("episode_id", "task", "source")}
-            numbers = {name: table[name].to_numpy() for name in ("is_last", "success", "policy_version", "length")}
-            ends = np.flatnonzero(numbers["is_last"]) + 1
-            times = table["completed_at_s"].to_numpy()
-            if not len(ends) or ends[-1] != len(table):
-                raise ValueError("an episode without its end")
-            found = []
-            for first, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
-                if where.accepts(
-                    task=texts["task"][first],
-                    source=texts["source"][first],
-                    success=bool(numbers["success"][end - 1]),
-                    policy_versions=numbers["policy_version"][first:end],
-                ):
-                    found.append(
-                        ArchivedEpisode(
-                            episode_id=texts["episode_id"][first],
-                            length=int(numbers["length"][first:end].sum()),
-                            completed_at_s=float(times[first]),
-                            first_row=first,
-                            num_segments=end - first,
-                        )
-                    )
-        return found
-
-    def read(self, group: int, episodes: Sequence[ArchivedEpisode]) -> Iterator[list[Segment]]:
-        """The segments of episodes that ``episodes`` gave for this row group. Errors as the constructor."""
-        if not episodes:
-            return
-        with self._reported():
-            columns = [*_FIELDS, *_STEPS, *(_image_column(name) for name in self._codecs)]
-            table = self._parquet.read_row_group(group, columns=columns)
-            rows = _Rows(table.combine_chunks(), self.header, self._codecs)
-        for episode in episodes:
-            with self._reported():
-                segments = [rows.segment(episode.first_row + index) for index in range(episode.num_segments)]
-                if [segment.segment_index for segment in segments] != list(range(episode.num_segments)):
-                    raise ValueError(f"the segments of {episode.episode_id!r} are not in order")
-            yield segments
-
-    @contextlib.contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except Unreachable:
-            raise
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-            self._folder.require_readable(self.file_name)
-            reason = str(error).partition("\n")[0]
-            raise IntegrityError(
-                f"{self.name} is damaged or no archive of episodes ({type(error).__name__}: {reason}); take it out of "
-                "the folder, or read with on_error='skip'"
-            ) from error
-
-
-class _Rows:
-    """A row group in memory."""
-
-    def __init__(self, table: pa.Table, header: PartHeader, codecs: Mapping[str, ImageCodec]) -> None:
-        spec = header.spec
-        self._num_steps, self._codecs = header.num_steps, codecs
-        self._fields = {name: table[name].to_pylist() for name in _FIELDS}
-        lengths = np.array(self._fields["length"], np.int64)
-        self._offsets = np.concatenate([[0], np.cumsum(lengths)])
-        widths = {"proprio": spec.proprio_dim, "actions": spec.action_dim, "target_actions": spec.action_dim}
-        self._steps: dict[str, Array] = {}
-        for name in _STEPS:
-            column = _only_chunk(table, name)
-            if not np.array_equal(column.value_lengths().to_numpy(zero_copy_only=False), lengths):
-                raise ValueError(f"column {name} has another number of steps than length says")
-            values = column.flatten()
-            if name in widths:
-                values = values.flatten()
-                steps = values.to_numpy(zero_copy_only=False).reshape(int(lengths.sum()), widths[name])
-            else:
-                steps = values.to_numpy(zero_copy_only=False)
-            self._steps[name] = steps
-        self._frames = {name: _only_chunk(table, _image_column(name)) for name in codecs}
-
-    def segment(self, row: int) -> Segment:
-        first, end = int(self._offsets[row]), int(self._offsets[row + 1])
-
-        def padded(steps: Array) -> Array:
-            whole = np.zeros((self._num_steps, *steps.shape[1:]), steps.dtype)
-            whole[: len(steps)] = steps
-            return whole
-
-        fields: dict[str, Any] = {name: column[row] for name, column in self._fields.items()}
-        steps: dict[str, Any] = {name: padded(column[first:end]) for name, column in self._steps.items()}
-        images = {
-            name: padded(self._codecs[name].unpack(memoryview(column[row].as_buffer()).cast("B"), end - first))
-            for name, column in self._frames.items()
-        }
-        return Segment(**fields, **steps, images=images)
-
-
-def _only_chunk(table: pa.Table, name: str) -> Any:
-    column = table[name]
-    return column.chunk(0) if column.num_chunks else pa.array([], column.type)
-
-
-def _image_column(camera: str) -> str:
+def image_column(camera: str) -> str:
     return f"image_{camera}"
 
 
@@ -380,7 +225,7 @@ def _schema(codec: SegmentCodec) -> pa.Schema:
         **dict.fromkeys(_VECTORS, vectors),
         "rewards": floats,
         "interventions": pa.list_(pa.bool_()),
-        **{_image_column(name): pa.binary() for name in codec.image_codecs},
+        **{image_column(name): pa.binary() for name in codec.image_codecs},
         "completion": pa.int64(),
         "completed_at_s": pa.float64(),
     }

@@ -58,7 +58,11 @@ class SegmentWriter:
         self._images_gone = None if images is None else ImagesGone(link, images, keys, len(self._cameras))
 
     def append(
-        self, segments: Sequence[Segment], *, timeout_s: float, frames: Sequence[Mapping[str, bytes]] | None = None
+        self,
+        segments: Sequence[Segment],
+        *,
+        timeout_s: float,
+        frames: Sequence[Mapping[str, bytes | memoryview]] | None = None,
     ) -> list[AppendResult]:
         """Store each once; see ``RedisReplayTable.append_all``."""
         # All are checked before the first byte of any is sent.
@@ -77,7 +81,9 @@ class SegmentWriter:
             raise refused
         return [item.result for item in items if item.result is not None]
 
-    def _prepare(self, segments: Sequence[Segment], frames: Sequence[Mapping[str, bytes]] | None) -> list[_Item]:
+    def _prepare(
+        self, segments: Sequence[Segment], frames: Sequence[Mapping[str, bytes | memoryview]] | None
+    ) -> list[_Item]:
         for segment in segments:
             if segment.segment_index >= MOST_SEGMENTS_PER_EPISODE:
                 raise DataError(
