@@ -39,10 +39,10 @@ def audit(folder: Path, table: RedisReplayTable, totals: "Totals") -> None:
     ids = list(acknowledged)
     has = table.link.call([table.function("has", episode_id) for episode_id in ids], timeout_s=PATIENCE_S)
     assert [name for name, known in zip(ids, has, strict=True) if not known] == []
-    assert state.completions + state.broken == len(acknowledged)
+    assert state.completions + state.broken == len(acknowledged), state
     # Nothing twice: not a step more than the episodes have.
-    assert state.inserted == sum(true_steps.values())
-    assert state.steps == state.inserted - state.evicted_steps <= table.config.capacity_steps
+    assert state.inserted == sum(true_steps.values()), f"of {sum(true_steps.values())} steps: {state}"
+    assert state.steps == state.inserted - state.evicted_steps <= table.config.capacity_steps, state
 
     # Nothing torn: what is stored is what was appended.
     entries = list(table.reader.entries(timeout_s=PATIENCE_S))

@@ -118,6 +118,9 @@ class Storm:
 
     def settle(self) -> Totals:
         """Let the writers finish and the queue run dry, then count everything."""
+        for name in self._names:
+            # A writer that starts takes up again what it had begun; told to stop before that, it would not.
+            self._await_progress(name)
         (self._folder / "stop").touch()
         writers = [name for name in self._names if name.startswith("writer")]
         self._wait(lambda: all(self._running[name].poll() == 0 for name in writers), "the writers finish")
@@ -132,10 +135,11 @@ class Storm:
 
     def _start(self, name: str) -> None:
         program = _PROGRAMS[name.split("-")[0]]
+        path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
         with (self._folder / f"{name}.errors").open("ab") as errors:
             self._running[name] = subprocess.Popen(
                 [sys.executable, "-m", f"chaos.{program}", str(self._folder), name],
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+                env={**os.environ, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
