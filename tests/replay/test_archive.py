@@ -242,6 +242,17 @@ def test_a_death_around_the_write_neither_loses_nor_repeats(moment, tmp_path, ma
     assert len(parts(tmp_path)) == 2
 
 
+def test_a_file_that_was_written_keeps_what_left_the_buffer_since(tmp_path, make_table, fill):
+    table, folder = make_table(), CrashingFolder(tmp_path)
+    fill(table, range(3))
+    folder.after = crash
+    with pytest.raises(Crash):
+        Archiver(table, folder).flush(timeout_s=10)
+    table.discard(2)
+    Archiver(table, tmp_path).flush(timeout_s=10)
+    assert archived_ids(tmp_path) == ["e0", "e1", "e2"]
+
+
 def test_a_half_written_file_is_passed_over(tmp_path, make_table, fill, monkeypatch):
     table = make_table()
     fill(table, range(2))

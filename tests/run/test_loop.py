@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 
+from vla_dist.replay.archive import read_archive
 from vla_dist.run.serve_app import free_ports
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
@@ -19,8 +20,8 @@ SMALL = (
 )
 
 
-def start_small(child):
-    child.start("babyai", *SMALL, "--serving.port", str(free_ports(1)[0]))
+def start_small(child, *more):
+    child.start("babyai", *SMALL, *more, "--serving.port", str(free_ports(1)[0]))
 
 
 def test_the_loop_closes_and_survives_two_kills(child, tmp_path):
@@ -67,7 +68,7 @@ def test_ctrl_c_while_serve_starts_does_not_hang(child):
 
 
 def test_ctrl_c_leaves_no_process_and_resume_goes_on_from_the_checkpoint(child, tmp_path):
-    start_small(child)
+    start_small(child, "--replay.archive", "archive")
     child.wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/*/checkpoint_*")), what="first checkpoint")
     interrupt(child, within_s=30)
     assert not list(tmp_path.glob("runs/*/summary.json"))
@@ -77,3 +78,7 @@ def test_ctrl_c_leaves_no_process_and_resume_goes_on_from_the_checkpoint(child, 
     assert [version["updates"] for version in summary["versions"]] == [0, 50, 100, 150]
     assert summary["updates"] == 150
     assert len([json.loads(path.read_text()) for path in tmp_path.glob("runs/*/config.json")]) == 1
+    (folder,) = tmp_path.glob("runs/*/archive")
+    archived = [episode[0].episode_id for episode in read_archive(folder)]
+    assert len(set(archived)) == len(archived) >= 60
+    assert summary["archive"] == {"episodes": len(archived), "not_archived": 0}

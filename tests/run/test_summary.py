@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -63,3 +64,10 @@ def test_the_page_says_the_same_and_keeps_the_notes(summary):
     assert "| zeroed | 0.25 |" in page
     assert "50 served calls (1 failed)" in page
     assert "rollout-0 died" in page
+
+
+def test_a_run_with_an_archive_says_how_much_of_it_is_there(summary):
+    assert "Archived" not in summary.to_markdown()
+    archived = dataclasses.replace(summary, archive={"episodes": 1234, "not_archived": 5})
+    assert "Archived: 1,234 episodes; 5 complete ones are not." in archived.to_markdown()
+    assert archived.to_json()["archive"] == {"episodes": 1234, "not_archived": 5}
