@@ -15,6 +15,7 @@ VERBS = {
     "serve": "serve the policies of a run to robots over gRPC",
     "evaluate": "success of a version of a run on unseen seeds",
     "inspect": "what a run holds: config, versions, replay",
+    "replay": "what a replay holds and how it is doing; whether it is whole; to files and back",
     "doctor": "what this machine has and what is missing",
     "bench": "benchmarks, each against a peer or a limit in the same run",
 }

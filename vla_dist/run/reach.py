@@ -1,0 +1,36 @@
+"""The store of a run, whether the run lives or has ended: for those who only look at it."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from vla_dist.core.errors import NotFound
+from vla_dist.replay.server import running_server_url
+from vla_dist.run.config import load_config
+from vla_dist.run.files import CONFIG, IMAGES, REDIS, find_run_dir
+from vla_dist.run.store import Store, open_store
+
+
+@contextlib.contextmanager
+def reach_store(run_dir: Path | None) -> Iterator[Store]:
+    """A store that answers for as long as the block runs: the one in use by a run, or else one opened again.
+
+    Args:
+        run_dir: folder of the run; None: the newest one in ``runs/``.
+
+    Raises:
+        NotFound: no run lies there.
+        ConfigError: a config of another version.
+        ResourceMissing, Unreachable: as ``open_store``.
+    """
+    run_dir = (run_dir or find_run_dir(Path("runs"))).resolve()
+    if not (run_dir / CONFIG).exists():
+        raise NotFound(f"{run_dir} is not the folder of a run: it has no {CONFIG}; runs lie in runs/<preset>-<time>")
+    config = load_config(run_dir / CONFIG)
+    running = None if config.replay.redis_url else running_server_url(run_dir / REDIS)
+    if running is None:
+        with open_store(config, run_dir) as store:
+            yield store
+    else:
+        images = config.replay.images_redis_url or running_server_url(run_dir / IMAGES)
+        yield Store(redis_url=running, images_url=images)
