@@ -14,6 +14,7 @@ from vla_dist.replay.index import EpisodeIndex
 from vla_dist.replay.keys import Keys
 from vla_dist.replay.link import Deadline, RedisLink
 from vla_dist.replay.samplers import Draw, PrioritisedDraw
+from vla_dist.replay.state import BufferState
 from vla_dist.replay.wire import Command
 
 _PAGE = 2000
@@ -82,6 +83,10 @@ class IndexFollower:
             pass
         numbers = self.index.rows["number"]
         if isinstance(self.sampler, PrioritisedDraw):
+            (packed,) = self._link.call([("GET", self._keys.state)], timeout_s=deadline.left_s)
+            top = BufferState.unpack(packed, self._keys.prefix).tables[self._table].max_priority
+            # Of no row: the one with the highest priority so far may have left.
+            self.sampler.score(self.index, np.array([-1]), np.array([top]))
             self.sampler.score(self.index, numbers, self._ring("priorities", "<f4", numbers, deadline))
         if self._max_draws:
             self.index.use_up(numbers[self._ring("draws", "<u4", numbers, deadline) >= self._max_draws])

@@ -174,7 +174,7 @@ class RedisReplayTable:
 
         Args:
             items: (n,) int64 of ``Batch.items``.
-            priorities: (n,) above 0, finite; of equal items the last counts.
+            priorities: (n,) above 0, finite in float32; below 1e-6 they count as that. Of equal items the last counts.
 
         Raises:
             ConfigError: not a prioritised table, or numbers that are no priorities.
@@ -183,11 +183,14 @@ class RedisReplayTable:
         priorities = np.asarray(priorities, np.float64)
         if self.table.kind != "prioritised":
             raise ConfigError(f"table {self.table.name!r} is {self.table.kind}: it has no priorities")
-        if len(items) != len(priorities) or not (np.isfinite(priorities).all() and (priorities > 0).all()):
+        possible = (priorities > 0) & (priorities <= np.finfo(np.float32).max)
+        if len(items) != len(priorities) or not possible.all():
             raise ConfigError(
-                f"{len(items)} items with {len(priorities)} priorities, expected as many, all finite and above 0"
+                f"{len(items)} items with {len(priorities)} priorities, {(~possible).sum()} of them not above 0 or not "
+                "finite in float32; expected as many as items, and none of those"
             )
-        packed = np.stack([np.asarray(items, np.float64), priorities], axis=1).astype("<f8").tobytes()
+        # The server keeps them as float32, in which 0 stands for not scored.
+        packed = np.stack([np.asarray(items, np.float64), np.maximum(priorities, 1e-6)], axis=1).astype("<f8").tobytes()
         self.link.call([self.function("reprioritise", self._index, packed)], timeout_s=timeout_s)
 
     def has_episode(self, episode_id: str) -> bool:
