@@ -9,7 +9,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vla_dist.core.errors import ConfigError, NotFound
@@ -167,7 +167,31 @@ class BufferConfig:
             raise NotFound(f"no table {name!r} in buffer {self.name!r}; it has {', '.join(names)}")
         return names.index(name)
 
-    def require_capacity(self, spec: EnvSpec) -> None:
+    def split(self, num_shards: int) -> "BufferConfig":
+        """The config of one of ``num_shards`` servers that share the buffer; limiters stay those of the whole.
+
+        Raises:
+            ConfigError: settings that cannot be split.
+        """
+        if self.capacity_steps % num_shards:
+            raise ConfigError(
+                f"buffer {self.name!r}: capacity_steps {self.capacity_steps} must be a multiple of the {num_shards} "
+                f"servers, {self.capacity_steps // num_shards * num_shards} for example"
+            )
+        for table in self.tables:
+            if isinstance(table.sampler, (Stratified, ByTask)):
+                raise ConfigError(
+                    f"table {table.name!r} is {table.kind}: its shares hold within one server, so it cannot be split "
+                    f"over {num_shards}; use a uniform, recency or prioritised table, or one server"
+                )
+        return replace(
+            self,
+            capacity_steps=self.capacity_steps // num_shards,
+            remembered_episodes=math.ceil(self.remembered_episodes / num_shards),
+            tables=tuple(_split_recency(table, num_shards) for table in self.tables),
+        )
+
+    def require_capacity(self, spec: EnvSpec, *, num_shards: int = 1) -> None:
         """Refuse a capacity at which sampling could never start.
 
         Only complete episodes can be sampled and whole episodes are evicted, so beside ``min_steps`` there must be
@@ -178,13 +202,14 @@ class BufferConfig:
             ConfigError: too small, with the smallest capacity that works.
         """
         for table in self.tables:
-            needed = table.limiter.min_steps + 2 * spec.max_episode_steps
+            needed = math.ceil(table.limiter.min_steps / num_shards) + 2 * spec.max_episode_steps
             if self.capacity_steps < needed:
+                each = "" if num_shards == 1 else f" on each of {num_shards} servers"
                 raise ConfigError(
-                    f"buffer {self.name!r}: capacity_steps {self.capacity_steps} must be at least {needed}: min_steps "
-                    f"{table.limiter.min_steps} of table {table.name!r} plus two episodes of {spec.max_episode_steps} "
-                    "steps, one open and one just evicted; with less the limiter might wait for ever for complete "
-                    "episodes"
+                    f"buffer {self.name!r}: capacity_steps {self.capacity_steps}{each} must be at least {needed}: "
+                    f"min_steps {table.limiter.min_steps} of table {table.name!r} plus two episodes of "
+                    f"{spec.max_episode_steps} steps, one open and one just evicted; with less the limiter might wait "
+                    "for ever for complete episodes"
                 )
 
     def identity(self, spec: EnvSpec, codec: SegmentCodec, *, images_apart: bool, num_shards: int = 1) -> str:
@@ -259,6 +284,11 @@ def buffer_from_identity(name: str, identity: str) -> BufferConfig:
     )
 
 
+def num_shards_of(identity: str) -> int:
+    """Over how many servers a buffer somebody else created lies."""
+    return int(json.loads(identity)["num_shards"])
+
+
 def ratio_field(samples_per_insert: float | None) -> float:
     """-1 stands for no ratio."""
     return -1.0 if samples_per_insert is None else float(samples_per_insert)
@@ -278,6 +308,13 @@ def require_same_identity(name: str, mine: str, stored: str) -> None:
         f"buffer {name!r} was created with another configuration: {'; '.join(differing)} (yours against the buffer's). "
         "Use the buffer's, another name, or override_limiter() for a limiter"
     )
+
+
+def _split_recency(table: TableConfig, num_shards: int) -> TableConfig:
+    """Of the steps completed after a step, a shard only sees its share."""
+    if not isinstance(table.sampler, Recency):
+        return table
+    return replace(table, sampler=Recency(half_life_steps=table.sampler.half_life_steps / num_shards))
 
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:

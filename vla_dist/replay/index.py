@@ -103,6 +103,8 @@ class EpisodeIndex:
         """Steps that may be drawn."""
         self._live_rows = 0
         self._steps_ever = 0
+        self.emptied: list[Array] = []
+        """Positions of rows that left or were used up since ``generation`` last grew."""
         self.generation += 1
 
     def add(self, entries: Sequence[bytes]) -> None:
@@ -168,6 +170,7 @@ class EpisodeIndex:
         self.live_steps -= int(lengths[positions].sum())
         self._live_rows -= int((lengths[positions] > 0).sum())
         lengths[positions] = 0
+        self.emptied.append(positions)
 
     def _compact(self) -> None:
         """Drop what left once it is more than half, so that draws seldom meet it and memory stays bounded."""
@@ -183,6 +186,7 @@ class EpisodeIndex:
         episodes["first_row"][:] = np.cumsum(episodes["num_segments"]) - episodes["num_segments"]
         # Rows used up within kept episodes count as live here, so that compaction does not start again at once.
         self._live_rows = len(rows)
+        self.emptied = []
         self.generation += 1
 
 

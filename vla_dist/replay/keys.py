@@ -13,8 +13,9 @@ def episode_digest(episode_id: str) -> str:
 class Keys:
     """The names of one buffer; see the head of ``functions.lua``."""
 
-    def __init__(self, buffer: str) -> None:
-        self.prefix = f"{{buffer:{buffer}}}:"
+    def __init__(self, buffer: str, shard: int | None = None) -> None:
+        """``shard``: of a buffer over several servers, which of its parts; None: all of it."""
+        self.prefix = f"{{buffer:{buffer}}}:" if shard is None else f"{{buffer:{buffer}:{shard}}}:"
         self.state = self.prefix + "state"
         self.config = self.prefix + "config"
         self.live = self.prefix + "live"

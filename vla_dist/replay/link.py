@@ -18,12 +18,13 @@ from vla_dist.replay.wire import BulkLayout, Command, Endpoint, ReplyError, Wire
 
 _CONNECT_TIMEOUT_S = 2.0
 _LEAST_S = 1.0
+_MOST_MOVES = 5
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.002, 0.05
 _SOURCE = files("vla_dist.replay").joinpath("functions.lua").read_text()
 _DIGEST = hashlib.sha256(_SOURCE.encode()).hexdigest()[:8]
 _LIBRARY = _SOURCE.replace("DIGEST", _DIGEST)
 
-_NOT_READY = ("LOADING", "MASTERDOWN", "TRYAGAIN")
+_NOT_READY = ("LOADING", "MASTERDOWN", "TRYAGAIN", "CLUSTERDOWN", "ASK ")
 
 R = TypeVar("R")
 
@@ -75,12 +76,20 @@ class Deadline:
         return True
 
 
+class _Moved(Exception):
+    """Another node of the cluster holds the keys: its host and port."""
+
+
 class RedisLink:
-    """Pipelined exchanges with one server."""
+    """Pipelined exchanges with one server, or with the node of a Redis Cluster that holds the keys.
+
+    The URL may name any node of a cluster. All keys of one link must lie in one slot.
+    """
 
     def __init__(self, url: str) -> None:
         """Raises ConfigError where ``url`` is not a Redis URL. Connects at the first exchange."""
-        self._endpoint = Endpoint(url)
+        self._given = self._endpoint = Endpoint(url)
+        self._needs_functions = False
         # The password must not end up in a message.
         self.address = address_of(url)
         self._idle: list[Wire] = []
@@ -139,6 +148,8 @@ class RedisLink:
             Unreachable: no answer.
         """
 
+        self._needs_functions = True
+
         def exchange(wire: Wire, end: float) -> Any:
             wire.send(pack([("FCALL", function_name("ping"), 0)]), end)
             if _read_ready(wire, 1, end)[0] == b"PONG":
@@ -161,12 +172,36 @@ class RedisLink:
 
     def _patiently(self, exchange: Callable[[Wire, float], R], timeout_s: float) -> R:
         deadline = Deadline(timeout_s)
+        moves = 0
         while True:
             try:
                 return self._once(exchange, timeout_s=max(deadline.left_s, _LEAST_S))
+            except _Moved as moved:
+                moves += 1
+                if moves > _MOST_MOVES:
+                    raise Unreachable(
+                        f"the Redis Cluster at {self.address} names another node for these keys again and again; is it "
+                        "healthy (CLUSTER INFO)?"
+                    ) from moved
+                self._move(*moved.args)
+                if self._needs_functions:
+                    self.require_functions(timeout_s=deadline.left_s)
             except Unreachable:
+                # The node may have failed over: the one that was given knows.
+                self._move(self._given.host, self._given.port)
                 if not deadline.pause():
                     raise
+
+    def _move(self, host: str, port: int) -> None:
+        """From now on to another node, as the same user."""
+        with self._lock:
+            if self._endpoint.path is not None or (self._endpoint.host, self._endpoint.port) == (host, port):
+                return
+            self._endpoint = self._endpoint.at(host, port)
+            self.address = f"{host}:{port}"
+            # A replica that took over may lack the newest writes.
+            self.num_breaks += 1
+        self.close()
 
     def _once(self, exchange: Callable[[Wire, float], R], *, timeout_s: float) -> R:
         end = time.monotonic() + timeout_s
@@ -177,6 +212,10 @@ class RedisLink:
         except ReplyError as error:
             if wire is not None:
                 wire.close()
+            if str(error).startswith("MOVED "):
+                # "MOVED slot host:port"; without a host it is the same one.
+                host, _, port = str(error).split()[2].rpartition(":")
+                raise _Moved(host or self._endpoint.host, int(port)) from error
             raise self.meaning(error) from error
         except OSError as error:
             self.num_breaks += 1
@@ -226,9 +265,9 @@ class RedisLink:
 
 
 def _read_ready(wire: Wire, num_replies: int, end: float) -> list[Any]:
-    """As ``Wire.read``, but a server that still loads its data has not answered: raises its ReplyError."""
+    """As ``Wire.read``, but a server that still loads its data, or is not the one, has not answered: its ReplyError."""
     replies = wire.read(num_replies, end)
     for reply in replies:
-        if isinstance(reply, ReplyError) and str(reply).startswith(_NOT_READY):
+        if isinstance(reply, ReplyError) and str(reply).startswith((*_NOT_READY, "MOVED ")):
             raise reply
     return replies

@@ -31,9 +31,19 @@ class Drawn:
     """(B,) int64 step within the segment."""
     weights: Array | None = None
     """(B,) float32 importance weights, at most 1; None: all equal."""
+    largest_weight: float = 1.0
+    """What the weights were divided by."""
 
 
 class Draw(Protocol):
+    def mass(self, index: EpisodeIndex) -> float:
+        """In proportion to which this index is drawn from where it is one of several shards; 0 without drawable steps.
+
+        Raises:
+            ConfigError: draws of this kind cannot be split over shards.
+        """
+        ...
+
     def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> Drawn:
         """``num`` steps; ``index.live_steps`` must be above 0."""
         ...
@@ -57,6 +67,9 @@ def make_sampler(config: Sampler) -> Draw:
 class UniformDraw:
     """Every drawable step alike: rows uniformly, then an offset, refused where the segment is shorter."""
 
+    def mass(self, index: EpisodeIndex) -> float:
+        return float(index.live_steps)
+
     def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> Drawn:
         return Drawn(*_draw_rows(index, num, rng))
 
@@ -66,6 +79,10 @@ class RecencyDraw:
 
     def __init__(self, half_life_steps: float) -> None:
         self._scale = half_life_steps / np.log(2)
+
+    def mass(self, index: EpisodeIndex) -> float:
+        # Of the exponential, as far as it reaches into what is stored.
+        return -float(np.expm1(-index.live_steps / self._scale))
 
     def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> Drawn:
         starts = index.rows["steps_before"]
@@ -111,6 +128,9 @@ class GroupDraw:
         self._pools: dict[int, _Pool] = {}
         self._generation, self._seen = -1, 0
 
+    def mass(self, index: EpisodeIndex) -> float:
+        raise _not_over_shards()
+
     def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> Drawn:
         self._follow(index)
         rows: list[Array] = []
@@ -153,6 +173,9 @@ class TaskDraw:
         self._by_number: dict[int, float] = {}
         self._groups = GroupDraw(_tasks, None if shares is None else self._by_number)
 
+    def mass(self, index: EpisodeIndex) -> float:
+        raise _not_over_shards()
+
     def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> Drawn:
         if self._shares is not None:
             for number in range(len(self._by_number), len(index.tasks.by_number)):
@@ -170,7 +193,11 @@ class PrioritisedDraw:
         self._tree = SumTree()
         self._scores: dict[int, float] = {}
         self._max_priority = 1.0
-        self._generation, self._seen = -1, 0
+        self._generation, self._seen, self._emptied = -1, 0, 0
+
+    def mass(self, index: EpisodeIndex) -> float:
+        self._follow(index)
+        return self._tree.total if index.live_steps else 0.0
 
     def score(self, index: EpisodeIndex, numbers: Array, priorities: Array) -> None:
         """New priorities of rows, by their numbers, in the order in which they were given; 0 counts as not scored."""
@@ -189,27 +216,22 @@ class PrioritisedDraw:
 
     def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> Drawn:
         self._follow(index)
-        rows: list[Array] = []
-        found = 0
-        while found < num:
-            row = self._tree.draw(num - found, rng)
-            alive = index.rows["length"][row] > 0
-            # What left since weighs nothing from now on.
-            self._tree.write(row[~alive], np.zeros(int((~alive).sum())))
-            rows.append(row[alive])
-            found += int(alive.sum())
-        drawn = np.concatenate(rows)
+        drawn = self._tree.draw(num, rng)
         lengths = index.rows["length"][drawn]
         probabilities = self._tree.weights(drawn) / self._tree.total / lengths
         weights = (index.live_steps * probabilities) ** -self.beta
-        return Drawn(drawn, rng.integers(0, lengths), (weights / weights.max()).astype(np.float32))
+        largest = float(weights.max())
+        return Drawn(drawn, rng.integers(0, lengths), (weights / largest).astype(np.float32), largest)
 
     def _follow(self, index: EpisodeIndex) -> None:
         if index.generation != self._generation:
             self._tree.clear()
-            self._generation, self._seen = index.generation, 0
+            self._generation, self._seen, self._emptied = index.generation, 0, 0
             present = set(index.rows["number"].tolist())
             self._scores = {number: score for number, score in self._scores.items() if number in present}
+        for left in index.emptied[self._emptied :]:
+            self._tree.write(left[left < self._seen], np.zeros(int((left < self._seen).sum())))
+        self._emptied = len(index.emptied)
         rows = np.arange(self._seen, len(index.rows))
         self._seen = len(index.rows)
         numbers = index.rows["number"][rows].tolist()
@@ -218,6 +240,13 @@ class PrioritisedDraw:
 
     def _write(self, index: EpisodeIndex, rows: Array, priorities: Array) -> None:
         self._tree.write(rows, index.rows["length"][rows] * np.maximum(priorities, 1e-6) ** self._alpha)
+
+
+def _not_over_shards() -> ConfigError:
+    return ConfigError(
+        "stratified and by-task tables cannot be split over several servers: their shares are those of one; use a "
+        "uniform, recency or prioritised table, or one server"
+    )
 
 
 class _Pool:

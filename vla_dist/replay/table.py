@@ -7,7 +7,7 @@ batches. What must happen at once is in ``functions.lua``.
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,15 @@ from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import SOURCES, Array, Batch, Segment, TableStats
 from vla_dist.data.normalisation import RunningMoments
 from vla_dist.data.segment_codec import SegmentCodec
-from vla_dist.replay.config import BufferConfig, Fifo, buffer_from_identity, ratio_field, require_same_identity
+from vla_dist.replay.batches import replace_windows
+from vla_dist.replay.config import (
+    BufferConfig,
+    Fifo,
+    buffer_from_identity,
+    num_shards_of,
+    ratio_field,
+    require_same_identity,
+)
 from vla_dist.replay.episodes import Entry, EpisodeReader, PayloadMissing
 from vla_dist.replay.fetching import WindowFetcher, WindowPlan
 from vla_dist.replay.following import IndexFollower
@@ -26,7 +34,7 @@ from vla_dist.replay.keys import Keys
 from vla_dist.replay.limiter import LimiterConfig, LimiterState
 from vla_dist.replay.link import Deadline, RedisLink, function_name
 from vla_dist.replay.losses import LossCheck
-from vla_dist.replay.samplers import make_sampler
+from vla_dist.replay.samplers import PrioritisedDraw, make_sampler
 from vla_dist.replay.state import BufferState
 from vla_dist.replay.sweeping import ImagesGone
 from vla_dist.replay.wire import Command
@@ -52,6 +60,7 @@ class RedisReplayTable:
         table: str | None = None,
         seed: int = 0,
         images_url: str | None = None,
+        shard: tuple[int, int] | None = None,
     ) -> None:
         """Create the buffer where it does not exist.
 
@@ -62,19 +71,22 @@ class RedisReplayTable:
             table: the one to sample from; None: the first.
             seed: of this client's draws; readers of one run need different ones.
             images_url: another server for the images, one that need not log them; None: the same.
+            shard: (i, N) where this is part i of a buffer over N servers, see ``ShardedReplayTable``, which splits the
+                config.
 
         Raises:
             ConfigError: settings that cannot work, or differ from those the buffer was created with.
             NotFound: no such table.
             Unreachable: no server within 10 s.
         """
-        config.require_capacity(spec)
+        place, self._num_shards = shard or (None, 1)
+        config.require_capacity(spec, num_shards=self._num_shards)
         self.spec = spec
         self.config = config
         self.codec = SegmentCodec(spec, config.num_steps, config.image_encodings)
         self.table = config.tables[config.table_index(table or config.tables[0].name)]
         self._index = config.table_index(self.table.name)
-        self.keys = Keys(config.name)
+        self.keys = Keys(config.name, place)
         self.link = RedisLink(url)
         self.images_link = self.link if images_url is None else RedisLink(images_url)
         apart = images_url is not None
@@ -101,20 +113,23 @@ class RedisReplayTable:
     def open(
         cls, url: str, name: str, *, context_steps: int = 20, table: str | None = None, images_url: str | None = None
     ) -> "RedisReplayTable":
-        """A client of a buffer that exists, from what is stored with it.
+        """A client of a buffer that exists, from what is stored with it; ``NAME:i`` is one shard of several.
 
         Raises:
             NotFound: no such buffer.
         """
-        link, keys = RedisLink(url), Keys(name)
+        name, _, place = name.partition(":")
+        link, keys = RedisLink(url), Keys(name, int(place) if place else None)
         try:
             identity, spec_json = link.call([("HMGET", keys.config, "identity", "spec_json")], timeout_s=_PATIENCE_S)[0]
         finally:
             link.close()
         if identity is None:
-            raise NotFound(f"no buffer {name!r} in Redis at {link.address}; `vla-dist replay stats` lists them")
+            raise NotFound(f"no buffer {keys.prefix!r} in Redis at {link.address}; `vla-dist replay stats` lists them")
+        shard = (int(place), num_shards_of(identity.decode())) if place else None
         config = dataclasses.replace(buffer_from_identity(name, identity.decode()), context_steps=context_steps)
-        return cls(url, EnvSpec.from_json(spec_json.decode()), config, table=table, images_url=images_url)
+        spec = EnvSpec.from_json(spec_json.decode())
+        return cls(url, spec, config, table=table, images_url=images_url, shard=shard)
 
     def append(self, segment: Segment, *, timeout_s: float) -> AppendResult:
         """Store once. The segments of an episode may come in any order; it is drawn from when none is missing.
@@ -127,7 +142,11 @@ class RedisReplayTable:
         return self._writer.append([segment], timeout_s=timeout_s)[0]
 
     def append_all(
-        self, segments: Sequence[Segment], *, timeout_s: float, frames: Sequence[Mapping[str, bytes]] | None = None
+        self,
+        segments: Sequence[Segment],
+        *,
+        timeout_s: float,
+        frames: Sequence[Mapping[str, bytes | memoryview]] | None = None,
     ) -> list[AppendResult]:
         """Store each once, many in one round trip: several times as fast as one by one.
 
@@ -165,7 +184,7 @@ class RedisReplayTable:
             again = np.flatnonzero(gone)
             plan, now_s = self._draw(len(again), deadline, timeout_s, charge=False)
             fresh, still_gone = self._fetch(plan, deadline, now_s)
-            batch = _replace_windows(batch, again, fresh)
+            batch = replace_windows(batch, again, fresh)
             gone[again] = still_gone
         return batch
 
@@ -242,7 +261,7 @@ class RedisReplayTable:
             ConfigError: ``min_steps`` that the capacity can never hold.
         """
         table = dataclasses.replace(self.table, limiter=limiter)
-        dataclasses.replace(self.config, tables=(table,)).require_capacity(self.spec)
+        dataclasses.replace(self.config, tables=(table,)).require_capacity(self.spec, num_shards=self._num_shards)
         fields = (limiter.min_steps, ratio_field(limiter.samples_per_insert), float(limiter.error_buffer_steps))
         self.link.call([self.function("override", self._index, *fields)], timeout_s=_PATIENCE_S)
 
@@ -290,9 +309,14 @@ class RedisReplayTable:
 
     def dataset_statistics(self, limit: int | None = None) -> dict[str, RunningMoments]:
         """Moments of ``proprio`` and ``actions`` over the valid steps of up to ``limit`` complete episodes."""
-        proprio = RunningMoments.empty(self.spec.proprio_dim)
-        actions = RunningMoments.empty(self.spec.action_dim)
-        for segments in self.episodes(limit):
+        return self.moments(self.spec, self.episodes(limit))
+
+    @staticmethod
+    def moments(spec: EnvSpec, episodes: Iterator[list[Segment]]) -> dict[str, RunningMoments]:
+        """The same of given episodes."""
+        proprio = RunningMoments.empty(spec.proprio_dim)
+        actions = RunningMoments.empty(spec.action_dim)
+        for segments in episodes:
             for segment in segments:
                 proprio = proprio.update(segment.proprio[: segment.length])
                 actions = actions.update(segment.actions[: segment.length])
@@ -314,6 +338,46 @@ class RedisReplayTable:
         answer, gone = self.link.call([command, self._images_gone.command], timeout_s=timeout_s)
         self._images_gone.remove(gone, timeout_s=timeout_s)
         return answer
+
+    def when_inserts_wait(self, action: Callable[[], None]) -> None:
+        """For ``ShardedReplayTable``: what to do each time before an append is tried again."""
+        self._writer.on_wait = action
+
+    def look(self, first: Sequence[Command], deadline: Deadline) -> tuple[list[Any], int, float]:
+        """For ``ShardedReplayTable``: replies of ``first``, drawable steps, and the mass the sampler gives them."""
+        with self._lock:
+            self._follower = self._follower or self._follow()
+            replies = self._follower.exchange(first, deadline)
+            index = self._follower.index
+            return replies, index.live_steps, self._follower.sampler.mass(index)
+
+    def take_windows(
+        self, num: int, deadline: Deadline, *, balance: float | None, step_odds: float
+    ) -> tuple[Batch, Array] | None:
+        """For ``ShardedReplayTable``: windows as ``look`` saw them, and which of them are (B,) bool gone.
+
+        Args:
+            balance: to be added to the limiter's; None: these windows are charged already.
+            step_odds: mean probability of a step here against that of a step of the whole; for importance weights,
+                which are not scaled to 1.
+
+        Returns:
+            None where nothing may be drawn any more.
+        """
+        charge = ("TIME",) if balance is None else self.function("charge_shard", self._index, num, balance, 0)
+        (answer,) = self.link.call([charge], timeout_s=deadline.left_s)
+        with self._lock:
+            assert self._follower is not None
+            index, sampler = self._follower.index, self._follower.sampler
+            if not index.live_steps or not num:
+                return None
+            drawn = sampler.draw(index, num, self._rng)
+            plan = WindowPlan.of(index, drawn, context_steps=self.config.context_steps)
+        batch, gone = self._fetch(plan, deadline, float(answer[0 if balance is None else 1]))
+        if isinstance(sampler, PrioritisedDraw) and batch.weights is not None:
+            scale = drawn.largest_weight * step_odds**-sampler.beta
+            batch = dataclasses.replace(batch, weights=batch.weights * np.float32(scale))
+        return batch, gone
 
     def _draw(self, num: int, deadline: Deadline, timeout_s: float, *, charge: bool) -> tuple[WindowPlan, float]:
         """What to fetch, and the server's time; waits while the limiter says so."""
@@ -338,9 +402,12 @@ class RedisReplayTable:
 
     def _create(self, *, images_apart: bool) -> None:
         config = self.config
+        # Of a cluster, the functions must be on the node that this finds.
+        self.link.call([("EXISTS", self.keys.state)], timeout_s=_PATIENCE_S)
         self.link.require_functions(timeout_s=_PATIENCE_S)
-        identity = config.identity(self.spec, self.codec, images_apart=images_apart)
-        packed = config.packed(self.spec, images_apart=images_apart)
+        shards = self._num_shards
+        identity = config.identity(self.spec, self.codec, images_apart=images_apart, num_shards=shards)
+        packed = config.packed(self.spec, images_apart=images_apart, num_shards=shards)
         groups = [other.name for other in config.tables if isinstance(other.sampler, Fifo)]
         create = self.function("create", identity, self.spec.to_json(), packed, *groups)
         stored = self.link.call([create], timeout_s=_PATIENCE_S)[0]
@@ -374,24 +441,3 @@ class RedisReplayTable:
             flags = self.call_removing(use, timeout_s=deadline.left_s)
             gone[allowed] = np.frombuffer(flags, np.uint8) == 0
         return batch, gone
-
-
-def _replace_windows(batch: Batch, at: Array, fresh: Batch) -> Batch:
-    """``batch`` with the windows of ``fresh`` in the places ``at``."""
-
-    def merged(old: Any, new: Any) -> Any:
-        if old is None:
-            return None
-        if isinstance(old, dict):
-            return {name: merged(frames, new[name]) for name, frames in old.items()}
-        if isinstance(old, tuple):
-            values = list(old)
-            for place, value in zip(at.tolist(), new, strict=True):
-                values[place] = value
-            return tuple(values)
-        copy = old.copy()
-        copy[at] = new
-        return copy
-
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return Batch(**{name: merged(value, getattr(fresh, name)) for name, value in fields.items()})

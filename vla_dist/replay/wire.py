@@ -6,6 +6,7 @@ redis-py spends two to six times as much time in the client above 256 KB, and th
 A connection on which anything went wrong must be closed: replies may still be on their way.
 """
 
+import copy
 import select
 import socket
 import ssl
@@ -55,6 +56,12 @@ class Endpoint:
         self._tls_options = {name: value for name, value in options.items() if name.startswith("ssl_")}
         if self.tls and str(self._tls_options.get("ssl_cert_reqs", "required")) != "required":
             raise ConfigError("ssl_cert_reqs must be left out: a server that nobody checks may be anybody")
+
+    def at(self, host: str, port: int) -> "Endpoint":
+        """The same user elsewhere."""
+        other = copy.copy(self)
+        other.host, other.port = host, port
+        return other
 
     def greeting(self) -> list[Command]:
         """What a fresh connection must say first."""

@@ -4,7 +4,7 @@ consumes: segments. waits for: the limiters, room, the archive. unblocked by: sa
 """
 
 import struct
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,8 @@ class SegmentWriter:
         self._codec = codec
         self._keys = keys
         self._cameras = list(codec.image_codecs)
+        self.on_wait: Callable[[], None] = _nothing
+        """Called each time the limiter or the archive makes an append wait."""
         self._images_gone = None if images is None else ImagesGone(link, images, keys, len(self._cameras))
 
     def append(
@@ -130,6 +132,7 @@ class SegmentWriter:
                         item.result = "duplicate"
                     elif kind == b"WAIT":
                         staged, reason = True, wait_reason("inserts", reply)
+                        self.on_wait()
                     elif kind != b"MISSING":
                         item.inserted |= kind == b"OK"
                         if item.digest in lost:
@@ -196,6 +199,10 @@ class SegmentWriter:
         present = self._images.call([*commands, *questions], timeout_s=deadline.left_s)[len(commands) :]
         self._images_gone.remove(ImagesGone.split(images_gone), timeout_s=deadline.left_s)
         return {digest for (digest, _), there in zip(stored, present, strict=True) if not there}
+
+
+def _nothing() -> None:
+    return
 
 
 def _num_bytes(encoded: EncodedSegment) -> int:
