@@ -407,10 +407,12 @@ def run_histories(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.timeout(300)
 def test_histories_match_the_model(run_histories):
     run_histories(BufferMachine, histories=40, steps=50)
 
 
+@pytest.mark.timeout(300)
 def test_histories_with_killed_servers_match_the_model(run_histories):
     run_histories(RestartedBufferMachine, histories=6, steps=40)
 

@@ -1,4 +1,4 @@
-"""Samples a table for ever, compares every window with what its episode holds, and notes how many.
+"""Samples a table for ever, compares every window with the truth, and notes how many.
 
 python -m chaos.sampler FOLDER NAME, where the name begins with that of the table
 """
@@ -20,10 +20,12 @@ def main(folder: Path, name: str) -> None:
     stage = Stage.read(folder)
     rng = random.Random(f"{stage.seed} {name} {lives}")
     table = stage.connect(name.split("-")[0], seed=rng.getrandbits(32))
+    held = table.sample(1, timeout_s=PATIENCE_S)
     while True:
         batch = table.sample(rng.randint(1, 48), timeout_s=PATIENCE_S)
-        for b, episode_id in enumerate(batch.instructions):
-            require_true_window(batch, b, true_episode(episode_id), num_steps=T)
+        # The one before: what is drawn later must not touch it.
+        for b, episode_id in enumerate(held.instructions):
+            require_true_window(held, b, true_episode(episode_id), num_steps=T)
         if batch.weights is not None:
             assert batch.items is not None
             assert np.all((batch.weights > 0) & (batch.weights <= 1))
@@ -31,7 +33,8 @@ def main(folder: Path, name: str) -> None:
             table.update_priorities(batch.items, priorities, timeout_s=PATIENCE_S)
             # Nothing holds this reader back: without a pause it would take all of a core.
             time.sleep(0.01)
-        journal.note([(batch.num_windows,)])
+        journal.note([(held.num_windows,)])
+        held = batch
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ T, K = 4, 6
 PATIENCE_S = 60.0
 """More than any outage of a storm: who has to give up found a bug."""
 TABLES = (
-    TableConfig(name="uniform", limiter=LimiterConfig(samples_per_insert=4.0, error_buffer_steps=400)),
+    TableConfig(name="uniform", limiter=LimiterConfig(samples_per_insert=1.0, error_buffer_steps=400)),
     TableConfig(name="scored", sampler=Prioritised()),
     TableConfig(name="queue", sampler=Fifo(), limiter=LimiterConfig(samples_per_insert=1.0, error_buffer_steps=2000)),
 )
