@@ -30,6 +30,13 @@ def replace_windows(batch: Batch, at: Array, fresh: Batch) -> Batch:
     return Batch(**{name: merged(value, getattr(fresh, name)) for name, value in fields.items()})
 
 
+def scale_weights(batch: Batch) -> Batch:
+    """``batch`` with weights of which the largest is 1; done last, as its windows may come from several draws."""
+    if batch.weights is None:
+        return batch
+    return dataclasses.replace(batch, weights=(batch.weights / batch.weights.max()).astype(np.float32))
+
+
 def join_windows(parts: Sequence[tuple[Batch, Array]]) -> Batch:
     """One batch of the windows of several, each part as a batch and (B,) bool, which of its windows to take."""
     taken = [(batch, None if keep.all() else np.flatnonzero(keep)) for batch, keep in parts]

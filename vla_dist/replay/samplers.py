@@ -30,9 +30,7 @@ class Drawn:
     offsets: Array
     """(B,) int64 step within the segment."""
     weights: Array | None = None
-    """(B,) float32 importance weights, at most 1; None: all equal."""
-    largest_weight: float = 1.0
-    """What the weights were divided by."""
+    """(B,) float64 importance weights, not scaled yet; None: all equal."""
 
 
 class Draw(Protocol):
@@ -184,7 +182,7 @@ class TaskDraw:
 
 
 class PrioritisedDraw:
-    """Rows in proportion to length x priority^alpha, with importance weights (N P)^-beta over the largest of them."""
+    """Rows in proportion to length x priority^alpha, with importance weights (N P)^-beta."""
 
     def __init__(self, alpha: float, beta: float) -> None:
         self._alpha = alpha
@@ -220,8 +218,7 @@ class PrioritisedDraw:
         lengths = index.rows["length"][drawn]
         probabilities = self._tree.weights(drawn) / self._tree.total / lengths
         weights = (index.live_steps * probabilities) ** -self.beta
-        largest = float(weights.max())
-        return Drawn(drawn, rng.integers(0, lengths), (weights / largest).astype(np.float32), largest)
+        return Drawn(drawn, rng.integers(0, lengths), weights)
 
     def _follow(self, index: EpisodeIndex) -> None:
         if index.generation != self._generation:

@@ -21,7 +21,7 @@ from vla_dist.core.protocols import AppendResult
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Array, Batch, Segment, TableStats
 from vla_dist.data.normalisation import RunningMoments
-from vla_dist.replay.batches import join_windows
+from vla_dist.replay.batches import join_windows, scale_weights
 from vla_dist.replay.config import BufferConfig
 from vla_dist.replay.episodes import Entry
 from vla_dist.replay.keys import Keys
@@ -164,10 +164,7 @@ class ShardedReplayTable:
                         f"they were evicted or discarded first; raise capacity_steps {self.config.capacity_steps}"
                     )
                 looks = [look[1:] for look in self._on_each(lambda shard: self.shards[shard].look([], deadline))]
-        batch = join_windows(parts)
-        if batch.weights is not None:
-            batch = dataclasses.replace(batch, weights=batch.weights / batch.weights.max())
-        return batch
+        return scale_weights(join_windows(parts))
 
     def update_priorities(self, items: Array, priorities: Array, *, timeout_s: float = _PATIENCE_S) -> None:
         """As ``RedisReplayTable.update_priorities``."""

@@ -18,7 +18,7 @@ from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import SOURCES, Array, Batch, Segment, TableStats
 from vla_dist.data.normalisation import RunningMoments
 from vla_dist.data.segment_codec import SegmentCodec
-from vla_dist.replay.batches import replace_windows
+from vla_dist.replay.batches import replace_windows, scale_weights
 from vla_dist.replay.config import (
     BufferConfig,
     Fifo,
@@ -186,7 +186,7 @@ class RedisReplayTable:
             fresh, still_gone = self._fetch(plan, deadline, now_s)
             batch = replace_windows(batch, again, fresh)
             gone[again] = still_gone
-        return batch
+        return scale_weights(batch)
 
     def update_priorities(self, items: Array, priorities: Array, *, timeout_s: float = _PATIENCE_S) -> None:
         """New priorities of segments; those that left meanwhile are passed over.
@@ -375,8 +375,7 @@ class RedisReplayTable:
             plan = WindowPlan.of(index, drawn, context_steps=self.config.context_steps)
         batch, gone = self._fetch(plan, deadline, float(answer[0 if balance is None else 1]))
         if isinstance(sampler, PrioritisedDraw) and batch.weights is not None:
-            scale = drawn.largest_weight * step_odds**-sampler.beta
-            batch = dataclasses.replace(batch, weights=batch.weights * np.float32(scale))
+            batch = dataclasses.replace(batch, weights=batch.weights * step_odds**-sampler.beta)
         return batch, gone
 
     def _draw(self, num: int, deadline: Deadline, timeout_s: float, *, charge: bool) -> tuple[WindowPlan, float]:
