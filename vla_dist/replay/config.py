@@ -120,7 +120,7 @@ class TableConfig:
         queue = isinstance(self.sampler, Fifo)
         limiter = self.limiter
         return struct.pack(
-            "<13d",
+            "<14d",
             limiter.min_steps,
             ratio_field(limiter.samples_per_insert),
             limiter.error_buffer_steps,
@@ -129,7 +129,7 @@ class TableConfig:
             queue,
             *(0, 0, 0, 0, 0),
             1.0,  # The priority of a segment before anything was scored.
-            0,
+            *(0, 0),
         )
 
 

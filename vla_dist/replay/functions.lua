@@ -29,9 +29,9 @@
 local HEAD = {'capacity', 'remembered', 'cameras_here', 'archiving', 'archived', 'steps', 'complete', 'completion', 'row',
               'gone', 'inserted', 'duplicates', 'evicted_steps', 'broken', 'cameras_apart', 'shards', 'discarded'}
 local TABLE = {'min_steps', 'ratio', 'buffer', 'max_draws', 'prioritised', 'queue', 'drawable', 'balance', 'sampled',
-               'inserts_waited', 'samples_waited', 'max_priority', 'events'}
+               'inserts_waited', 'samples_waited', 'max_priority', 'events', 'lost'}
 -- Written out: while this file is loaded nothing but Lua's own syntax is there.
-local HEAD_FORMAT, TABLE_FORMAT = '<ddddddddddddddddd', '<ddddddddddddd'
+local HEAD_FORMAT, TABLE_FORMAT = '<ddddddddddddddddd', '<dddddddddddddd'
 -- completion (0: not complete), last index (-1: not seen yet), segments seen, steps, status, success, source,
 -- intervened, digest, bytes of the task
 local EPISODE = '<di4I4I4BBBBc16I2'
@@ -187,6 +187,7 @@ local function evict(b, id, e)
       end
       t.drawable = t.drawable - e.steps + used
       owe_no_more(t, e.steps - used)
+      if t.queue == 1 and used == 0 then t.lost = t.lost + 1 end
     end
   else
     b.s.broken = b.s.broken + 1

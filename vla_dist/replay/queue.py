@@ -55,9 +55,15 @@ class EpisodeQueue:
         self._consumer = consumer
         self._abandoned_ms = int(abandoned_after_s * 1000)
         self._handed_out: set[int] = set()
-        self.lost_episodes = 0
-        """Evicted or discarded before anybody acknowledged them; a limiter with ``samples_per_insert`` 1 keeps the
-        evicted ones at 0."""
+
+    @property
+    def lost_episodes(self) -> int:
+        """Evicted or discarded before anybody acknowledged them, by all consumers together; taken or not.
+
+        A limiter with ``samples_per_insert`` 1 keeps the evicted ones at 0 if the capacity holds its error buffer and
+        an episode of each writer. Raises Unreachable.
+        """
+        return self._table.state().tables[self._table.config.table_index(self._group)].lost
 
     def take(self, num_episodes: int, *, timeout_s: float) -> list[TakenEpisode]:
         """The oldest 1 to ``num_episodes`` episodes that nobody has, in the order they became whole.
@@ -107,7 +113,6 @@ class EpisodeQueue:
         )
         # Claiming forgets what was evicted before anybody acknowledged it, whoever had taken it.
         forgotten = set(abandoned[2])
-        self.lost_episodes += len(forgotten)
         mine = [entry for entry in own[0][1] if entry[0] not in forgotten] if own else []
         entries = [entry for entry in mine if _number(entry[0]) not in self._handed_out]
         if abandoned[1]:
@@ -130,7 +135,6 @@ class EpisodeQueue:
             else:
                 gone.append(entry_id)
         if gone:
-            self.lost_episodes += len(gone)
             self._table.link.call([("XACK", self._table.keys.live, self._group, *gone)], timeout_s=deadline.left_s)
         self._handed_out.update(episode.completion for episode in taken)
         return taken

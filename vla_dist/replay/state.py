@@ -40,6 +40,7 @@ _TABLE_NAMES = [
     "samples_waited",
     "max_priority",
     "events",
+    "lost",
 ]
 _HEAD = struct.Struct(f"<{len(_HEAD_NAMES)}d")
 _TABLE = struct.Struct(f"<{len(_TABLE_NAMES)}d")
@@ -62,6 +63,8 @@ class TableCounters:
     inserts_waited: int
     samples_waited: int
     max_priority: float
+    lost: int
+    """Episodes of a FIFO table that were evicted or discarded before anybody acknowledged them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,4 +125,5 @@ def _table(counters: dict[str, float]) -> TableCounters:
         inserts_waited=int(counters["inserts_waited"]),
         samples_waited=int(counters["samples_waited"]),
         max_priority=counters["max_priority"],
+        lost=int(counters["lost"]),
     )
