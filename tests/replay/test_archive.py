@@ -25,11 +25,14 @@ from vla_dist.core.errors import (
 from vla_dist.core.specs import CameraSpec
 from vla_dist.data.image_codec import ImageEncoding
 from vla_dist.replay import parquet
-from vla_dist.replay.archive import Archiver, ExportCounts, RefillCounts, export_episodes, read_archive, refill
+from vla_dist.replay.archive import Archiver, read_archive
 from vla_dist.replay.archive_folder import ArchiveFolder
+from vla_dist.replay.export import ExportCounts, export_episodes
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.parquet import EpisodeFilter
 from vla_dist.replay.part_reader import PartReader
+from vla_dist.replay.refill import RefillCounts, refill
+from vla_dist.replay.shards import ShardedReplayTable
 from vla_dist.testing.fakes import make_spec
 
 CAMERAS = make_spec(cameras=tuple(CameraSpec(name=name, height=16, width=24) for name in ("raw", "lz4", "jpeg")))
@@ -652,3 +655,25 @@ def test_a_flush_that_is_not_over_in_time_says_so(tmp_path, make_table, fill):
         archiver.flush(timeout_s=0.0)
     archiver.flush(timeout_s=10)
     assert archived_ids(tmp_path) == ["e0", "e1", "e2"]
+
+
+def test_the_shards_of_a_buffer_share_an_archive(tmp_path, make_server, make_table, make_episode):
+    config = dataclasses.replace(make_table().config, name="sharded", capacity_steps=200)
+    urls = [make_server().url for _ in range(2)]
+    sharded = ShardedReplayTable(urls, make_spec(), config)
+    segments = [s for number in range(12) for s in make_episode(f"e{number}", 10, seed=number)]
+    sharded.append_all(segments, timeout_s=5)
+    for shard in sharded.shards:
+        Archiver(shard, tmp_path / "a").flush(timeout_s=10)
+    everything = {f"e{number}": 1 for number in range(12)}
+    assert Counter(archived_ids(tmp_path / "a")) == everything
+    assert export_episodes(sharded, tmp_path / "b", episodes_per_part=4).written == 12
+    assert export_episodes(sharded, tmp_path / "b") == ExportCounts(already_there=12)
+    assert Counter(archived_ids(tmp_path / "b")) == everything
+    assert refill(sharded, tmp_path / "b", timeout_s=5) == RefillCounts(duplicates=12)
+    whole, again = make_table(), ShardedReplayTable(urls, make_spec(), dataclasses.replace(config, name="again"))
+    for table in (whole, again):
+        assert refill(table, tmp_path / "a", timeout_s=5) == RefillCounts(inserted=12, steps=120)
+        assert Counter(ids(table.episodes())) == everything
+    sharded.close()
+    again.close()

@@ -19,11 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from vla_dist.cli.replay_panels import draw_frame, print_buffers, print_survey, print_verification
 from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.core.types import Source
-from vla_dist.replay.archive import export_episodes, refill
 from vla_dist.replay.archive_folder import ArchiveFolder
+from vla_dist.replay.export import export_episodes
 from vla_dist.replay.inspection import buffer_names, open_buffer, survey
 from vla_dist.replay.monitoring import ReplayMonitor
 from vla_dist.replay.parquet import EpisodeFilter
+from vla_dist.replay.refill import refill
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.replay.verification import repair, verify
 from vla_dist.run.reach import reach_store

@@ -11,11 +11,8 @@ second. An episode may be evicted once the plan that holds it is finished.
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from vla_dist.core.errors import ConfigError, IntegrityError, NotFound, ReplayWait
 from vla_dist.core.types import Metrics, Segment
@@ -28,15 +25,14 @@ from vla_dist.replay.archive_parts import (
     open_for_writing,
     part_name,
     put_part,
-    require_same_contract,
     skipping,
     wanted_row_groups,
 )
 from vla_dist.replay.archive_plan import ArchivePlan, PartSize
 from vla_dist.replay.episodes import Entry
 from vla_dist.replay.link import Deadline
-from vla_dist.replay.parquet import EpisodeFilter, PartWriter
-from vla_dist.replay.part_reader import PackedEpisode, PartReader
+from vla_dist.replay.parquet import EVERYTHING, EpisodeFilter, PartWriter
+from vla_dist.replay.part_reader import PartReader
 from vla_dist.replay.state import BufferState
 from vla_dist.replay.table import RedisReplayTable
 
@@ -44,35 +40,7 @@ _PATIENCE_S = 10.0
 _POLL_S = 0.25
 _NEXT = 16
 """Episodes at the head of the order of eviction that are looked at; some of them may have left."""
-_SEGMENTS_PER_APPEND = 64
-_EVERYTHING = EpisodeFilter()
 _COUNTS = ("episodes", "parts", "bytes", "duplicates", "missing", "quarantined")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RefillCounts:
-    """What ``refill`` did; episodes."""
-
-    inserted: int = 0
-    duplicates: int = 0
-    """The buffer knew them already."""
-    left_out: int = 0
-    """Older than what fitted the buffer or the limit."""
-    steps: int = 0
-    """Of those inserted."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportCounts:
-    """What ``export_episodes`` did; episodes."""
-
-    written: int = 0
-    already_there: int = 0
-    quarantined: int = 0
-    steps: int = 0
-    """Of those written."""
-    parts: int = 0
-    """Files written."""
 
 
 class Archiver:
@@ -264,7 +232,7 @@ class Archiver:
 
 
 def read_archive(
-    uri: str | Path | ArchiveFolder, *, where: EpisodeFilter = _EVERYTHING, on_error: OnError = "raise"
+    uri: str | Path | ArchiveFolder, *, where: EpisodeFilter = EVERYTHING, on_error: OnError = "raise"
 ) -> Iterator[list[Segment]]:
     """Episodes of an archive, each as its segments in order, bit for bit as they were stored.
 
@@ -284,164 +252,3 @@ def read_archive(
     for part, group, episodes in wanted_row_groups(ArchiveFolder.at(uri), where, on_error):
         with skipping(on_error):
             yield from part.read(group, episodes)
-
-
-def refill(
-    table: RedisReplayTable,
-    uri: str | Path | ArchiveFolder,
-    *,
-    where: EpisodeFilter = _EVERYTHING,
-    limit: int | None = None,
-    timeout_s: float,
-    on_error: OnError = "raise",
-    on_counts: Callable[[RefillCounts], None] = lambda _: None,
-) -> RefillCounts:
-    """Append what a buffer lacks of an archive, in the order of the archive.
-
-    Of more than fits beside what the buffer holds now, the newest: nothing is evicted for it. Episodes that the buffer
-    remembers, evicted ones too, are duplicates. Frames that are packed as the buffer packs them are stored as they are.
-    What comes from the archive of this buffer is not archived again.
-
-    Args:
-        table: of the buffer.
-        uri: see ``ArchiveFolder.at``.
-        where: which episodes.
-        limit: most to insert, the newest; None: all that fit.
-        timeout_s: how long one append, of some 64 segments, may wait for a limiter.
-        on_error: see ``OnError``.
-        on_counts: told of the counts so far after each row group.
-
-    Raises:
-        ContractMismatch: episodes of another contract; the message lists every difference.
-        ConfigError: episodes of another T.
-        ReplayWait: a limiter or a full server refused; call again, what was inserted is a duplicate then.
-        IntegrityError, NotFound, Unreachable: as ``read_archive``.
-    """
-    folder = ArchiveFolder.at(uri)
-    places: list[tuple[str, int, int]] = []
-    times, lengths = [], []
-    duplicates = 0
-    for part, group, episodes in wanted_row_groups(folder, where, on_error):
-        require_same_contract(table, part.header, folder.name)
-        known = table.link.call([table.function("has", e.episode_id) for e in episodes], timeout_s=timeout_s)
-        duplicates += sum(known)
-        for episode, is_known in zip(episodes, known, strict=True):
-            if not is_known:
-                places.append((part.file_name, group, episode.first_row))
-                times.append(episode.completed_at_s)
-                lengths.append(episode.length)
-    newest = np.argsort(np.array(times), kind="stable")[::-1]
-    room = table.config.capacity_steps - table.state().steps
-    num_fitting = int(np.searchsorted(np.cumsum(np.array(lengths)[newest]), room, "right")) if places else 0
-    chosen = {places[at] for at in newest[: num_fitting if limit is None else min(limit, num_fitting)].tolist()}
-    counts = RefillCounts(duplicates=duplicates, left_out=len(places) - len(chosen))
-    groups = {(name, group) for name, group, _ in chosen}
-    for part, group, episodes in wanted_row_groups(folder, where, on_error):
-        if (part.file_name, group) in groups:
-            wanted = [e for e in episodes if (part.file_name, group, e.first_row) in chosen]
-            with skipping(on_error):
-                for batch in _batches(part.read_packed(group, wanted, table.codec)):
-                    counts = _append(table, batch, counts, timeout_s)
-            on_counts(counts)
-    return counts
-
-
-def export_episodes(
-    table: RedisReplayTable,
-    uri: str | Path | ArchiveFolder,
-    *,
-    where: EpisodeFilter = _EVERYTHING,
-    limit: int | None = None,
-    episodes_per_part: int = 256,
-    bytes_per_part: int = 64 << 20,
-    on_counts: Callable[[ExportCounts], None] = lambda _: None,
-) -> ExportCounts:
-    """Write the complete episodes that a buffer holds now, as an archive does; what the folder holds is left out.
-
-    Needs no archiver, and nothing waits for it: an episode that is evicted meanwhile is not exported.
-
-    Args:
-        table: of the buffer.
-        uri: see ``ArchiveFolder.at``. Made where it is missing.
-        where: which episodes.
-        limit: most to write, the oldest first; None: all.
-        episodes_per_part: most episodes of a file.
-        bytes_per_part: most bytes of a file, and the last episode.
-        on_counts: told of the counts so far after each file.
-
-    Raises:
-        ContractMismatch, ConfigError: the folder holds episodes of another contract, or T.
-        Unreachable: the buffer or the folder does not answer; what was written stays.
-    """
-    folder = ArchiveFolder.at(uri)
-    known = open_for_writing(folder, table)
-    incarnation = incarnation_of(table)
-    wanted = (entry for entry in table.reader.entries(timeout_s=_PATIENCE_S) if _is_wanted(entry, where))
-    counts = ExportCounts()
-    while limit is None or counts.written < limit:
-        most = episodes_per_part if limit is None else min(episodes_per_part, limit - counts.written)
-        writer, damaged = new_part(table), dict[str, str]()
-        first: Entry | None = None
-        already_there = 0
-        for entry in wanted:
-            if entry in known:
-                already_there += 1
-                continue
-            first = first or entry
-            add_episode(table, writer, entry, damaged)
-            if writer.num_episodes >= most or writer.num_bytes >= bytes_per_part:
-                break
-        counts = replace(counts, already_there=counts.already_there + already_there)
-        if first is None:
-            break
-        is_written = put_part(folder, part_name(incarnation, first), writer, damaged) > 0
-        counts = replace(
-            counts,
-            written=counts.written + writer.num_episodes,
-            steps=counts.steps + writer.num_steps,
-            quarantined=counts.quarantined + len(damaged),
-            parts=counts.parts + is_written,
-        )
-        on_counts(counts)
-    return counts
-
-
-def _is_wanted(entry: Entry, where: EpisodeFilter) -> bool:
-    return where.accepts(
-        task=entry["task"],
-        source=entry["source"],
-        success=entry["success"],
-        policy_versions=entry["policy_versions"],
-    )
-
-
-def _batches(episodes: Iterable[PackedEpisode]) -> Iterator[list[PackedEpisode]]:
-    """Enough for one round trip: what is decoded at once must not grow with a row group."""
-    batch: list[PackedEpisode] = []
-    for episode in episodes:
-        batch.append(episode)
-        if sum(len(one.segments) for one in batch) >= _SEGMENTS_PER_APPEND:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _append(
-    table: RedisReplayTable, episodes: Sequence[PackedEpisode], counts: RefillCounts, timeout_s: float
-) -> RefillCounts:
-    segments = [segment for episode in episodes for segment in episode.segments]
-    frames = [packed for episode in episodes for packed in episode.frames]
-    results = iter(table.append_all(segments, timeout_s=timeout_s, frames=frames))
-    inserted = duplicates = steps = 0
-    for episode in episodes:
-        is_new = "inserted" in list(itertools.islice(results, len(episode.segments)))
-        inserted += is_new
-        duplicates += not is_new
-        steps += is_new * sum(segment.length for segment in episode.segments)
-    return replace(
-        counts,
-        inserted=counts.inserted + inserted,
-        duplicates=counts.duplicates + duplicates,
-        steps=counts.steps + steps,
-    )

@@ -14,6 +14,7 @@ from vla_dist.replay.archive_folder import PART_SUFFIX, ArchiveFolder
 from vla_dist.replay.episodes import Entry
 from vla_dist.replay.parquet import EpisodeFilter, PartHeader, PartWriter
 from vla_dist.replay.part_reader import ArchivedEpisode, PartReader
+from vla_dist.replay.shards import ShardedReplayTable
 from vla_dist.replay.table import RedisReplayTable
 
 _PATIENCE_S = 10.0
@@ -66,7 +67,7 @@ class KnownEpisodes:
             return None
 
 
-def open_for_writing(folder: ArchiveFolder, table: RedisReplayTable) -> KnownEpisodes:
+def open_for_writing(folder: ArchiveFolder, table: RedisReplayTable | ShardedReplayTable) -> KnownEpisodes:
     """Make the folder where it is missing; what it holds.
 
     Raises:
@@ -80,7 +81,7 @@ def open_for_writing(folder: ArchiveFolder, table: RedisReplayTable) -> KnownEpi
     return known
 
 
-def require_same_contract(table: RedisReplayTable, header: PartHeader, archive: str) -> None:
+def require_same_contract(table: RedisReplayTable | ShardedReplayTable, header: PartHeader, archive: str) -> None:
     """Raise ContractMismatch or ConfigError where a buffer cannot hold the episodes of a file."""
     differences = table.spec.differences(header.spec)
     if differences:

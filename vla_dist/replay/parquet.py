@@ -98,6 +98,9 @@ class EpisodeFilter:
         )
 
 
+EVERYTHING = EpisodeFilter()
+
+
 class PartWriter:
     """Builds one file in memory."""
 

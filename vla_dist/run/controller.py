@@ -81,6 +81,7 @@ class RunController:
         self._hosts: list[HostedWorker] = []
         self._judged: EvaluationBoard | None = None
         self._archiver: Archiver | None = None
+        self._archive_trouble: Exception | None = None
         self._known_versions: set[int] = set()
 
     def execute(self) -> RunSummary:
@@ -129,10 +130,19 @@ class RunController:
             if host.name == _ARCHIVER:
                 host.stop(timeout_s=20.0)
         try:
-            self._archiver.flush(timeout_s=_ARCHIVE_TIMEOUT_S)
+            self._tick_until(self._is_archived, timeout_s=_ARCHIVE_TIMEOUT_S, what="the rest of the archive")
             self._archiver.release()
         except (Unreachable, WaitTimeout) as error:
-            self._notes.append(f"the archive is not complete: {error}")
+            self._notes.append(f"the archive is not complete: {self._archive_trouble or error}")
+
+    def _is_archived(self) -> bool:
+        assert self._archiver is not None
+        try:
+            self._archiver.flush(timeout_s=_TICK_S)
+        except (Unreachable, WaitTimeout) as error:
+            self._archive_trouble = error
+            return False
+        return True
 
     def _start_rollouts(self, board: BoardLink) -> None:
         for index in range(self._config.rollout.num_workers):
@@ -289,8 +299,13 @@ class RunController:
         if self._archiver is None:
             return {}
         state = self._table.state()
+        try:
+            episodes = self._archiver.count_episodes()
+        except Unreachable as error:
+            self._notes.append(f"the archive could not be counted: {error}")
+            return {}
         return {
-            "episodes": self._archiver.count_episodes(),
+            "episodes": episodes,
             "not_archived": state.completions - state.archived,
         }
 
