@@ -48,7 +48,7 @@ class TableModel:
         self.is_queue = isinstance(config.sampler, Fifo)
         self.is_prioritised = isinstance(config.sampler, Prioritised)
         self.balance = 0.0
-        self.sampled = self.inserts_waited = self.samples_waited = 0
+        self.sampled = self.inserts_waited = self.samples_waited = self.lost = 0
         self.max_priority = 1.0
         self.priorities: dict[int, float] = {}
         """By row."""
@@ -140,6 +140,7 @@ class BufferModel:
         self.evicted_steps += episode.steps
         for table in self.tables:
             self._owe_no_more(table, episode.steps - table.used.get(episode.completion, 0))
+            table.lost += table.is_queue and episode.completion > 0 and episode.completion not in table.used
         if self.complete.pop(episode.completion, None) is None:
             self.broken += 1
         self.remembered.append(episode.id)
