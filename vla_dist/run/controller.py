@@ -28,7 +28,6 @@ from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.run.board import BoardLink
 from vla_dist.run.build import (
     Place,
-    build_archiver,
     build_archivers,
     build_registry,
     build_robots,
@@ -80,7 +79,7 @@ class RunController:
         self._started_s = self._phase_started_s = started_s
         self._hosts: list[HostedWorker] = []
         self._judged: EvaluationBoard | None = None
-        self._archiver: Archiver | None = None
+        self._archivers: list[Archiver] = []
         self._archive_trouble: Exception | None = None
         self._known_versions: set[int] = set()
 
@@ -116,14 +115,14 @@ class RunController:
     def _start_archiver(self, board: BoardLink, stack: contextlib.ExitStack) -> None:
         """Before anything is appended, so that nothing can be evicted unseen."""
         if self._config.replay.archive:
-            # Built here as well: a location that cannot work is refused in its own words, and the end needs one.
-            self._archiver = stack.enter_context(contextlib.closing(build_archiver(self._place)))
+            # Built here as well: a location that cannot work is refused in its own words, and the end needs them.
+            self._archivers = [stack.enter_context(contextlib.closing(one)) for one in build_archivers(self._place)]
             build = partial(build_archivers, self._place)
             self._hosts.append(HostedWorker(_ARCHIVER, build, board, max_seconds=_RUN_TIMEOUT_S))
 
     def _finish_archive(self) -> None:
         """Nothing is appended any more: what is complete is archived, whatever became of the host."""
-        if self._archiver is None:
+        if not self._archivers:
             return
         self._enter("archiving")
         for host in self._hosts:
@@ -131,14 +130,15 @@ class RunController:
                 host.stop(timeout_s=20.0)
         try:
             self._tick_until(self._is_archived, timeout_s=_ARCHIVE_TIMEOUT_S, what="the rest of the archive")
-            self._archiver.release()
+            for archiver in self._archivers:
+                archiver.release()
         except (Unreachable, WaitTimeout) as error:
             self._notes.append(f"the archive is not complete: {self._archive_trouble or error}")
 
     def _is_archived(self) -> bool:
-        assert self._archiver is not None
         try:
-            self._archiver.flush(timeout_s=_TICK_S)
+            for archiver in self._archivers:
+                archiver.flush(timeout_s=_TICK_S)
         except (Unreachable, WaitTimeout) as error:
             self._archive_trouble = error
             return False
@@ -296,11 +296,11 @@ class RunController:
             ray.kill(judge)
 
     def _archive_counts(self) -> dict[str, int]:
-        if self._archiver is None:
+        if not self._archivers:
             return {}
         state = self._table.state()
         try:
-            episodes = self._archiver.count_episodes()
+            episodes = self._archivers[0].count_episodes()
         except Unreachable as error:
             self._notes.append(f"the archive could not be counted: {error}")
             return {}
