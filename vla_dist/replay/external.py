@@ -1,5 +1,7 @@
 """A Redis or Valkey that somebody else runs."""
 
+import re
+
 import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
@@ -8,7 +10,13 @@ from redis.retry import Retry
 from vla_dist.core.errors import ConfigError, Unauthorised, Unreachable
 from vla_dist.replay.link import address_of
 
+_BETWEEN_URLS = re.compile(r",\s*(?=(?:unix|rediss?)://)")
 _OLDEST_REDIS, _OLDEST_VALKEY = 7, 8
+
+
+def split_urls(text: str) -> tuple[str, ...]:
+    """URLs that are separated by commas; a comma within one, in a password for example, does no harm."""
+    return tuple(_BETWEEN_URLS.split(text)) if text else ()
 
 
 def require_server(url: str, *, timeout_s: float = 5.0) -> None:

@@ -288,8 +288,8 @@ class ShardedReplayTable:
         whole, balances = _whole_limiter(parts), np.array([part.balance for part in parts])
         most, share = whole.config.error_buffer_steps / len(parts), whole.balance / len(parts)
         if whole.drawable_steps < whole.config.min_steps:
-            # What is inserted before the whole holds enough does not count.
-            share = min(0.0, share)
+            # What is inserted before the whole holds enough does not count; a shard may hold its share earlier.
+            most, share = 0.0, min(0.0, share)
         if whole.config.samples_per_insert is not None and (balances > most).any() and share <= most:
             self._charge(index, share - balances, waits=0)
 

@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vla_dist.core.protocols import RobotEnv
+from vla_dist.core.protocols import ReplayTable, RobotEnv
 from vla_dist.core.specs import EnvSpec
 from vla_dist.registry.blobs import RedisBlobs
 from vla_dist.registry.store import RedisPolicyRegistry
 from vla_dist.replay.config import BufferConfig, TableConfig
 from vla_dist.replay.limiter import LimiterConfig
+from vla_dist.replay.shards import ShardedReplayTable, refuse_shards
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.run.config import RunConfig
 from vla_dist.run.store import Store
@@ -51,6 +52,9 @@ class Place:
     """Where frames of cameras lie; None: beside everything else."""
     spec: EnvSpec
     """Of the environment, so that only those who step it need its simulator."""
+    shard_urls: tuple[str, ...] = ()
+    shard_images_urls: tuple[str, ...] = ()
+    """See ``Store``."""
 
     @classmethod
     def of(cls, config: RunConfig, run_dir: Path, store: Store) -> Place:
@@ -61,6 +65,8 @@ class Place:
             redis_url=store.redis_url,
             images_url=store.images_url,
             spec=build_spec(config),
+            shard_urls=store.shard_urls,
+            shard_images_urls=store.shard_images_urls,
         )
 
 
@@ -85,9 +91,22 @@ def build_spec(config: RunConfig) -> EnvSpec:
         env.close()
 
 
-def build_table(place: Place, *, seed: int = 0) -> RedisReplayTable:
+def build_table(place: Place, *, seed: int = 0) -> RedisReplayTable | ShardedReplayTable:
+    config = _buffer_config(place)
+    if place.shard_urls:
+        images_urls = place.shard_images_urls or None
+        return ShardedReplayTable(place.shard_urls, place.spec, config, seed=seed, images_urls=images_urls)
+    return _build_single_table(place, config, seed)
+
+
+def _build_single_table(place: Place, config: BufferConfig, seed: int) -> RedisReplayTable:
+    refuse_shards(place.redis_url, config.name)
+    return RedisReplayTable(place.redis_url, place.spec, config, seed=seed, images_url=place.images_url)
+
+
+def _buffer_config(place: Place) -> BufferConfig:
     replay = place.config.replay
-    config = BufferConfig(
+    return BufferConfig(
         name=place.config.preset,
         num_steps=replay.segment_steps,
         context_steps=place.config.model.context_steps,
@@ -102,20 +121,15 @@ def build_table(place: Place, *, seed: int = 0) -> RedisReplayTable:
             ),
         ),
     )
-    return RedisReplayTable(place.redis_url, place.spec, config, seed=seed, images_url=place.images_url)
-
-
-def build_archiver(place: Place) -> Archiver:
-    """For a run that has an archive. Raises what ``Archiver`` raises."""
-    from vla_dist.replay.archive import Archiver
-
-    archive = place.config.replay.archive
-    return Archiver(build_table(place, seed=4000), archive if "://" in archive else place.run_dir / archive)
 
 
 def build_archivers(place: Place) -> list[Archiver]:
-    """The same for a host."""
-    return [build_archiver(place)]
+    """One for each server of a replay that is archived, all into one folder. Raises what ``Archiver`` raises."""
+    from vla_dist.replay.archive import Archiver
+
+    archive, table = place.config.replay.archive, build_table(place, seed=4000)
+    shards = table.shards if isinstance(table, ShardedReplayTable) else (table,)
+    return [Archiver(shard, archive if "://" in archive else place.run_dir / archive) for shard in shards]
 
 
 def build_registry(place: Place) -> RedisPolicyRegistry:
@@ -146,9 +160,7 @@ def build_rollout_worker(place: Place, worker_index: int) -> list[RolloutWorker]
     return workers
 
 
-def _build_policy_rollout(
-    place: Place, expert: RolloutConfig, table: RedisReplayTable, worker_index: int
-) -> RolloutWorker:
+def _build_policy_rollout(place: Place, expert: RolloutConfig, table: ReplayTable, worker_index: int) -> RolloutWorker:
     from vla_dist.models.auto import build_policy
     from vla_dist.rollout.behaviour import FollowedPolicy
     from vla_dist.rollout.worker import RolloutWorker

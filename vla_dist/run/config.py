@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.core.specs import CameraSpec
+from vla_dist.replay.external import split_urls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +32,11 @@ class ReplaySettings:
     """The table in Redis."""
 
     redis_url: str = ""
-    """Empty: a server of the run's own, on a Unix socket."""
+    """Empty: a server of the run's own, on a Unix socket. Several, separated by commas, share the replay; the registry
+    lies on the first. A Redis Cluster is named as often as there shall be shards."""
     images_redis_url: str = ""
-    """Another server for the frames of cameras, one that need not log its writes. Empty: beside everything else on
-    ``redis_url``, or, where that is empty too, a second server of the run's own."""
+    """Another server for the frames of cameras, one that need not log its writes; or as many as ``redis_url`` names.
+    Empty: beside everything else on ``redis_url``, or, where that is empty too, a second server of the run's own."""
     archive: str = ""
     """Where every complete episode also goes, as Parquet: a path, relative to the run's folder, or a URI such as
     s3://bucket/episodes. Empty: nowhere."""
@@ -188,6 +190,20 @@ class RunConfig:
                 "the learner would wait for ever; raise the capacity"
             )
         self._require_enough_inserts()
+        self._require_servers()
+
+    def _require_servers(self) -> None:
+        shards, images = len(split_urls(self.replay.redis_url)), len(split_urls(self.replay.images_redis_url))
+        if images not in (0, 1, max(1, shards)):
+            raise ConfigError(
+                f"replay.images_redis_url names {images} servers, expected one, or {max(1, shards)} as "
+                "replay.redis_url does"
+            )
+        if shards > 1 and self.replay.archive:
+            raise ConfigError(
+                f"replay.archive {self.replay.archive!r} cannot be written from a replay over {shards} servers; leave "
+                "it out, or use one server"
+            )
 
     def _require_counts(self) -> None:
         """What would fail only minutes later, inside a component."""

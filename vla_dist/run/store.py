@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vla_dist.replay.external import require_server
+from vla_dist.replay.external import require_server, split_urls
 from vla_dist.replay.server import EmbeddedServer, half_of_memory
 from vla_dist.run.config import RunConfig
 from vla_dist.run.files import IMAGES, REDIS
@@ -18,6 +18,10 @@ class Store:
     redis_url: str
     images_url: str | None
     """Where frames of cameras lie; None: beside everything else."""
+    shard_urls: tuple[str, ...] = ()
+    """Where the replay lies over several servers: all of them, ``redis_url`` first."""
+    shard_images_urls: tuple[str, ...] = ()
+    """And where its frames lie, shard by shard; empty: beside everything else."""
 
 
 @contextlib.contextmanager
@@ -32,17 +36,24 @@ def open_store(config: RunConfig, run_dir: Path) -> Iterator[Store]:
         ResourceMissing: no server program is installed, or the folder is in use by another run.
     """
     replay = config.replay
-    apart = bool(replay.images_redis_url or (config.env.cameras and not replay.redis_url))
+    urls, images_urls = split_urls(replay.redis_url), split_urls(replay.images_redis_url)
+    for url in dict.fromkeys([*urls, *images_urls]):
+        require_server(url)
+    if len(urls) > 1:
+        images_urls = images_urls * len(urls) if len(images_urls) == 1 else images_urls
+        first = images_urls[0] if images_urls else None
+        yield Store(redis_url=urls[0], images_url=first, shard_urls=urls, shard_images_urls=images_urls)
+        return
+    apart = bool(images_urls or (config.env.cameras and not urls))
     half = half_of_memory()
     with contextlib.ExitStack() as stack:
 
-        def server_at(url: str, name: str, share: float, *, append_only: bool) -> str:
-            if url:
-                require_server(url)
-                return url
+        def embed(name: str, share: float, *, append_only: bool) -> str:
             server = EmbeddedServer(run_dir / name, append_only=append_only, max_memory_bytes=int(share * half))
             return stack.enter_context(server).url
 
-        redis_url = server_at(replay.redis_url, REDIS, 0.25 if apart else 1.0, append_only=True)
-        images_url = server_at(replay.images_redis_url, IMAGES, 0.75, append_only=False) if apart else None
+        redis_url = urls[0] if urls else embed(REDIS, 0.25 if apart else 1.0, append_only=True)
+        images_url = None
+        if apart:
+            images_url = images_urls[0] if images_urls else embed(IMAGES, 0.75, append_only=False)
         yield Store(redis_url=redis_url, images_url=images_url)
