@@ -1,4 +1,3 @@
-import struct
 import time
 
 import numpy as np
@@ -217,7 +216,5 @@ def test_the_backlog_of_the_archive_is_watched(make_table, make_episode):
     monitor = ReplayMonitor(table)
     assert monitor.look().archive_backlog == 0
     table.link.call([table.function("archiving", 1)], timeout_s=5)
-    packed = bytearray(table.link.call([("GET", table.keys.state)], timeout_s=5)[0])
-    struct.pack_into("<d", packed, 8 * 4, 1.0)
-    table.link.call([("SET", table.keys.state, bytes(packed))], timeout_s=5)
+    table.link.call([table.function("adjust", -1, "archived", 1)], timeout_s=5)
     assert monitor.look().archive_backlog == 3

@@ -9,6 +9,7 @@ from vla_dist.core.specs import CameraSpec
 from vla_dist.data.image_codec import ImageEncoding
 from vla_dist.replay.config import Fifo, Prioritised, TableConfig, Uniform
 from vla_dist.replay.keys import episode_digest
+from vla_dist.replay.state import unpack_counters
 from vla_dist.replay.verification import repair, verify
 from vla_dist.testing.fakes import make_spec
 
@@ -200,10 +201,11 @@ def test_payload_without_an_episode_is_named_and_removed(table):
 
 
 def set_counter(table, name, value):
+    """Of the buffer, or of its first table."""
     packed = bytearray(do(table, "GET", table.keys.state))
-    place = {"steps": 5, "complete": 6, "completion": 7, "row": 8}.get(name)
-    at = 8 * place if place is not None else len(packed) - 13 * 8 + 8 * 6
-    struct.pack_into("<d", packed, at, value)
+    head, tables = unpack_counters(packed)
+    place = list(head).index(name) if name in head else len(head) + list(tables[0]).index(name)
+    struct.pack_into("<d", packed, 8 * place, value)
     do(table, "SET", table.keys.state, bytes(packed))
 
 

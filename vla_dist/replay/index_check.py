@@ -69,6 +69,7 @@ class _Check:
     def compare_records(self) -> None:
         """What is said of episodes elsewhere than in the stream of complete ones."""
         snapshot = self._snapshot
+        listed = self._live | set(snapshot.completed)
         for completion, episode_id in snapshot.completed.items():
             if completion not in self._live:
                 record = snapshot.episodes.get(episode_id)
@@ -85,7 +86,7 @@ class _Check:
                 self._found("its record in 'episodes' cannot be read", episode_id)
             elif record.digest != episode_digest(episode_id):
                 self._found(f"its record names payloads {record.digest}, not those of this episode", episode_id)
-            elif record.status == COMPLETE and not {record.completion} & {*snapshot.completed, *self._live}:
+            elif record.status == COMPLETE and record.completion not in listed:
                 listing = ("HSET", f"{self._prefix}completed", record.completion, episode_id)
                 self._found(
                     "its record says complete, but no list has it: nobody can draw it",
