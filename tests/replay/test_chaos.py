@@ -185,7 +185,7 @@ def test_a_server_that_still_loads_its_data_is_waited_for():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        thread = threading.Thread(target=serve, args=(listener,))
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
         thread.start()
         link = RedisLink(f"redis://127.0.0.1:{listener.getsockname()[1]}")
         assert link.call([("PING",)], timeout_s=PATIENCE_S) == [b"PONG"]
