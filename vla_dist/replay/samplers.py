@@ -30,7 +30,7 @@ class Drawn:
     offsets: Array
     """(B,) int64 step within the segment."""
     weights: Array | None = None
-    """(B,) float64 importance weights, not scaled yet; None: all equal."""
+    """(B,) float64 importance weights up to a factor that all draws of the table share; None: all equal."""
 
 
 class Draw(Protocol):
@@ -182,7 +182,7 @@ class TaskDraw:
 
 
 class PrioritisedDraw:
-    """Rows in proportion to length x priority^alpha, with importance weights (N P)^-beta."""
+    """Rows in proportion to length x priority^alpha, with importance weights P^-beta."""
 
     def __init__(self, alpha: float, beta: float) -> None:
         self._alpha = alpha
@@ -216,8 +216,8 @@ class PrioritisedDraw:
         self._follow(index)
         drawn = self._tree.draw(num, rng)
         lengths = index.rows["length"][drawn]
-        probabilities = self._tree.weights(drawn) / self._tree.total / lengths
-        weights = (index.live_steps * probabilities) ** -self.beta
+        # Of (N P)^-beta scaling by the largest leaves only this; N and the total differ where windows are drawn anew.
+        weights = (self._tree.weights(drawn) / lengths) ** -self.beta
         return Drawn(drawn, rng.integers(0, lengths), weights)
 
     def _follow(self, index: EpisodeIndex) -> None:

@@ -146,14 +146,13 @@ class ShardedReplayTable:
             raise ConfigError(f"num_windows {num_windows} must be at least 1")
         deadline = Deadline(timeout_s)
         balances: Array | None
-        looks, balances = self._admit(num_windows, deadline, timeout_s)
+        masses, balances = self._admit(num_windows, deadline, timeout_s)
         parts: list[tuple[Batch, Array]] = []
         missing = num_windows
         while missing:
-            steps, masses = (np.array(column, np.float64) for column in zip(*looks, strict=True))
             if masses.sum() > 0:
                 counts = self._rng.multinomial(missing, masses / masses.sum())
-                taken = self._take(counts, balances, steps, masses, deadline)
+                taken = self._take(counts, balances, deadline)
                 parts += taken
                 missing -= sum(int(keep.sum()) for _, keep in taken)
                 balances = None
@@ -163,7 +162,8 @@ class ShardedReplayTable:
                         f"{missing} of {num_windows} windows could not be read again and again, for {timeout_s} s: "
                         f"they were evicted or discarded first; raise capacity_steps {self.config.capacity_steps}"
                     )
-                looks = [look[1:] for look in self._on_each(lambda shard: self.shards[shard].look([], deadline))]
+                seen = self._on_each(lambda shard: self.shards[shard].look([], deadline))
+                masses = np.array([mass for _, mass in seen])
         return scale_weights(join_windows(parts))
 
     def update_priorities(self, items: Array, priorities: Array, *, timeout_s: float = _PATIENCE_S) -> None:
@@ -244,21 +244,21 @@ class ShardedReplayTable:
         for shard in self.shards:
             shard.close()
 
-    def _admit(self, num: int, deadline: Deadline, timeout_s: float) -> tuple[list[tuple[int, float]], Array]:
-        """Wait for the limiter of the whole; returns (steps, mass) of each shard, and (S,) what to charge to each.
+    def _admit(self, num: int, deadline: Deadline, timeout_s: float) -> tuple[Array, Array]:
+        """Wait for the limiter of the whole; returns (S,) the mass of each shard, and (S,) what to charge to each.
 
         Charges leave the same balance on all shards, wherever the windows come from.
         """
         while True:
             seen = self._on_each(lambda n: self.shards[n].look([("GET", self.shards[n].keys.state)], deadline))
-            limiters = [BufferState.unpack(replies[0], self.config.name).tables for replies, _, _ in seen]
+            limiters = [BufferState.unpack(replies[0], self.config.name).tables for replies, _ in seen]
             parts = [tables[self._index].limiter for tables in limiters]
             balances = np.array([part.balance for part in parts])
             whole = _whole_limiter(parts)
             if not whole.samples_wait:
                 rated = whole.config.samples_per_insert is not None
                 after = (whole.balance - num) / len(parts) if rated else balances
-                return [look[1:] for look in seen], after - balances
+                return np.array([mass for _, mass in seen]), after - balances
             if deadline.first:
                 self._charge(self._index, np.zeros(1), waits=1)
             self._even_out(self._index, parts)
@@ -304,23 +304,15 @@ class ShardedReplayTable:
 
         self._on_each(charge, range(len(balances)))
 
-    def _take(
-        self, counts: Array, balances: Array | None, steps: Array, masses: Array, deadline: Deadline
-    ) -> list[tuple[Batch, Array]]:
+    def _take(self, counts: Array, balances: Array | None, deadline: Deadline) -> list[tuple[Batch, Array]]:
         """Windows of the shards in parallel, each part with (B,) bool, those that are whole.
 
         ``balances`` (S,) are charged; None: it is paid already.
         """
 
         def take(shard: int) -> tuple[Batch, Array] | None:
-            # Mean probability of a step of this shard, against that of a step of the whole.
-            odds = masses[shard] * steps.sum() / max(1.0, steps[shard]) / masses.sum()
-            found = self.shards[shard].take_windows(
-                int(counts[shard]),
-                deadline,
-                balance=None if balances is None else float(balances[shard]),
-                step_odds=float(odds),
-            )
+            balance = None if balances is None else float(balances[shard])
+            found = self.shards[shard].take_windows(int(counts[shard]), deadline, balance=balance)
             if found is None:
                 return None
             batch, gone = found

@@ -34,7 +34,7 @@ from vla_dist.replay.keys import Keys
 from vla_dist.replay.limiter import LimiterConfig, LimiterState
 from vla_dist.replay.link import Deadline, RedisLink, function_name
 from vla_dist.replay.losses import LossCheck
-from vla_dist.replay.samplers import PrioritisedDraw, make_sampler
+from vla_dist.replay.samplers import make_sampler
 from vla_dist.replay.state import BufferState
 from vla_dist.replay.sweeping import ImagesGone
 from vla_dist.replay.wire import Command
@@ -343,23 +343,19 @@ class RedisReplayTable:
         """For ``ShardedReplayTable``: what to do each time before an append is tried again."""
         self._writer.on_wait = action
 
-    def look(self, first: Sequence[Command], deadline: Deadline) -> tuple[list[Any], int, float]:
-        """For ``ShardedReplayTable``: replies of ``first``, drawable steps, and the mass the sampler gives them."""
+    def look(self, first: Sequence[Command], deadline: Deadline) -> tuple[list[Any], float]:
+        """For ``ShardedReplayTable``: replies of ``first``, and the mass the sampler gives what may be drawn."""
         with self._lock:
             self._follower = self._follower or self._follow()
             replies = self._follower.exchange(first, deadline)
             index = self._follower.index
-            return replies, index.live_steps, self._follower.sampler.mass(index)
+            return replies, self._follower.sampler.mass(index)
 
-    def take_windows(
-        self, num: int, deadline: Deadline, *, balance: float | None, step_odds: float
-    ) -> tuple[Batch, Array] | None:
+    def take_windows(self, num: int, deadline: Deadline, *, balance: float | None) -> tuple[Batch, Array] | None:
         """For ``ShardedReplayTable``: windows as ``look`` saw them, and which of them are (B,) bool gone.
 
         Args:
             balance: to be added to the limiter's; None: these windows are charged already.
-            step_odds: mean probability of a step here against that of a step of the whole; for importance weights,
-                which are not scaled to 1.
 
         Returns:
             None where nothing may be drawn any more.
@@ -373,10 +369,7 @@ class RedisReplayTable:
                 return None
             drawn = sampler.draw(index, num, self._rng)
             plan = WindowPlan.of(index, drawn, context_steps=self.config.context_steps)
-        batch, gone = self._fetch(plan, deadline, float(answer[0 if balance is None else 1]))
-        if isinstance(sampler, PrioritisedDraw) and batch.weights is not None:
-            batch = dataclasses.replace(batch, weights=batch.weights * step_odds**-sampler.beta)
-        return batch, gone
+        return self._fetch(plan, deadline, float(answer[0 if balance is None else 1]))
 
     def _draw(self, num: int, deadline: Deadline, timeout_s: float, *, charge: bool) -> tuple[WindowPlan, float]:
         """What to fetch, and the server's time; waits while the limiter says so."""
