@@ -122,7 +122,7 @@ class SegmentCodec:
         self._fields, self._fields_offset = _packed_fields(self.row_dtype)
         # Specs may have rows of one layout and mean other numbers.
         self._seed = int(spec.digest[:16], 16)
-        self._checksum_offset = _field(self.row_dtype, "checksum")[1]
+        self.checksum_offset = _field(self.row_dtype, "checksum")[1]
         self.steps_offset = _field(self.row_dtype, "steps")[1]
         self.step_bytes = 4 * self.layout.num_columns
         self.schema_id = hashlib.sha256(self.schema.serialize().to_pybytes() + self._header.tobytes()).hexdigest()[:16]
@@ -190,7 +190,7 @@ class SegmentCodec:
                 *checksums,
             )
             row = view[start : start + size]
-            _CHECKSUM.pack_into(buffer, start + self._checksum_offset, xxhash.xxh3_64_intdigest(row, self._seed))
+            _CHECKSUM.pack_into(buffer, start + self.checksum_offset, xxhash.xxh3_64_intdigest(row, self._seed))
             encoded.append(EncodedSegment(row=row, images=images, segment_return=returns[number]))
         return encoded
 
@@ -250,7 +250,7 @@ class SegmentCodec:
 
     def _require_checksum(self, row: bytes | memoryview, record: np.void) -> None:
         blank = bytearray(row)
-        blank[self._checksum_offset : self._checksum_offset + 8] = bytes(8)
+        blank[self.checksum_offset : self.checksum_offset + 8] = bytes(8)
         if xxhash.xxh3_64_intdigest(blank, self._seed) != int(record["checksum"]):
             raise IntegrityError(
                 f"row of {record['episode_id'].decode()!r}/{record['segment_index']} differs from its checksum; the "

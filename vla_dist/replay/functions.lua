@@ -37,8 +37,9 @@ local HEAD_FORMAT, TABLE_FORMAT = '<ddddddddddddddddd', '<dddddddddddddd'
 local EPISODE = '<di4I4I4BBBBc16I2'
 local OPEN, COMPLETE, EVICTED = 0, 1, 2
 local SEGMENT = '<dd' -- sum of rewards (NaN: not seen), policy version
--- digest, index, length, is last, success, source, intervened, policy version, sum of rewards, bytes of the id and task
-local ARRIVAL = '<c16I4I4BBBBddI2I2'
+-- digest, index, length, is last, success, source, intervened, policy version, sum of rewards, checksum of the row,
+-- bytes of the id and task
+local ARRIVAL = '<c16I4I4BBBBddc8I2I2'
 -- completion, first row, length, segments, source, success, intervened, unused, completed at, digest, bytes of the id,
 -- task and instruction
 local LIVE = '<ddI4I4BBBBdc16I2I2I2'
@@ -261,9 +262,15 @@ local function counts_inserts(b, t) return t.ratio >= 0 and (t.queue == 1 or has
 
 local function insert_waits(b, t) return t.ratio >= 0 and has_least(b, t) and t.balance > t.buffer / b.s.shards end
 
--- Takes the expiry off; false where a payload is not there, and then all expire as before.
+-- Takes the expiry off; false where a payload is not there, and then all expire as before. What an earlier attempt left
+-- under these names may be another segment: a writer that died and acted anew. It goes, and the payload must come again.
 local function keep_payload(b, a)
   local names = payload_names(b, a.digest, a.index, a.index)
+  local stored = redis.call('GETRANGE', names[1], b.checksum_at, b.checksum_at + 7)
+  if stored ~= '' and stored ~= a.checksum then
+    redis.call('UNLINK', unpack(names))
+    return false
+  end
   for i, name in ipairs(names) do
     if redis.call('PERSIST', name) == 0 then
       for j = 1, i - 1 do redis.call('PEXPIRE', names[j], STAGE_MS) end
@@ -348,19 +355,21 @@ local function take_in(b, a, first_try)
   return {'OK', e.status == EVICTED and '1' or '0'}
 end
 
--- args: 1 at the first try of this append, then each segment as packed ARRIVAL with id, task and instruction
+-- args: 1 at the first try of this append, where in a row its checksum stands, then each segment as packed ARRIVAL with
+-- id, task and instruction
 -- Answers one reply for each segment up to the first WAIT or MISSING, then the oldest of images_gone.
 local function commit(keys, args)
   local b, out = open_buffer(keys), {}
-  for i = 2, #args do
+  b.checksum_at = tonumber(args[2])
+  for i = 3, #args do
     local a, id_bytes, task_bytes, after = {}, nil, nil, nil
-    a.digest, a.index, a.length, a.is_last, a.success, a.source, a.intervened, a.version, a.sum, id_bytes, task_bytes,
-      after = struct.unpack(ARRIVAL, args[i])
+    a.digest, a.index, a.length, a.is_last, a.success, a.source, a.intervened, a.version, a.sum, a.checksum, id_bytes,
+      task_bytes, after = struct.unpack(ARRIVAL, args[i])
     a.id = string.sub(args[i], after, after + id_bytes - 1)
     a.task = string.sub(args[i], after + id_bytes, after + id_bytes + task_bytes - 1)
     a.instruction = string.sub(args[i], after + id_bytes + task_bytes)
-    out[i - 1] = take_in(b, a, args[1] == '1')
-    local answer = out[i - 1][1]
+    out[i - 2] = take_in(b, a, args[1] == '1')
+    local answer = out[i - 2][1]
     if answer == 'WAIT' or answer == 'MISSING' then break end
   end
   close_episode(b)

@@ -18,13 +18,15 @@ from vla_dist.replay.sweeping import ImagesGone
 from vla_dist.replay.wire import Command, ReplyError
 
 _STAGE_MS = b"60000"
+_IMAGE_STAGE_MS = b"50000"
+"""Images go first: what is left of an earlier attempt shows by the checksum of its row."""
 _APART_STAGE_MS = b"3600000"
 """Of images on a server of their own: between commit and the removal of the expiry lies another connection."""
 _MOST_SEGMENTS = 64
 _MOST_BYTES = 16 << 20
 MOST_SEGMENTS_PER_EPISODE = 1 << 16
 # See ARRIVAL in functions.lua.
-_ARRIVAL = struct.Struct("<16sIIBBBBddHH")
+_ARRIVAL = struct.Struct("<16sIIBBBBdd8sHH")
 
 
 @dataclass(slots=True)
@@ -93,10 +95,30 @@ class SegmentWriter:
                     "episode earlier"
                 )
         return [
-            _Item(segment, encoded, digest, _arrival(segment, encoded, digest), _num_bytes(encoded))
+            _Item(segment, encoded, digest, self._arrival(segment, encoded, digest), _num_bytes(encoded))
             for segment, encoded in zip(segments, self._codec.encode_all(segments, frames), strict=True)
             for digest in (episode_digest(segment.episode_id),)
         ]
+
+    def _arrival(self, segment: Segment, encoded: EncodedSegment, digest: str) -> bytes:
+        """What the commit must know."""
+        episode_id, task = segment.episode_id.encode(), segment.task.encode()
+        at = self._codec.checksum_offset
+        packed = _ARRIVAL.pack(
+            digest.encode(),
+            segment.segment_index,
+            segment.length,
+            segment.is_last,
+            segment.is_last and segment.success,
+            SOURCES.index(segment.source),
+            bool(segment.interventions[: segment.length].any()),
+            segment.policy_version,
+            encoded.segment_return,
+            bytes(encoded.row[at : at + 8]),
+            len(episode_id),
+            len(task),
+        )
+        return b"".join((packed, episode_id, task, segment.instruction.encode()))
 
     def _store(self, items: list[_Item], deadline: Deadline, timeout_s: float) -> DataError | None:
         """Commit all of ``items``; the first one that contradicts its episode comes back as an error."""
@@ -111,6 +133,7 @@ class SegmentWriter:
                     1,
                     self._keys.state,
                     int(deadline.first),
+                    self._codec.checksum_offset,
                     *(item.arrival for item in items),
                 )
                 replies = self._link.exchange([*upload, commit], timeout_s=deadline.left_s)
@@ -157,13 +180,22 @@ class SegmentWriter:
             # NX: what is committed already stays as it is, whatever a retry brings.
             commands.append((b"SET", row, item.encoded.row, b"NX", b"PX", _STAGE_MS))
             if self._images is None:
-                commands += self._image_commands(item, b"NX", b"PX", _STAGE_MS)
+                commands += self._image_commands(item, b"NX", b"PX", _IMAGE_STAGE_MS)
         if self._images is not None:
-            self._images.call(
-                [command for item in items for command in self._image_commands(item, b"NX", b"PX", _APART_STAGE_MS)],
-                timeout_s=deadline.left_s,
-            )
+            self._upload_apart(self._images, items, deadline)
         return commands
+
+    def _upload_apart(self, images: RedisLink, items: list[_Item], deadline: Deadline) -> None:
+        """Frames that are there and still expire are those of an earlier attempt, perhaps of another segment."""
+        names = [name for item in items for name in self._image_names(item)]
+        commands = [command for item in items for command in self._image_commands(item, b"PX", _APART_STAGE_MS)]
+        answers = images.call([(*command, b"NX") for command in commands], timeout_s=deadline.left_s)
+        there = [place for place, answer in enumerate(answers) if answer is None]
+        if there:
+            left_ms = images.call([("PTTL", names[place]) for place in there], timeout_s=deadline.left_s)
+            again = [commands[place] for place, left in zip(there, left_ms, strict=True) if left > 0]
+            if again:
+                images.call(again, timeout_s=deadline.left_s)
 
     def _image_commands(self, item: _Item, *options: Any) -> list[Command]:
         return [
@@ -207,25 +239,6 @@ def _nothing() -> None:
 
 def _num_bytes(encoded: EncodedSegment) -> int:
     return len(encoded.row) + sum(memoryview(data).nbytes for data in encoded.images.values())
-
-
-def _arrival(segment: Segment, encoded: EncodedSegment, digest: str) -> bytes:
-    """What the commit must know."""
-    episode_id, task = segment.episode_id.encode(), segment.task.encode()
-    packed = _ARRIVAL.pack(
-        digest.encode(),
-        segment.segment_index,
-        segment.length,
-        segment.is_last,
-        segment.is_last and segment.success,
-        SOURCES.index(segment.source),
-        bool(segment.interventions[: segment.length].any()),
-        segment.policy_version,
-        encoded.segment_return,
-        len(episode_id),
-        len(task),
-    )
-    return b"".join((packed, episode_id, task, segment.instruction.encode()))
 
 
 def wait_reason(side: str, reply: Sequence[bytes]) -> str:
