@@ -103,21 +103,16 @@ class EpisodeQueue:
 
     def _try(self, num: int, deadline: Deadline) -> list[TakenEpisode]:
         live, read = self._table.keys.live, ("XREADGROUP", "GROUP", self._group, self._consumer, "COUNT")
-        # First what is ours already and was not handed out: a reply was lost, or an earlier life took it.
-        own, abandoned = self._table.link.call(
+        # First what is ours already and was not handed out: it was given up by others, a reply was lost, or an earlier
+        # life took it.
+        _, own = self._table.link.call(
             [
-                (*read, num + len(self._handed_out), "STREAMS", live, "0"),
                 ("XAUTOCLAIM", live, self._group, self._consumer, self._abandoned_ms, "0", "COUNT", num, "JUSTID"),
+                (*read, num + len(self._handed_out), "STREAMS", live, "0"),
             ],
             timeout_s=deadline.left_s,
         )
-        # Claiming forgets what was evicted before anybody acknowledged it, whoever had taken it.
-        forgotten = set(abandoned[2])
-        mine = [entry for entry in own[0][1] if entry[0] not in forgotten] if own else []
-        entries = [entry for entry in mine if _number(entry[0]) not in self._handed_out]
-        if abandoned[1]:
-            # They are ours now, and come with the first command of the next try.
-            return self._try(num, deadline) if not entries else self._hand_out(entries[:num], deadline)
+        entries = [entry for entry in own[0][1] if _number(entry[0]) not in self._handed_out] if own else []
         if len(entries) < num:
             command = (*read, num - len(entries), "STREAMS", live, ">")
             (fresh,) = self._table.link.call([command], timeout_s=deadline.left_s)
