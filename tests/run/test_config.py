@@ -14,6 +14,12 @@ from vla_dist.run.config import (
 from vla_dist.run.presets import PRESETS, preset
 
 
+def test_an_encoding_for_one_camera_goes_before_that_for_all():
+    replay = ReplaySettings(image_encodings=("wrist=jpeg:80", "lz4"))
+    assert [str(replay.image_encoding(name)) for name in ("wrist", "table")] == ["jpeg:80", "lz4"]
+    assert str(ReplaySettings().image_encoding("wrist")) == "raw"
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_survives_its_json(name, tmp_path):
     config = preset(name)
@@ -38,6 +44,8 @@ def test_an_unknown_preset_is_answered_with_the_nearest():
         ({"learner": LearnerSettings(publish_updates=(5, 2000))}, "start with 0"),
         ({"learner": LearnerSettings(publish_updates=(0, 100))}, "ends with 100, expected total_updates 2000"),
         ({"replay": ReplaySettings(min_steps=10_000_000)}, "exceeds capacity_steps"),
+        ({"replay": ReplaySettings(image_encodings=("png",))}, "must be raw, lz4, jpeg"),
+        ({"replay": ReplaySettings(image_encodings=("wrist=lz4",))}, "names a camera that the environment lacks"),
         ({"replay": ReplaySettings(min_steps=400_000)}, "may never be reached"),
     ],
 )

@@ -111,6 +111,7 @@ def _buffer_config(place: Place) -> BufferConfig:
         num_steps=replay.segment_steps,
         context_steps=place.config.model.context_steps,
         capacity_steps=replay.capacity_steps,
+        image_encodings={camera.name: replay.image_encoding(camera.name) for camera in place.spec.cameras},
         tables=(
             TableConfig(
                 limiter=LimiterConfig(

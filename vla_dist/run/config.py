@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.core.specs import CameraSpec
+from vla_dist.data.image_codec import ImageEncoding
 from vla_dist.replay.external import split_urls
 
 
@@ -40,6 +41,9 @@ class ReplaySettings:
     archive: str = ""
     """Where every complete episode also goes, as Parquet: a path, relative to the run's folder, or a URI such as
     s3://bucket/episodes. Empty: nowhere."""
+    image_encodings: tuple[str, ...] = ()
+    """How frames are stored: ``raw`` (the default), ``lz4`` (clean simulator frames: a tenth of the bytes) or
+    ``jpeg:QUALITY`` (real cameras), for all cameras, or for one of them as in ``table=jpeg:90``."""
     capacity_steps: int = 500_000
     segment_steps: int = 32
     """T."""
@@ -49,6 +53,11 @@ class ReplaySettings:
     """Windows sampled for each inserted step: whoever is ahead by more than the buffer waits. When the learner is
     done, inserts are free."""
     error_buffer_steps: float = 60_000.0
+
+    def image_encoding(self, camera: str) -> ImageEncoding:
+        """Of one camera; what names it goes before what names none. Raises ConfigError."""
+        by_camera = {name: text for name, _, text in (word.rpartition("=") for word in self.image_encodings)}
+        return ImageEncoding.parse(by_camera.get(camera, by_camera.get("", "raw")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +200,7 @@ class RunConfig:
             )
         self._require_enough_inserts()
         self._require_servers()
+        self._require_encodings()
 
     def _require_servers(self) -> None:
         shards, images = len(split_urls(self.replay.redis_url)), len(split_urls(self.replay.images_redis_url))
@@ -199,11 +209,17 @@ class RunConfig:
                 f"replay.images_redis_url names {images} servers, expected one, or {max(1, shards)} as "
                 "replay.redis_url does"
             )
-        if shards > 1 and self.replay.archive:
-            raise ConfigError(
-                f"replay.archive {self.replay.archive!r} cannot be written from a replay over {shards} servers; leave "
-                "it out, or use one server"
-            )
+
+    def _require_encodings(self) -> None:
+        cameras = [camera.name for camera in self.env.cameras]
+        for word in self.replay.image_encodings:
+            camera, names_one, text = word.rpartition("=")
+            ImageEncoding.parse(text)
+            if names_one and camera not in cameras:
+                raise ConfigError(
+                    f"replay.image_encodings {word!r} names a camera that the environment lacks; it has "
+                    f"{', '.join(cameras) or 'none'}"
+                )
 
     def _require_counts(self) -> None:
         """What would fail only minutes later, inside a component."""
