@@ -16,6 +16,7 @@ from vla_dist.replay.archive import read_archive
 from vla_dist.replay.config import BufferConfig
 from vla_dist.replay.keys import episode_digest
 from vla_dist.replay.server import EmbeddedServer
+from vla_dist.replay.shards import ShardedReplayTable
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.run.files import CONFIG, IMAGES, REDIS
 from vla_dist.run.presets import preset
@@ -296,6 +297,23 @@ def test_a_reader_that_leaves_early_gets_no_traceback(server, table):
         child.stdout.close()
         assert child.stderr.read() == ""
         assert child.wait(timeout=60) in (0, 1)
+
+
+def test_a_buffer_over_several_servers_is_looked_at_shard_by_shard(run, server, tmp_path):
+    with EmbeddedServer(tmp_path / "a") as one, EmbeddedServer(tmp_path / "b") as two:
+        urls = [one.url, two.url]
+        config = BufferConfig(name="wide", num_steps=T, capacity_steps=1000)
+        table = ShardedReplayTable(urls, make_spec(), config)
+        fill(table)
+        held = [shard.state().complete for shard in table.shards]
+        table.close()
+        where = ("--redis-url", ",".join(urls))
+        status, out, _ = run("stats", *where)
+        assert status == 0
+        rows = [line.split() for line in out.splitlines() if "wide:" in line]
+        assert [(row[1], int(row[3])) for row in rows] == [("wide:0", held[0]), ("wide:1", held[1])]
+        status, out, _ = run("verify", "--buffer", "wide:1", *where)
+        assert (status, f"'wide:1' is clean: {held[1]} episodes" in out) == (0, True)
 
 
 @pytest.fixture

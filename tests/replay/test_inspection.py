@@ -5,8 +5,9 @@ import pytest
 
 from vla_dist.core.errors import ConfigError, IntegrityError, NotFound, Unauthorised, Unreachable
 from vla_dist.core.specs import CameraSpec
+from vla_dist.replay.catalogue import buffer_names, open_buffer
 from vla_dist.replay.config import Fifo, TableConfig
-from vla_dist.replay.inspection import AGE_BANDS, EpisodeColumns, buffer_names, limiter_in_words, open_buffer, survey
+from vla_dist.replay.inspection import AGE_BANDS, EpisodeColumns, limiter_in_words, survey
 from vla_dist.replay.limiter import LimiterConfig, LimiterState
 from vla_dist.replay.monitoring import ReplayMonitor
 from vla_dist.testing.fakes import make_spec

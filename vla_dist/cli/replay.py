@@ -20,15 +20,16 @@ from vla_dist.cli.replay_panels import draw_frame, print_buffers, print_survey, 
 from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.core.types import Source
 from vla_dist.replay.archive_folder import ArchiveFolder
+from vla_dist.replay.catalogue import BufferPlace, find_buffers
 from vla_dist.replay.export import export_episodes
-from vla_dist.replay.inspection import buffer_names, open_buffer, survey
+from vla_dist.replay.external import split_urls
+from vla_dist.replay.inspection import full_name, survey
 from vla_dist.replay.monitoring import ReplayMonitor
 from vla_dist.replay.parquet import EpisodeFilter
 from vla_dist.replay.refill import refill
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.replay.verification import repair, verify
 from vla_dist.run.reach import reach_store
-from vla_dist.run.store import Store
 
 _USAGE = """usage: vla-dist replay VERB [RUN] [options]
 
@@ -47,11 +48,12 @@ class _Where:
     run_dir: tyro.conf.Positional[Path | None] = None
     """Folder of the run, live or ended; the newest in runs/ where left out."""
     redis_url: str = ""
-    """A replay that belongs to no run: redis://user:password@host:6379, rediss://... or unix:///path."""
+    """A replay that belongs to no run: redis://user:password@host:6379, rediss://... or unix:///path; several servers
+    separated by commas."""
     images_redis_url: str = ""
     """Where its images lie, if on a server of their own."""
     buffer: str = ""
-    """Name of the buffer; needed only where there are several."""
+    """Name of the buffer; needed only where there are several. Shard i of one over several servers is NAME:i."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,11 +149,10 @@ def main(arguments: Sequence[str]) -> None:
 def _stats(words: Sequence[str], prog: str) -> None:
     options = _parse(StatsOptions, words, prog)
     console = Console()
-    with _store(options) as store:
-        names = [options.buffer] if options.buffer else buffer_names(store.redis_url)
+    with _buffers(options) as places:
         surveys = []
-        for name in names:
-            with _open(store, name) as table, _progress("reading the index") as progress:
+        for place in places:
+            with contextlib.closing(place.open()) as table, _progress("reading the index") as progress:
                 surveys.append(survey(table, progress))
     if options.json:
         print(json.dumps([dataclasses.asdict(one) for one in surveys], indent=2))
@@ -192,7 +193,7 @@ def _verify(words: Sequence[str], prog: str) -> None:
         done: list[str] = []
         if options.repair and not found.clean:
             if not options.json:
-                print_verification(console, found, table.config.name)
+                print_verification(console, found, full_name(table))
             done = repair(table, found.findings)
             with _progress("verifying again") as progress:
                 found = verify(table, progress)
@@ -203,7 +204,7 @@ def _verify(words: Sequence[str], prog: str) -> None:
     else:
         for line in done:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        print_verification(console, found, table.config.name)
+        print_verification(console, found, full_name(table))
     if not found.clean:
         raise SystemExit(1)
 
@@ -242,7 +243,7 @@ def _refill(words: Sequence[str], prog: str) -> None:
             on_counts=lambda c: told(f"{c.inserted:,} episodes, {c.steps:,} steps"),
         )
     print(
-        f"{counts.inserted:,} episodes, {counts.steps:,} steps into buffer {table.config.name!r}; "
+        f"{counts.inserted:,} episodes, {counts.steps:,} steps into buffer {full_name(table)!r}; "
         f"{counts.duplicates:,} were known already, {counts.left_out:,} did not fit"
     )
 
@@ -266,31 +267,27 @@ def _parse(kind: type[Options], words: Sequence[str], prog: str) -> Options:
 
 
 @contextlib.contextmanager
-def _store(options: _Where) -> Iterator[Store]:
+def _buffers(options: _Where) -> Iterator[list[BufferPlace]]:
+    """The buffer that is named, or all there are."""
     if options.redis_url:
-        yield Store(redis_url=options.redis_url, images_url=options.images_redis_url or None)
+        yield find_buffers(split_urls(options.redis_url), split_urls(options.images_redis_url), options.buffer)
         return
     with reach_store(options.run_dir) as store:
-        yield store
+        images_urls = store.shard_images_urls or ((store.images_url,) if store.images_url else ())
+        yield find_buffers(store.shard_urls or (store.redis_url,), images_urls, options.buffer)
 
 
 @contextlib.contextmanager
 def _table(options: _Where) -> Iterator[RedisReplayTable]:
     """The buffer that is meant; with several of them and none named, an error that lists them."""
-    with _store(options) as store:
-        names = [options.buffer] if options.buffer else buffer_names(store.redis_url)
-        if not names:
-            raise ConfigError("this Redis holds no buffer; is the URL right, and has anything been stored?")
-        if len(names) > 1:
-            raise ConfigError(f"this Redis holds {len(names)} buffers; name one with --buffer: {', '.join(names)}")
-        with _open(store, names[0]) as table:
+    with _buffers(options) as places:
+        if not places:
+            raise NotFound("this Redis holds no buffer; is the URL right, and has anything been stored?")
+        if len(places) > 1:
+            names = ", ".join(place.name for place in places)
+            raise ConfigError(f"this Redis holds {len(places)} buffers; name one with --buffer: {names}")
+        with contextlib.closing(places[0].open()) as table:
             yield table
-
-
-@contextlib.contextmanager
-def _open(store: Store, name: str) -> Iterator[RedisReplayTable]:
-    with contextlib.closing(open_buffer(store.redis_url, name, images_url=store.images_url)) as table:
-        yield table
 
 
 def _holds_episodes(folder: ArchiveFolder) -> bool:

@@ -1,28 +1,21 @@
 """What a buffer holds and how it is doing: read once, told by task, source, policy version and age."""
 
-import json
-import time
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from vla_dist.core.errors import ConfigError, IntegrityError, NotFound
 from vla_dist.core.types import SOURCES, Array
 from vla_dist.replay.config import TableConfig
 from vla_dist.replay.episodes import Entry
-from vla_dist.replay.keys import Keys
 from vla_dist.replay.limiter import LimiterState
-from vla_dist.replay.link import RedisLink
 from vla_dist.replay.snapshot import read_at_once
-from vla_dist.replay.state import BufferState
+from vla_dist.replay.state import BufferState, unpack_counters
 from vla_dist.replay.table import RedisReplayTable
 
 _PATIENCE_S = 10.0
-_FIRST_ANSWER_S = 3.0
-_SCAN_PAGE = 5000
-_SCAN_LIMIT_S = 10.0
 AGE_BANDS = (("< 1 min", 60.0), ("< 10 min", 600.0), ("< 1 h", 3600.0), ("< 1 day", 86400.0), ("older", np.inf))
 
 Progress = Callable[[int, int], None]
@@ -122,56 +115,9 @@ class BufferSurvey:
         return self.steps / self.capacity_steps
 
 
-def buffer_names(url: str) -> list[str]:
-    """Names of the buffers on a server, sorted; what 10 s of looking through its keys finds.
-
-    Raises:
-        ConfigError, Unauthorised, Unreachable: as ``RedisLink.call``.
-    """
-    link, cursor, names = RedisLink(url), b"0", set()
-    end = time.monotonic() + _SCAN_LIMIT_S
-    try:
-        while True:
-            scan = ("SCAN", cursor, "MATCH", "{buffer:*}:config", "COUNT", _SCAN_PAGE)
-            cursor, keys = link.call([scan], timeout_s=_FIRST_ANSWER_S)[0]
-            names.update(key.decode()[len("{buffer:") : -len("}:config")] for key in keys)
-            if cursor == b"0" or time.monotonic() > end:
-                return sorted(names)
-    finally:
-        link.close()
-
-
-def open_buffer(url: str, name: str, *, images_url: str | None = None) -> RedisReplayTable:
-    """A client of a buffer that exists; unlike the class itself it never creates one.
-
-    Raises:
-        NotFound: no such buffer; the message names those there are.
-        ConfigError: an ``images_url`` that is missing or too much.
-        IntegrityError: it has lost its counters.
-    """
-    link, keys = RedisLink(url), Keys(name)
-    try:
-        identity, has_state = link.call(
-            [("HGET", keys.config, "identity"), ("EXISTS", keys.state)], timeout_s=_FIRST_ANSWER_S
-        )
-    finally:
-        link.close()
-    if identity is None:
-        there = ", ".join(buffer_names(url)) or "no buffer at all"
-        raise NotFound(f"no buffer {name!r} in Redis at {link.address}; it has {there}")
-    if not has_state:
-        raise IntegrityError(
-            f"buffer {name!r} in Redis at {link.address} has lost its counters (key {keys.state}); its episodes cannot "
-            "be told apart any more: delete its keys and refill it from its archive"
-        )
-    fields = json.loads(identity)
-    if fields["images_apart"] and images_url is None and fields["image_encodings"]:
-        raise ConfigError(f"buffer {name!r} keeps its images on another server; give its URL as --images-redis-url")
-    if not fields["images_apart"] and images_url is not None:
-        raise ConfigError(f"buffer {name!r} keeps its images on its own server; leave --images-redis-url out")
-    # Without cameras the second server holds nothing: any URL does.
-    apart = (images_url or url) if fields["images_apart"] else None
-    return RedisReplayTable.open(url, name, images_url=apart)
+def full_name(table: RedisReplayTable) -> str:
+    """Of a table's buffer; ``NAME:i`` for a shard."""
+    return table.keys.prefix.removeprefix("{buffer:").removesuffix("}:")
 
 
 def survey(table: RedisReplayTable, on_progress: Progress = no_progress) -> BufferSurvey:
@@ -200,7 +146,7 @@ def survey(table: RedisReplayTable, on_progress: Progress = no_progress) -> Buff
     used, limit = memory_of(memory)
     apart = table.images_link is not table.link
     return BufferSurvey(
-        name=table.config.name,
+        name=full_name(table),
         segment_steps=table.config.num_steps,
         capacity_steps=table.config.capacity_steps,
         steps=state.steps,
@@ -228,16 +174,31 @@ def survey(table: RedisReplayTable, on_progress: Progress = no_progress) -> Buff
         by_version=columns.grouped(columns.versions, str)[::-1],
         by_age=columns.by_age(int(now[0]) + int(now[1]) / 1e6),
         tables=tuple(
-            survey_table(config, state, number, oldest=int(columns.completions[0]) if entries else 0)
+            survey_table(
+                config,
+                state,
+                number,
+                oldest=int(columns.completions[0]) if entries else 0,
+                num_shards=num_shards_in(packed),
+            )
             for number, config in enumerate(table.config.tables)
         ),
     )
 
 
-def survey_table(config: TableConfig, state: BufferState, number: int, *, oldest: int) -> TableSurvey:
-    """One table of a buffer whose oldest stored completion is ``oldest``, 0 for none."""
+def survey_table(config: TableConfig, state: BufferState, number: int, *, oldest: int, num_shards: int) -> TableSurvey:
+    """One table of a buffer whose oldest stored completion is ``oldest``, 0 for none.
+
+    A shard's limiter is judged by its share of the whole.
+    """
     counters = state.tables[number]
-    limiter = counters.limiter
+    whole = counters.limiter.config
+    share = replace(
+        whole,
+        min_steps=math.ceil(whole.min_steps / num_shards),
+        error_buffer_steps=whole.error_buffer_steps / num_shards,
+    )
+    limiter = replace(counters.limiter, config=share)
     waiting = limiter_in_words(limiter)
     if state.archiving and oldest > state.archived:
         behind = state.completions - state.archived
@@ -341,6 +302,11 @@ class EpisodeColumns:
         """By ``AGE_BANDS``; ``now_s`` is the server's clock."""
         bands = np.searchsorted([limit for _, limit in AGE_BANDS], now_s - self.completed_at_s, side="right")
         return self.grouped(np.minimum(bands, len(AGE_BANDS) - 1), lambda band: AGE_BANDS[band][0])
+
+
+def num_shards_in(packed: bytes) -> int:
+    """Of how many parts this one is, from its packed state."""
+    return max(1, int(unpack_counters(packed)[0]["shards"]))
 
 
 def memory_of(info: bytes) -> tuple[int, int]:

@@ -9,7 +9,15 @@ import numpy as np
 
 from vla_dist.core.types import Array
 from vla_dist.replay.following import IndexFollower
-from vla_dist.replay.inspection import EpisodeColumns, EpisodeGroup, TableSurvey, memory_of, survey_table
+from vla_dist.replay.inspection import (
+    EpisodeColumns,
+    EpisodeGroup,
+    TableSurvey,
+    full_name,
+    memory_of,
+    num_shards_in,
+    survey_table,
+)
 from vla_dist.replay.link import Deadline
 from vla_dist.replay.samplers import UniformDraw
 from vla_dist.replay.state import BufferState
@@ -96,7 +104,7 @@ class ReplayMonitor:
         oldest = int(columns.completions[0]) if len(ages) else 0
         by_task = columns.grouped(columns.tasks, lambda number: tasks[number])
         return MonitorFrame(
-            name=table.config.name,
+            name=full_name(table),
             watched_s=time.monotonic() - self._started_s,
             steps=state.steps,
             capacity_steps=table.config.capacity_steps,
@@ -105,7 +113,8 @@ class ReplayMonitor:
             rates=rates,
             history={name: tuple(values) for name, values in self._history.items()},
             tables=tuple(
-                survey_table(config, state, number, oldest=oldest) for number, config in enumerate(table.config.tables)
+                survey_table(config, state, number, oldest=oldest, num_shards=num_shards_in(packed))
+                for number, config in enumerate(table.config.tables)
             ),
             table_rates=table_rates,
             memory_bytes=memory,
