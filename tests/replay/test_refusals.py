@@ -125,7 +125,7 @@ def test_a_segment_that_contradicts_its_episode_leaves_nothing(make_table, make_
     table = make_table(spec=SPEC)
     table.append_all(make_episode("e", 8, spec=SPEC), timeout_s=5.0)
     before = contents(table)
-    with pytest.raises(DataError, match="e/2 .* contradicts index 1, the last of its episode so far"):
+    with pytest.raises(DataError, match=r"e/2 .* contradicts index 1, the last of its episode so far"):
         table.append(make_episode("e", 12, spec=SPEC)[2], timeout_s=5.0)
     assert contents(table) == before
 
