@@ -91,6 +91,18 @@ class Endpoint:
             return plain
         try:
             return self._tls_context().wrap_socket(plain, server_hostname=self.host)
+        except ssl.SSLCertVerificationError as error:
+            plain.close()
+            raise ConfigError(
+                f"the certificate of Redis at {self.host}:{self.port} is not accepted: {error.verify_message}. Use a "
+                "host name that it is made for, and name the authority that signed it with ssl_ca_certs=FILE in the URL"
+            ) from error
+        except (ssl.SSLError, TimeoutError, ConnectionError) as error:
+            plain.close()
+            raise ConnectionError(
+                f"no TLS handshake: {getattr(error, 'reason', None) or error}; redis:// is for servers without TLS, "
+                "and some ask for a client certificate: ssl_certfile, ssl_keyfile"
+            ) from error
         except (OSError, ConfigError):
             plain.close()
             raise
@@ -161,7 +173,10 @@ class Wire:
         """Replies of any kind; an error reply is an item of the list."""
         replies: list[Any] = []
         while len(replies) < num_replies:
-            reply = self._reader.gets()
+            try:
+                reply = self._reader.gets()
+            except hiredis.ProtocolError as error:
+                raise ConnectionError(f"that is not Redis ({error}); a server with TLS needs rediss://") from error
             if reply is False:
                 size = self._receive(memoryview(self._scratch), end)
                 self._reader.feed(cast(bytes, self._scratch), 0, size)
