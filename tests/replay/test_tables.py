@@ -1,5 +1,6 @@
 """Several tables over one buffer: each with its own sampler, limiter and most number of draws."""
 
+import json
 import threading
 from collections import Counter
 
@@ -300,3 +301,11 @@ def test_counters_of_draws_stay_exact_when_the_ring_turns_over(make_table, make_
             counts.update(table.sample(1, timeout_s=5.0).items.tolist())
     assert set(counts.values()) == {2}
     np.testing.assert_array_equal(sorted(counts), np.arange(sum(-(-(1 + n % 7) // 4) for n in range(80))))
+
+
+def test_a_buffer_of_another_layout_is_refused_in_words(make_table):
+    table = make_table()
+    (stored,) = table.link.call([("HGET", table.keys.config, "identity")], timeout_s=5.0)
+    older = json.dumps({**json.loads(stored), "layout": 0}, sort_keys=True)
+    with pytest.raises(ConfigError, match="has layout 0, this version of vla-dist reads layout 1"):
+        buffer_from_identity(table.config.name, older)

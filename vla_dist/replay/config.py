@@ -18,6 +18,8 @@ from vla_dist.data.image_codec import RAW, ImageEncoding
 from vla_dist.data.segment_codec import SegmentCodec
 from vla_dist.replay.limiter import LimiterConfig
 
+_LAYOUT = 1
+"""Of keys and packed records in Redis; grows with every change of ``functions.lua`` that older data do not fit."""
 Stratum = Literal["demo", "intervention", "success", "failure"]
 STRATA: tuple[Stratum, ...] = ("demo", "intervention", "success", "failure")
 """Experts and persons; policies that a person corrected; policies that succeeded; and that did not."""
@@ -227,6 +229,7 @@ class BufferConfig:
             for table in self.tables
         ]
         fields = {
+            "layout": _LAYOUT,
             "spec": spec.digest,
             "schema": codec.schema_id,
             "num_steps": self.num_steps,
@@ -251,8 +254,16 @@ def buffer_from_identity(name: str, identity: str) -> BufferConfig:
     """The config of a buffer somebody else created, for tools that only have its URL and name.
 
     Samplers carry default numbers: those are a reader's own choice.
+
+    Raises:
+        ConfigError: another version of this package made it.
     """
     stored = json.loads(identity)
+    if stored.get("layout") != _LAYOUT:
+        raise ConfigError(
+            f"buffer {name!r} has layout {stored.get('layout')}, this version of vla-dist reads layout {_LAYOUT}; use "
+            "the version that made it, or export with that one and refill with this one"
+        )
     kinds: dict[str, Sampler] = {
         "uniform": Uniform(),
         "recency": Recency(half_life_steps=100_000),

@@ -160,7 +160,8 @@ class RedisLink:
         reply = self._patiently(exchange, timeout_s)
         if isinstance(reply, ReplyError) and "already exists" not in str(reply):
             raise ConfigError(
-                f"Redis at {self.address} cannot take the replay functions ({reply}); it must be Redis >= 7 or "
+                f"Redis at {self.address} lacks the replay functions of this version of vla-dist and cannot take them "
+                f"({reply}). An embedded server: use the version that started it. Your own: it must be Redis >= 7 or "
                 "Valkey >= 8, and this user needs +function|load once"
             ) from reply
 
