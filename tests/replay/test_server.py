@@ -113,7 +113,6 @@ def test_a_path_too_long_for_a_socket_gets_one_elsewhere(make_server, tmp_path):
         "EVALSHA x 0",
         "EVAL_RO x 0",
         "ACL SETUSER client +@all",
-        "DEBUG SLEEP 1",
         "SWAPDB 0 1",
         "SAVE",
         "BGREWRITEAOF",
