@@ -82,10 +82,11 @@ class TlsProxy:
         if clients_of is not None:
             self._context.load_verify_locations(clients_of)
             self._context.verify_mode = ssl.CERT_REQUIRED
+        self._open: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(lambda *_: None)
         self._server = self._loop.run_until_complete(
-            asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._context, limit=1 << 20)
+            asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._context, ssl_handshake_timeout=3, limit=1 << 20)
         )
         self.port = self._server.sockets[0].getsockname()[1]
         self._thread = threading.Thread(target=self._loop.run_forever)
@@ -94,10 +95,12 @@ class TlsProxy:
     def close(self) -> None:
         async def stop() -> None:
             self._server.close()
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for writer in list(self._open):
+                writer.transport.abort()
+            # Handshakes that clients broke off end by themselves; cancelled ones would leave their sockets open.
+            if tasks := [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]:
+                await asyncio.wait(tasks, timeout=5)
+            await asyncio.sleep(0.05)
 
         asyncio.run_coroutine_threadsafe(stop(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -105,10 +108,12 @@ class TlsProxy:
         self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
         back, forth = await asyncio.open_connection("127.0.0.1", self._target_port, limit=1 << 20)
         try:
             await asyncio.gather(_copy(reader, forth), _copy(back, writer), return_exceptions=True)
         finally:
+            self._open.discard(writer)
             for one in (writer, forth):
                 one.transport.abort()
 

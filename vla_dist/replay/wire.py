@@ -84,13 +84,14 @@ class Endpoint:
                 plain.close()
                 raise
             return plain
+        context = self._tls_context() if self.tls else None
         plain = socket.create_connection((self.host, self.port), timeout_s)
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if not self.tls:
+        if context is None:
             return plain
         try:
-            return self._tls_context().wrap_socket(plain, server_hostname=self.host)
+            return context.wrap_socket(plain, server_hostname=self.host)
         except ssl.SSLCertVerificationError as error:
             plain.close()
             raise ConfigError(
@@ -103,7 +104,7 @@ class Endpoint:
                 f"no TLS handshake: {getattr(error, 'reason', None) or error}; redis:// is for servers without TLS, "
                 "and some ask for a client certificate: ssl_certfile, ssl_keyfile"
             ) from error
-        except (OSError, ConfigError):
+        except OSError:
             plain.close()
             raise
 
