@@ -249,6 +249,23 @@ def test_a_limited_writer_and_a_limited_reader_never_stop_each_other(make_sharde
     assert abs(table.limiter_state().balance) <= 12 + T
 
 
+def test_writers_of_one_server_may_use_the_buffer_of_the_whole(make_sharded, make_episode):
+    limiter = LimiterConfig(min_steps=3, samples_per_insert=1.0, error_buffer_steps=60)
+    table = make_sharded(limiter=limiter)
+    one_sided = [f"x{n}" for n in range(2000) if shard_of(f"x{n}", 3) == 0]
+    inserted = 0
+
+    def fill_up():
+        nonlocal inserted
+        for name in one_sided:
+            inserted += len(table.append_all(make_episode(name, 4), timeout_s=0.5))
+
+    with pytest.raises(ReplayWait, match="the limiter makes inserts wait"):
+        fill_up()
+    assert 60 <= 4 * inserted <= 60 + 3 * 4 + 4
+    assert table.limiter_state().balance > 60
+
+
 def test_capacity_is_split(make_sharded, make_episode):
     table = make_sharded(capacity_steps=180)
     fill(table, make_episode, [10] * 60)
