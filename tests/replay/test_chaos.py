@@ -171,6 +171,34 @@ def test_a_reader_survives_constant_eviction(connect):
     assert writer.state().evicted_steps > 0
 
 
+def test_windows_that_left_before_they_were_read_raise_no_warning(connect):
+    """Their returns were summed from whatever lay in that memory: infinity less infinity, now and then."""
+    reader, writer = connect("scored"), connect("uniform")
+    append_episodes(writer, 0, 3)
+    fetcher, layout = reader._fetcher, reader.codec.layout
+    fetch, fetch_steps = fetcher.fetch, fetcher._fetch_steps
+    evicted = []
+
+    def fetch_worst(*args):
+        received, starts = fetch_steps(*args)
+        if (starts < 0).all():
+            step = received[: 4 * layout.num_columns].view(np.float32)
+            step[layout.segment_return], step[layout.segment_return + 1] = np.inf, -np.inf
+        return received, starts
+
+    def fetch_late(*args, **options):
+        if not evicted:
+            append_episodes(writer, 3, 20)
+        batch, gone = fetch(*args, **options)
+        evicted.append(gone.all())
+        return batch, gone
+
+    fetcher.fetch, fetcher._fetch_steps = fetch_late, fetch_worst
+    batch = reader.sample(1, timeout_s=PATIENCE_S)
+    assert evicted == [True, False]
+    require_true_window(batch, 0, true_episode(batch.instructions[0]), num_steps=T)
+
+
 def test_a_server_that_still_loads_its_data_is_waited_for():
     """It was taken for one that refuses: clients gave up at once when a large buffer was restarted."""
     answers = [b"-LOADING loading the dataset\r\n", b"-LOADING loading the dataset\r\n", b"+PONG\r\n"]

@@ -111,14 +111,16 @@ class WindowFetcher:
         index = pieces.step_index()
         steps = self._gather(pieces, index, arena, np.where(missing, 0, starts))
         tails = np.concatenate([[0.0], np.repeat(plan.tail_returns, pieces.counts)])[index]
-        own = steps[..., layout.segment_return].astype(np.float64) + steps[..., layout.segment_return + 1]
+        with np.errstate(invalid="ignore", over="ignore"):  # The steps of windows that are gone are any numbers.
+            own = steps[..., layout.segment_return].astype(np.float64) + steps[..., layout.segment_return + 1]
+            returns_to_go = (tails + own).astype(np.float32)
         batch = Batch(
             proprio=steps[..., layout.proprio],
             actions=steps[..., layout.actions],
             target_actions=steps[..., layout.target_actions],
             rewards=steps[..., layout.reward],
             interventions=steps[..., layout.intervention] != 0,
-            returns_to_go=(tails + own).astype(np.float32),
+            returns_to_go=returns_to_go,
             timesteps=pieces.timesteps,
             padding_mask=pieces.padding_mask,
             episode_lengths=plan.episode_lengths,
