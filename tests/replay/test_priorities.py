@@ -136,8 +136,8 @@ def test_items_that_left_are_passed_over(make_scored, make_client, make_episode)
         table.append(make_episode(f"f{number}", 4)[0], timeout_s=5.0)
     live = range(50, 61)
     table.update_priorities(np.arange(50, 61), np.full(11, 1.0))
-    # Rows 5 to 15 had the places of rows 50 to 60 before; others never existed.
-    stale = np.array([*range(5, 50), 61, 1000, 10**12])
+    # Rows 5 to 9 had the places of rows 50 to 54 before, rows 16 to 49 left since, the others never existed.
+    stale = np.array([*range(5, 10), *range(16, 50), 61, 1000, 10**12])
     table.update_priorities(stale, np.full(len(stale), 77.0))
     for client in (table, make_client(table, seed=2)):
         assert_shares(client, dict.fromkeys(live, 1.0))

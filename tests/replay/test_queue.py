@@ -109,6 +109,8 @@ def test_what_is_acknowledged_is_removed(make_queue_table, make_episode, keys_of
     assert table.has_episode("a")
     assert table.append(make_episode("a", 10)[0], timeout_s=5.0) == "duplicate"
     assert names_of(queue.take(5, timeout_s=5.0)) == ["c"]
+    with pytest.raises(ReplayWait, match="1 are not acknowledged yet"):
+        queue.take(1, timeout_s=0.0)
 
 
 def test_what_other_tables_draw_from_stays(make_table, make_client, make_episode):

@@ -164,12 +164,12 @@ def test_returns_of_long_episodes_keep_small_rewards(make_table, make_episode, a
     table = make_table(spec=make_spec(max_episode_steps=400), context_steps=1)
     segments = make_episode("e", 399, spec=table.spec)
     rewards = np.full(400, 0.1, np.float32)
-    rewards[250] = 1e7
+    rewards[250], rewards[300] = 1e7, -1e7  # Returns of the steps before are small again.
     segments = [replace(s, rewards=rewards[4 * s.segment_index :][:4]) for s in segments]
     append_all(table, segments)
     batch = table.sample(300, timeout_s=5.0)
     exact = rewards[:399].astype(np.float64)[::-1].cumsum()[::-1]
-    np.testing.assert_array_equal(batch.returns_to_go[:, 0], exact[batch.timesteps[:, 0]].astype(np.float32))
+    np.testing.assert_allclose(batch.returns_to_go[:, 0], exact[batch.timesteps[:, 0]], rtol=1e-6)
 
 
 def test_unfinished_episodes_are_never_drawn(make_table, make_episode, append_all):

@@ -15,6 +15,7 @@ from vla_dist.replay import writing
 from vla_dist.replay.config import BufferConfig, Prioritised, Recency, TableConfig
 from vla_dist.replay.keys import episode_digest
 from vla_dist.replay.limiter import LimiterConfig
+from vla_dist.replay.link import ServerFull
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.replay.wire import Wire
 from vla_dist.testing.fakes import make_segment, make_spec
@@ -362,6 +363,8 @@ def test_a_full_server_makes_writers_wait_and_readers_go_on(make_server, make_ta
             admin.config_set("maxmemory", num_bytes)
 
     limit_memory(2**20)
+    with pytest.raises(ServerFull, match="out of memory; raise its limit or lower capacity_steps"):
+        table.link.call([("SET", "k", "v")], timeout_s=5.0)
     assert table.sample(4, timeout_s=2.0).num_windows == 4
     timer = threading.Timer(0.3, limit_memory, args=(2**26,))
     timer.start()
