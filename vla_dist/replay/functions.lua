@@ -76,10 +76,12 @@ local function open_buffer(keys)
 end
 
 local function save(b)
-  if #b.left > 0 then
+  -- Not all at once: Lua has room for some thousands of values.
+  for first = 1, #b.left, 1000 do
+    local last = math.min(#b.left, first + 999)
     b.s.gone = b.s.gone + 1
     redis.call('XADD', b.prefix .. 'gone', 'MAXLEN', '~', GONE_KEPT, number(b.s.gone) .. '-0', 'c',
-      struct.pack('<' .. string.rep('d', #b.left), unpack(b.left)))
+      struct.pack('<' .. string.rep('d', last - first + 1), unpack(b.left, first, last)))
   end
   local parts = {pack_from(HEAD, HEAD_FORMAT, b.s)}
   for i, t in ipairs(b.tables) do parts[i + 1] = pack_from(TABLE, TABLE_FORMAT, t) end
