@@ -62,7 +62,7 @@ def interpreters(versions: tuple[str, ...]) -> list[str]:
         candidates = [shutil.which(f"python{version}")]
         candidates += sorted(map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python")), reverse=True)
         found += [path for path in candidates if path]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(str(Path(path).resolve()) for path in found))
 
 
 def run(*command: str | Path) -> str | None:

@@ -92,7 +92,7 @@ class Rates:
 
 
 def measure_insert(insert: Callable[[], int], finish: Callable[[], None], seconds: float) -> Rates:
-    """Times ``insert``, which returns its steps; ``finish`` waits, inside the time, until all of them are stored."""
+    """Times ``insert``, which returns its steps; ``finish``, inside the time, sends what waits in the client."""
     insert()
     finish()
     rates = []
