@@ -397,3 +397,18 @@ def test_a_row_in_the_place_of_another_is_named(make_table, make_episode, append
     table.link.call([("SET", one, row)], timeout_s=5.0)
     with pytest.raises(IntegrityError, match="episode 'one', segment 0 holds segment 'two'/0"):
         list(table.episodes())
+
+
+@pytest.mark.slow
+def test_one_commit_may_evict_thousands_of_episodes(make_table, make_episode):
+    # More than Lua can hold as the arguments of one call.
+    spec = make_spec(proprio_dim=0, action_dim=1, max_episode_steps=16_384)
+    table = make_table(spec=spec, num_steps=256, capacity_steps=32_800)
+    table.append_all([make_episode(f"e{n}", 1, spec=spec, num_steps=256)[0] for n in range(9000)], timeout_s=60.0)
+    table.sample(1, timeout_s=5.0)
+    for name in ("first", "second"):
+        table.append_all(make_episode(name, 16_384, spec=spec, num_steps=256, instruction=name), timeout_s=60.0)
+    state = table.state()
+    assert (state.steps, state.complete) == (32_800, 34)
+    assert {"first", "second"} <= set(table.sample(200, timeout_s=5.0).instructions)
+    assert table._follower.index.live_steps == 32_800
