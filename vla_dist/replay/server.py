@@ -29,6 +29,7 @@ from redis.retry import Retry
 
 from vla_dist.core.errors import ConfigError, ResourceMissing, Unreachable
 from vla_dist.replay.link import load_functions
+from vla_dist.replay.log_sync import LogSync
 
 _READY_TIMEOUT_S = 30.0
 _PROBE_TIMEOUT_S = 2.0
@@ -103,7 +104,7 @@ class EmbeddedServer:
     """A private server on a Unix socket, durable in its directory.
 
     Restarting on the same directory gives the same data under the same ``url``: clients that retry carry on. With the
-    append-only file a killed server loses no acknowledged write; a machine that loses power loses at most one second.
+    append-only file a killed server loses no acknowledged write; a machine that loses power loses about one second.
 
     The socket lies in the directory, or, where that path is too long for a socket, in a private directory under the
     system's temporary directory that is named after a hash of the path.
@@ -156,6 +157,7 @@ class EmbeddedServer:
         except BaseException:
             self._kill()
             raise
+        self._log_sync = LogSync(self.directory / "appendonlydir", lambda: self.alive) if append_only else None
 
     @property
     def url(self) -> str:
@@ -180,6 +182,8 @@ class EmbeddedServer:
         """Save and stop; killed when it takes longer than ``timeout_s``. Closing twice is harmless."""
         if self._process is None or not self.alive:
             return
+        if self._log_sync is not None:
+            self._log_sync.close()
         with contextlib.suppress(redis.RedisError):
             client = self._admin(socket_timeout_s=timeout_s)
             try:
@@ -262,8 +266,9 @@ class EmbeddedServer:
             f"maxmemory {max_memory_bytes}",
             "maxmemory-policy noeviction",
             f"appendonly {'yes' if self._append_only else 'no'}",
-            "appendfsync everysec",
-            "no-appendfsync-on-rewrite yes",
+            # The kernel has each write before it is acknowledged; LogSync brings it to the disk.
+            "appendfsync no",
+            "appenddirname appendonlydir",
             "auto-aof-rewrite-percentage 100",
             "auto-aof-rewrite-min-size 256mb",
             'save ""',
