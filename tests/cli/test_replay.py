@@ -12,7 +12,7 @@ import pytest
 
 from vla_dist.cli.main import main
 from vla_dist.core.specs import CameraSpec
-from vla_dist.replay.archive import read_archive
+from vla_dist.replay.archive.archiver import read_archive
 from vla_dist.replay.config import BufferConfig
 from vla_dist.replay.keys import episode_digest
 from vla_dist.replay.server import EmbeddedServer

@@ -14,7 +14,7 @@ from vla_dist.core.specs import CameraSpec
 from vla_dist.core.types import PolicyArtifact, PolicyManifest
 from vla_dist.registry.blobs import RedisBlobs
 from vla_dist.registry.store import RedisPolicyRegistry
-from vla_dist.replay.archive import Archiver
+from vla_dist.replay.archive.archiver import Archiver
 from vla_dist.replay.config import BufferConfig, Fifo, Prioritised, TableConfig
 from vla_dist.replay.external import ACL_RULES, require_server
 from vla_dist.replay.queue import EpisodeQueue

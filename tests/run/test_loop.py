@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from vla_dist.replay.archive import read_archive
+from vla_dist.replay.archive.archiver import read_archive
 from vla_dist.run.serve_app import free_ports
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]

@@ -9,7 +9,7 @@ import redis
 
 from vla_dist.core.errors import ConfigError, Unreachable
 from vla_dist.core.specs import CameraSpec
-from vla_dist.replay.archive import read_archive
+from vla_dist.replay.archive.archiver import read_archive
 from vla_dist.replay.external import split_urls
 from vla_dist.replay.server import EmbeddedServer
 from vla_dist.replay.shards import ShardedReplayTable

@@ -19,16 +19,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from vla_dist.cli.replay_panels import draw_frame, print_buffers, print_survey, print_verification
 from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.core.types import Source
-from vla_dist.replay.archive_folder import ArchiveFolder
-from vla_dist.replay.catalogue import BufferPlace, find_buffers
-from vla_dist.replay.export import export_episodes
+from vla_dist.replay.archive.export import export_episodes
+from vla_dist.replay.archive.folder import ArchiveFolder
+from vla_dist.replay.archive.parquet import EpisodeFilter
+from vla_dist.replay.archive.refill import refill
+from vla_dist.replay.audit.catalogue import BufferPlace, find_buffers
+from vla_dist.replay.audit.inspection import full_name, survey
+from vla_dist.replay.audit.monitoring import ReplayMonitor
+from vla_dist.replay.audit.verification import repair, verify
 from vla_dist.replay.external import split_urls
-from vla_dist.replay.inspection import full_name, survey
-from vla_dist.replay.monitoring import ReplayMonitor
-from vla_dist.replay.parquet import EpisodeFilter
-from vla_dist.replay.refill import refill
 from vla_dist.replay.table import RedisReplayTable
-from vla_dist.replay.verification import repair, verify
 from vla_dist.run.reach import reach_store
 
 _USAGE = """usage: vla-dist replay VERB [RUN] [options]

@@ -9,9 +9,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from vla_dist.replay.inspection import BufferSurvey, EpisodeGroup, TableSurvey
-from vla_dist.replay.monitoring import MonitorFrame
-from vla_dist.replay.verification import Verification
+from vla_dist.replay.audit.inspection import BufferSurvey, EpisodeGroup, TableSurvey
+from vla_dist.replay.audit.monitoring import MonitorFrame
+from vla_dist.replay.audit.verification import Verification
 
 _MOST_ROWS = 20
 _MOST_FINDINGS = 50

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vla_dist.envs.instructions import Split
     from vla_dist.evaluation.suite import PhraseSource, VersionJudge
     from vla_dist.learner.learner import Learner, Rank
-    from vla_dist.replay.archive import Archiver
+    from vla_dist.replay.archive.archiver import Archiver
     from vla_dist.robot.simulated_robot import SimulatedRobot
     from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
     from vla_dist.serving.ingest import FleetIngest
@@ -126,7 +126,7 @@ def _buffer_config(place: Place) -> BufferConfig:
 
 def build_archivers(place: Place) -> list[Archiver]:
     """One for each server of a replay that is archived, all into one folder. Raises what ``Archiver`` raises."""
-    from vla_dist.replay.archive import Archiver
+    from vla_dist.replay.archive.archiver import Archiver
 
     archive, table = place.config.replay.archive, build_table(place, seed=4000)
     shards = table.shards if isinstance(table, ShardedReplayTable) else (table,)

@@ -23,7 +23,7 @@ from ray.exceptions import RayTaskError
 
 from vla_dist.core.errors import NotFound, ResourceMissing, Unreachable, WaitTimeout
 from vla_dist.evaluation.suite import SuiteConfig
-from vla_dist.replay.archive import Archiver
+from vla_dist.replay.archive.archiver import Archiver
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.run.board import BoardLink
 from vla_dist.run.build import (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from chaos.stage import Journal, Stage
 
-from vla_dist.replay.archive import Archiver
+from vla_dist.replay.archive.archiver import Archiver
 
 
 def main(folder: Path, name: str) -> None:

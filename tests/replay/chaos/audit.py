@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from chaos.ground_truth import SPEC, require_true_episode, true_episode
 from chaos.stage import PATIENCE_S, TABLES, Journal, T
 
-from vla_dist.replay.archive import read_archive
+from vla_dist.replay.archive.archiver import read_archive
 from vla_dist.replay.keys import episode_digest
 from vla_dist.replay.state import BufferState
 from vla_dist.replay.table import RedisReplayTable

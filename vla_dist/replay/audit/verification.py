@@ -15,11 +15,11 @@ import numpy as np
 
 from vla_dist.core.errors import IntegrityError
 from vla_dist.core.types import Segment
-from vla_dist.replay.findings import Finding
-from vla_dist.replay.index_check import IndexCheck, check_index
-from vla_dist.replay.inspection import Progress, no_progress
+from vla_dist.replay.audit.findings import Finding
+from vla_dist.replay.audit.index_check import IndexCheck, check_index
+from vla_dist.replay.audit.inspection import Progress, no_progress
+from vla_dist.replay.audit.snapshot import IndexSnapshot, owners_among, read_records
 from vla_dist.replay.link import RedisLink
-from vla_dist.replay.snapshot import IndexSnapshot, owners_among, read_records
 from vla_dist.replay.sweeping import sweep_images
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.replay.wire import Command

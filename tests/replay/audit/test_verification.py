@@ -7,10 +7,10 @@ import pytest
 
 from vla_dist.core.specs import CameraSpec
 from vla_dist.data.image_codec import ImageEncoding
+from vla_dist.replay.audit.verification import repair, verify
 from vla_dist.replay.config import Fifo, Prioritised, TableConfig, Uniform
 from vla_dist.replay.keys import episode_digest
 from vla_dist.replay.state import unpack_counters
-from vla_dist.replay.verification import repair, verify
 from vla_dist.testing.fakes import make_spec
 
 CAMERAS = (CameraSpec(name="front", height=6, width=5), CameraSpec(name="wrist", height=4, width=4))

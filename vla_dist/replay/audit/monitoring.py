@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vla_dist.core.types import Array
-from vla_dist.replay.following import IndexFollower
-from vla_dist.replay.inspection import (
+from vla_dist.replay.audit.inspection import (
     EpisodeColumns,
     EpisodeGroup,
     TableSurvey,
@@ -18,6 +17,7 @@ from vla_dist.replay.inspection import (
     num_shards_in,
     survey_table,
 )
+from vla_dist.replay.following import IndexFollower
 from vla_dist.replay.link import Deadline
 from vla_dist.replay.samplers import UniformDraw
 from vla_dist.replay.state import BufferState

@@ -5,11 +5,11 @@ import pytest
 
 from vla_dist.core.errors import ConfigError, IntegrityError, NotFound, Unauthorised, Unreachable
 from vla_dist.core.specs import CameraSpec
-from vla_dist.replay.catalogue import buffer_names, open_buffer
+from vla_dist.replay.audit.catalogue import buffer_names, open_buffer
+from vla_dist.replay.audit.inspection import AGE_BANDS, EpisodeColumns, limiter_in_words, survey
+from vla_dist.replay.audit.monitoring import ReplayMonitor
 from vla_dist.replay.config import Fifo, TableConfig
-from vla_dist.replay.inspection import AGE_BANDS, EpisodeColumns, limiter_in_words, survey
 from vla_dist.replay.limiter import LimiterConfig, LimiterState
-from vla_dist.replay.monitoring import ReplayMonitor
 from vla_dist.testing.fakes import make_spec
 
 PIXELS = make_spec(cameras=(CameraSpec(name="front", height=4, width=4),), max_episode_steps=20)

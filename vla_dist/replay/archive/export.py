@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vla_dist.replay.archive_folder import ArchiveFolder
-from vla_dist.replay.archive_parts import add_episode, incarnation_of, new_part, open_for_writing, part_name, put_part
+from vla_dist.replay.archive.folder import ArchiveFolder
+from vla_dist.replay.archive.parquet import EVERYTHING, EpisodeFilter
+from vla_dist.replay.archive.parts import add_episode, incarnation_of, new_part, open_for_writing, part_name, put_part
 from vla_dist.replay.episodes import Entry
-from vla_dist.replay.parquet import EVERYTHING, EpisodeFilter
 from vla_dist.replay.shards import ShardedReplayTable
 from vla_dist.replay.table import RedisReplayTable
 

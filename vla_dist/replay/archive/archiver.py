@@ -16,8 +16,10 @@ from pathlib import Path
 
 from vla_dist.core.errors import ConfigError, IntegrityError, NotFound, ReplayWait
 from vla_dist.core.types import Metrics, Segment
-from vla_dist.replay.archive_folder import ArchiveFolder
-from vla_dist.replay.archive_parts import (
+from vla_dist.replay.archive.folder import ArchiveFolder
+from vla_dist.replay.archive.parquet import EVERYTHING, EpisodeFilter, PartWriter
+from vla_dist.replay.archive.part_reader import PartReader
+from vla_dist.replay.archive.parts import (
     OnError,
     add_episode,
     incarnation_of,
@@ -28,11 +30,9 @@ from vla_dist.replay.archive_parts import (
     skipping,
     wanted_row_groups,
 )
-from vla_dist.replay.archive_plan import ArchivePlan, PartSize
+from vla_dist.replay.archive.plan import ArchivePlan, PartSize
 from vla_dist.replay.episodes import Entry
 from vla_dist.replay.link import Deadline
-from vla_dist.replay.parquet import EVERYTHING, EpisodeFilter, PartWriter
-from vla_dist.replay.part_reader import PartReader
 from vla_dist.replay.state import BufferState
 from vla_dist.replay.table import RedisReplayTable
 

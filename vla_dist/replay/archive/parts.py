@@ -10,10 +10,10 @@ from datetime import datetime, timezone
 from typing import Literal
 
 from vla_dist.core.errors import ConfigError, ContractMismatch, IntegrityError, NotFound, Unreachable
-from vla_dist.replay.archive_folder import PART_SUFFIX, ArchiveFolder
+from vla_dist.replay.archive.folder import PART_SUFFIX, ArchiveFolder
+from vla_dist.replay.archive.parquet import EpisodeFilter, PartHeader, PartWriter
+from vla_dist.replay.archive.part_reader import ArchivedEpisode, PartReader
 from vla_dist.replay.episodes import Entry
-from vla_dist.replay.parquet import EpisodeFilter, PartHeader, PartWriter
-from vla_dist.replay.part_reader import ArchivedEpisode, PartReader
 from vla_dist.replay.shards import ShardedReplayTable
 from vla_dist.replay.table import RedisReplayTable
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from vla_dist.core.types import SOURCES, Array
+from vla_dist.replay.audit.snapshot import read_at_once
 from vla_dist.replay.config import TableConfig
 from vla_dist.replay.episodes import Entry
 from vla_dist.replay.limiter import LimiterState
-from vla_dist.replay.snapshot import read_at_once
 from vla_dist.replay.state import BufferState, unpack_counters
 from vla_dist.replay.table import RedisReplayTable
 

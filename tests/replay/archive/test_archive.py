@@ -24,14 +24,14 @@ from vla_dist.core.errors import (
 )
 from vla_dist.core.specs import CameraSpec
 from vla_dist.data.image_codec import ImageEncoding
-from vla_dist.replay import parquet
-from vla_dist.replay.archive import Archiver, read_archive
-from vla_dist.replay.archive_folder import ArchiveFolder
-from vla_dist.replay.export import ExportCounts, export_episodes
+from vla_dist.replay.archive import parquet
+from vla_dist.replay.archive.archiver import Archiver, read_archive
+from vla_dist.replay.archive.export import ExportCounts, export_episodes
+from vla_dist.replay.archive.folder import ArchiveFolder
+from vla_dist.replay.archive.parquet import EpisodeFilter
+from vla_dist.replay.archive.part_reader import PartReader
+from vla_dist.replay.archive.refill import RefillCounts, refill
 from vla_dist.replay.limiter import LimiterConfig
-from vla_dist.replay.parquet import EpisodeFilter
-from vla_dist.replay.part_reader import PartReader
-from vla_dist.replay.refill import RefillCounts, refill
 from vla_dist.replay.shards import ShardedReplayTable
 from vla_dist.testing.fakes import make_spec
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vla_dist.replay.archive_folder import ArchiveFolder
-from vla_dist.replay.archive_parts import OnError, require_same_contract, skipping, wanted_row_groups
-from vla_dist.replay.parquet import EVERYTHING, EpisodeFilter
-from vla_dist.replay.part_reader import ArchivedEpisode, PackedEpisode
+from vla_dist.replay.archive.folder import ArchiveFolder
+from vla_dist.replay.archive.parquet import EVERYTHING, EpisodeFilter
+from vla_dist.replay.archive.part_reader import ArchivedEpisode, PackedEpisode
+from vla_dist.replay.archive.parts import OnError, require_same_contract, skipping, wanted_row_groups
 from vla_dist.replay.shards import ShardedReplayTable, shard_of
 from vla_dist.replay.table import RedisReplayTable
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from vla_dist.core.types import SOURCES, Array, Source
+from vla_dist.replay.audit.findings import Adjustment, Finding
+from vla_dist.replay.audit.snapshot import COMPLETE, EVICTED, OPEN, EpisodeRecord, IndexSnapshot, pack_complete
 from vla_dist.replay.config import Fifo, Prioritised
-from vla_dist.replay.findings import Adjustment, Finding
 from vla_dist.replay.index import decode_entry
 from vla_dist.replay.keys import episode_digest
-from vla_dist.replay.snapshot import COMPLETE, EVICTED, OPEN, EpisodeRecord, IndexSnapshot, pack_complete
 from vla_dist.replay.table import RedisReplayTable
 
 Entry = Mapping[str, Any]

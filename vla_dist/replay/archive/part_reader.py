@@ -16,8 +16,8 @@ from vla_dist.core.errors import IntegrityError, Unreachable
 from vla_dist.core.types import Array, Segment
 from vla_dist.data.image_codec import ImageCodec, ImageEncoding
 from vla_dist.data.segment_codec import SegmentCodec
-from vla_dist.replay.archive_folder import ArchiveFolder
-from vla_dist.replay.parquet import FIELDS, HEADER_KEY, MARKS, STEPS, EpisodeFilter, PartHeader, image_column
+from vla_dist.replay.archive.folder import ArchiveFolder
+from vla_dist.replay.archive.parquet import FIELDS, HEADER_KEY, MARKS, STEPS, EpisodeFilter, PartHeader, image_column
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
