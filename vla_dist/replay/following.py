@@ -116,7 +116,10 @@ class IndexFollower:
             for _, (kind, packed) in events:
                 self._take_event(kind, packed)
         if len(gone) == _PAGE or (self._has_events and len(replies[-1]) == _PAGE):
-            self._step([], deadline)
+            try:
+                self._step([], deadline)
+            except _FellBehind as behind:
+                raise _FellBehind(answers) from behind  # What `first` was told must not get lost on the way.
         return answers
 
     def _take_live(self, entries: Sequence[Any]) -> bool:

@@ -12,7 +12,7 @@
 --   row:DIGEST:I          payload of segment I of the episode whose id has this digest
 --   image:DIGEST:I:C      frames of camera C; on this server only if state.cameras_here > 0
 --   episodes              hash: episode id -> packed EPISODE, task, and for each index (unless complete) SEGMENT
---   order                 list of episode ids as they began; evicted ones may still stand in it
+--   order                 list of ids of the stored episodes as they began
 --   evicted               list of episode ids that are still remembered for the sake of late retries
 --   completed             hash: completion -> episode id
 --   live                  stream, id COMPLETION-0: one entry for each complete episode that is stored
@@ -206,6 +206,13 @@ local function evict(b, id, e)
   end
 end
 
+-- Mostly one of the oldest. Left in the order, its name would stay for ever behind an episode that nobody finishes; and
+-- forgotten and begun again, the episode would take its old turn.
+local function evict_out_of_turn(b, id, e)
+  evict(b, id, e)
+  redis.call('LREM', b.prefix .. 'order', 1, id)
+end
+
 -- The episode that began first goes first. False where it may not: the archive does not have it yet.
 local function evict_oldest(b)
   while true do
@@ -326,7 +333,7 @@ local function take_in(b, a, first_try)
     close_episode(b)
     local old = read_episode(b, late)
     if b.s.archiving == 1 and old.completion > b.s.archived then return wait_reply(b, b.tables[1], 'archive') end
-    evict(b, late, old)
+    evict_out_of_turn(b, late, old)
     late = outstayed(b, a, e)
   end
   if not e then
@@ -440,9 +447,7 @@ local function remove_if_used_up(b, completion, id, e)
     if other.max_draws == 0 then return end
     if tonumber(redis.call('HGET', table_key(b, 'used', other), name) or 0) < e.steps then return end
   end
-  evict(b, id, e)
-  -- Mostly one of the oldest. Left there, its name would stay for ever behind an episode that nobody finishes.
-  redis.call('LREM', b.prefix .. 'order', 1, id)
+  evict_out_of_turn(b, id, e)
 end
 
 -- Steps of an episode may not be drawn from this table any more.
@@ -505,7 +510,7 @@ local function discard(keys, args)
   local b = open_buffer(keys)
   local id = redis.call('HGET', b.prefix .. 'completed', args[1])
   if not id then return 0 end
-  evict(b, id, read_episode(b, id))
+  evict_out_of_turn(b, id, read_episode(b, id))
   b.s.discarded = b.s.discarded + 1
   save(b)
   return 1
