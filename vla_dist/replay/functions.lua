@@ -26,12 +26,9 @@
 --   used:TABLE            hash: completion -> steps of it that may not be drawn any more
 --   events:TABLE          stream, id N-0: field p: packed rows and priorities; field x: packed rows that are used up
 
-local HEAD = {'capacity', 'remembered', 'cameras_here', 'archiving', 'archived', 'steps', 'complete', 'completion', 'row',
-              'gone', 'inserted', 'duplicates', 'evicted_steps', 'broken', 'cameras_apart', 'shards', 'discarded'}
-local TABLE = {'min_steps', 'ratio', 'buffer', 'max_draws', 'prioritised', 'queue', 'drawable', 'balance', 'sampled',
-               'inserts_waited', 'samples_waited', 'max_priority', 'events', 'lost'}
--- Written out: while this file is loaded nothing but Lua's own syntax is there.
+-- Packed state: doubles, first of the buffer (HEAD), then of each table (TABLE), in the order of read_ and pack_ below.
 local HEAD_FORMAT, TABLE_FORMAT = '<ddddddddddddddddd', '<dddddddddddddd'
+local HEAD_BYTES, TABLE_BYTES = 136, 112
 -- completion (0: not complete), last index (-1: not seen yet), segments seen, steps, status, success, source,
 -- intervened, digest, bytes of the task
 local EPISODE = '<di4I4I4BBBBc16I2'
@@ -49,25 +46,42 @@ local MOST_KEYS, MOST_IMAGES_GONE = 4000, 128
 
 local function number(text) return string.format('%.17g', text) end
 
-local function unpack_into(names, format, packed, at)
-  local values, out = {struct.unpack(format, packed, at)}, {}
-  for i, name in ipairs(names) do out[name] = values[i] end
-  return out
+-- Name by name: a loop over names costs several times as much, in every call.
+local function read_head(packed)
+  local s = {}
+  s.capacity, s.remembered, s.cameras_here, s.archiving, s.archived, s.steps, s.complete, s.completion, s.row,
+  s.gone, s.inserted, s.duplicates, s.evicted_steps, s.broken, s.cameras_apart, s.shards, s.discarded =
+    struct.unpack(HEAD_FORMAT, packed)
+  return s
 end
 
-local function pack_from(names, format, values)
-  local list = {}
-  for i, name in ipairs(names) do list[i] = values[name] end
-  return struct.pack(format, unpack(list))
+local function read_table(packed, at)
+  local t = {}
+  t.min_steps, t.ratio, t.buffer, t.max_draws, t.prioritised, t.queue, t.drawable, t.balance, t.sampled,
+  t.inserts_waited, t.samples_waited, t.max_priority, t.events, t.lost =
+    struct.unpack(TABLE_FORMAT, packed, at)
+  return t
+end
+
+local function pack_head(s)
+  return struct.pack(HEAD_FORMAT,
+    s.capacity, s.remembered, s.cameras_here, s.archiving, s.archived, s.steps, s.complete, s.completion, s.row,
+    s.gone, s.inserted, s.duplicates, s.evicted_steps, s.broken, s.cameras_apart, s.shards, s.discarded)
+end
+
+local function pack_table(t)
+  return struct.pack(TABLE_FORMAT,
+    t.min_steps, t.ratio, t.buffer, t.max_draws, t.prioritised, t.queue, t.drawable, t.balance, t.sampled,
+    t.inserts_waited, t.samples_waited, t.max_priority, t.events, t.lost)
 end
 
 local function open_buffer(keys)
   local packed = redis.call('GET', keys[1])
   if not packed then error('NOBUFFER nothing at ' .. keys[1]) end
-  local b = {key = keys[1], prefix = string.sub(keys[1], 1, -6), left = {}, tables = {}}
-  b.s = unpack_into(HEAD, HEAD_FORMAT, packed, 1)
-  for at = 8 * #HEAD + 1, #packed, 8 * #TABLE do
-    local t = unpack_into(TABLE, TABLE_FORMAT, packed, at)
+  local b = {key = keys[1], prefix = string.sub(keys[1], 1, -6), left = {}, by = {}, tables = {}}
+  b.s = read_head(packed)
+  for at = HEAD_BYTES + 1, #packed, TABLE_BYTES do
+    local t = read_table(packed, at)
     t.index = #b.tables
     b.has_rings = b.has_rings or t.prioritised == 1 or (t.max_draws > 0 and t.queue == 0)
     b.tables[#b.tables + 1] = t
@@ -75,7 +89,13 @@ local function open_buffer(keys)
   return b
 end
 
+-- Added up and written once a call.
+local function count(b, name, num) b.by[name] = (b.by[name] or 0) + num end
+
 local function save(b)
+  for name, num in pairs(b.by) do
+    if num ~= 0 then redis.call('HINCRBY', b.prefix .. 'by', name, num) end
+  end
   -- Not all at once: Lua has room for some thousands of values.
   for first = 1, #b.left, 1000 do
     local last = math.min(#b.left, first + 999)
@@ -83,8 +103,8 @@ local function save(b)
     redis.call('XADD', b.prefix .. 'gone', 'MAXLEN', '~', GONE_KEPT, number(b.s.gone) .. '-0', 'c',
       struct.pack('<' .. string.rep('d', last - first + 1), unpack(b.left, first, last)))
   end
-  local parts = {pack_from(HEAD, HEAD_FORMAT, b.s)}
-  for i, t in ipairs(b.tables) do parts[i + 1] = pack_from(TABLE, TABLE_FORMAT, t) end
+  local parts = {pack_head(b.s)}
+  for i, t in ipairs(b.tables) do parts[i + 1] = pack_table(t) end
   redis.call('SET', b.key, table.concat(parts))
 end
 
@@ -138,6 +158,10 @@ local function is_seen(e, index)
 end
 
 local function set_segment(e, index, sum, version)
+  if index * 16 == #e.segments then
+    e.segments = e.segments .. struct.pack(SEGMENT, sum, version)
+    return
+  end
   local missing = index + 1 - #e.segments / 16
   if missing > 0 then e.segments = e.segments .. string.rep(struct.pack(SEGMENT, 0 / 0, 0), missing) end
   e.segments = string.sub(e.segments, 1, index * 16) .. struct.pack(SEGMENT, sum, version) ..
@@ -178,8 +202,8 @@ local function evict(b, id, e)
     local completion = number(e.completion)
     redis.call('XDEL', b.prefix .. 'live', completion .. '-0')
     redis.call('HDEL', b.prefix .. 'completed', completion)
-    redis.call('HINCRBY', b.prefix .. 'by', 'task:' .. e.task, -1)
-    redis.call('HINCRBY', b.prefix .. 'by', 'source:' .. e.source, -e.steps)
+    count(b, 'task:' .. e.task, -1)
+    count(b, 'source:' .. e.source, -e.steps)
     b.left[#b.left + 1] = e.completion
     b.s.complete = b.s.complete - 1
     for _, t in ipairs(b.tables) do
@@ -246,8 +270,8 @@ local function complete(b, id, e, instruction)
     struct.pack(LIVE, e.completion, s.row, e.steps, n, e.source, e.success, e.intervened, 0, now_s(), e.digest, #id,
       #e.task, #instruction) .. id .. e.task .. instruction .. e.segments)
   redis.call('HSET', b.prefix .. 'completed', completion, id)
-  redis.call('HINCRBY', b.prefix .. 'by', 'task:' .. e.task, 1)
-  redis.call('HINCRBY', b.prefix .. 'by', 'source:' .. e.source, e.steps)
+  count(b, 'task:' .. e.task, 1)
+  count(b, 'source:' .. e.source, e.steps)
   for _, t in ipairs(b.tables) do
     t.drawable = t.drawable + e.steps
     if t.prioritised == 1 then fill_ring(b, table_key(b, 'priorities', t), n, struct.pack('<f', t.max_priority)) end
