@@ -297,16 +297,6 @@ def test_counts_by_task_and_source(make_table, make_episode, append_all):
     assert stats.num_bytes > 0
 
 
-def test_statistics_leave_padding_out(make_table, make_episode, append_all):
-    table = make_table()
-    segments = make_episode("e", 10, seed=3)
-    append_all(table, segments)
-    statistics = table.dataset_statistics()
-    proprio = np.concatenate([s.proprio[: s.length] for s in segments])
-    assert statistics["proprio"].count == statistics["actions"].count == 10
-    np.testing.assert_allclose(statistics["proprio"].mean, proprio.mean(axis=0), rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("change", "field"),
     [

@@ -20,7 +20,6 @@ from vla_dist.core.errors import ConfigError, ReplayWait, Unreachable, VlaDistEr
 from vla_dist.core.protocols import AppendResult
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Array, Batch, Segment, TableStats
-from vla_dist.data.normalisation import RunningMoments
 from vla_dist.replay.batches import join_windows, scale_weights
 from vla_dist.replay.config import BufferConfig
 from vla_dist.replay.episodes import Entry
@@ -233,10 +232,6 @@ class ShardedReplayTable:
     def discard_incomplete(self, *, timeout_s: float = _PATIENCE_S) -> int:
         """As ``RedisReplayTable.discard_incomplete``."""
         return sum(self._on_each(lambda shard: self.shards[shard].discard_incomplete(timeout_s=timeout_s)))
-
-    def dataset_statistics(self, limit: int | None = None) -> dict[str, RunningMoments]:
-        """Moments of ``proprio`` and ``actions`` over the valid steps of up to ``limit`` complete episodes."""
-        return RedisReplayTable.moments(self.spec, self.episodes(limit))
 
     def close(self) -> None:
         """Close the connections; what is stored stays."""

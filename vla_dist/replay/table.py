@@ -16,7 +16,6 @@ from vla_dist.core.errors import ConfigError, NotFound, ReplayWait, VlaDistError
 from vla_dist.core.protocols import AppendResult
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import SOURCES, Array, Batch, Segment, TableStats
-from vla_dist.data.normalisation import RunningMoments
 from vla_dist.data.segment_codec import SegmentCodec
 from vla_dist.replay.batches import replace_windows, scale_weights
 from vla_dist.replay.config import (
@@ -306,21 +305,6 @@ class RedisReplayTable:
         Blocking: a second more than the look takes, if any lacks something: its writer may still be at it.
         """
         return self._losses.look_to_the_end(timeout_s=timeout_s)
-
-    def dataset_statistics(self, limit: int | None = None) -> dict[str, RunningMoments]:
-        """Moments of ``proprio`` and ``actions`` over the valid steps of up to ``limit`` complete episodes."""
-        return self.moments(self.spec, self.episodes(limit))
-
-    @staticmethod
-    def moments(spec: EnvSpec, episodes: Iterator[list[Segment]]) -> dict[str, RunningMoments]:
-        """The same of given episodes."""
-        proprio = RunningMoments.empty(spec.proprio_dim)
-        actions = RunningMoments.empty(spec.action_dim)
-        for segments in episodes:
-            for segment in segments:
-                proprio = proprio.update(segment.proprio[: segment.length])
-                actions = actions.update(segment.actions[: segment.length])
-        return {"proprio": proprio, "actions": actions}
 
     def close(self) -> None:
         """Close the connections; what is stored stays."""
