@@ -131,13 +131,20 @@ class BufferMachine(RuleBasedStateMachine):
     def append_several(self, picks):
         self.append([self.segment(*pick) for pick in picks])
 
-    @rule(backs=st.lists(st.integers(0, 4), min_size=1, max_size=6), order=st.randoms(use_true_random=False))
+    @rule(
+        backs=st.lists(st.sampled_from([0, 0, 0, 1, 2, 3, 4]), min_size=1, max_size=6),
+        order=st.randoms(use_true_random=False),
+    )
     def append_whole_episodes(self, backs, order):
-        segments = [self.segment(back, 0) for back in backs]
-        ids = dict.fromkeys(segment.episode_id for segment in segments)
+        ids = dict.fromkeys(self.segment(back, 0).episode_id for back in backs)
         segments = [segment for episode_id in ids for segment in true_episode(episode_id).segments(T)]
         order.shuffle(segments)
         self.append(segments)
+
+    @rule(num=st.integers(2, 6))
+    def append_one_episode_after_the_other(self, num):
+        for _ in range(num):
+            self.append(true_episode(self.segment(0, 0).episode_id).segments(T))
 
     @rule(back=st.integers(1, 6), length=st.integers(1, MAX_LENGTH), index=st.integers(0, 4), and_then=st.booleans())
     def append_contradiction(self, back, length, index, and_then):
