@@ -95,11 +95,13 @@ def fill_raw(store: Store, workload: Workload, steps: int) -> None:
             images.call(frames, timeout_s=30.0)
 
 
-def measure_ours(workload: Workload, *, turns: int, seconds: float, between: Callable[[Rates], None]) -> Rates:
+def measure_ours(
+    workload: Workload, *, turns: int, peer_turns: int, seconds: float, between: Callable[[Rates], None]
+) -> Rates:
     """The table and the bare protocol over both transports, with one and with two processes.
 
     Args:
-        between: called in each turn, to measure the peers in it.
+        between: called in each of the first ``peer_turns`` turns, to measure the peers in it.
     """
     rates: Rates = {action: {} for action in _ACTIONS}
     stored = workload.capacity_steps
@@ -134,7 +136,8 @@ def measure_ours(workload: Workload, *, turns: int, seconds: float, between: Cal
                             system = f"{name}/{transport}/{processes}"
                             rates[action].setdefault(system, []).append(statistics.median(slices[name]))
             note(f"  turn {turn + 1} of {turns} done")
-            between(rates)
+            if turn < peer_turns:
+                between(rates)
     return rates
 
 
@@ -202,6 +205,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write the plot here (PNG)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--peer-turns", type=int, default=1, help="turns in which the peers take part")
     parser.add_argument("--quick", action="store_true", help="a tenth of the time and of the data; claims nothing")
     parser.add_argument("--only", default="low_dim,image,capacity,size,sampler", help="parts to run")
     parser.add_argument("--no-peers", action="store_true", help="without Reverb, torchrl and RLlib")
@@ -223,7 +227,7 @@ def main() -> None:
                     for action in _ACTIONS if "unavailable" not in found else ():
                         rates[action].setdefault(system, []).append(float(found[f"{action}_steps_per_s"]))
 
-        rates = measure_ours(workload, turns=turns, seconds=seconds, between=peers)
+        rates = measure_ours(workload, turns=turns, peer_turns=options.peer_turns, seconds=seconds, between=peers)
         answer[name] = {**summarise(rates), "clients": clients}
         note(json.dumps(answer[name], indent=2))
     if "capacity" in parts:
