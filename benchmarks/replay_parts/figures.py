@@ -13,7 +13,7 @@ def draw(answer: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8.5), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9.5), constrained_layout=True)
     for axis, name, title in zip(
         axes[0], ("low_dim", "image"), ("39 + 4 floats a step", "the same and an 84x84x3 frame"), strict=True
     ):
@@ -28,6 +28,7 @@ def draw(answer: Mapping[str, Any], path: Path) -> None:
     axes[1, 1].plot(bytes_a_step, list(sizes.values()), "o", color="#1f6f8b")
     for size, (name, rate) in zip(bytes_a_step, sizes.items(), strict=True):
         axes[1, 1].annotate(name, (size, rate), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes[1, 1].margins(0.15)
     axes[1, 1].set(xscale="log", yscale="log", xlabel="bytes a step", ylabel="sampled steps/s", title="over value size")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
@@ -62,9 +63,10 @@ def _bars(axis: Any, found: Mapping[str, Any] | None, title: str) -> None:
             )
     axis.set_yticks(list(places), systems, fontsize=8)
     axis.invert_yaxis()
-    axis.set(xscale="log", xlabel="steps/s")
+    left, right = axis.get_xlim()
+    axis.set(xscale="log", xlabel="steps/s", xlim=(max(left, 3000), 3 * right))
     axis.xaxis.set_major_formatter(EngFormatter())
-    axis.legend(loc="lower right")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.26), ncols=2, frameon=False)
 
 
 def _step_bytes(name: str) -> int:
