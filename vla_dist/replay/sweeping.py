@@ -48,14 +48,22 @@ class ImagesGone:
         """
         if not gone:
             return 0
+        removed = sum(self._images.call(self.unlink(gone), timeout_s=timeout_s))
+        self._link.call(self.forget(gone), timeout_s=timeout_s)
+        return removed
+
+    def unlink(self, gone: Sequence[bytes]) -> list[Command]:
+        """For the server of the images: removes those of these entries."""
         commands: list[Command] = []
         for entry in gone:
             digest, (num,) = entry[:16].decode(), struct.unpack("<I", entry[16:])
             names = [self._keys.image(digest, i, camera) for i in range(num) for camera in range(self._num_cameras)]
             commands += [("UNLINK", *names[at : at + _PAGE]) for at in range(0, len(names), _PAGE)]
-        removed = sum(self._images.call(commands, timeout_s=timeout_s))
-        self._link.call([("LREM", self._keys.images_gone, 0, entry) for entry in gone], timeout_s=timeout_s)
-        return removed
+        return commands
+
+    def forget(self, gone: Sequence[bytes]) -> list[Command]:
+        """For the main server, once the images are removed: takes these entries off the list."""
+        return [("LREM", self._keys.images_gone, 0, entry) for entry in gone]
 
     def remove_all(self, *, timeout_s: float) -> int:
         """The same for the whole list; ``timeout_s`` is for each page of it."""

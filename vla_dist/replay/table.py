@@ -89,12 +89,12 @@ class RedisReplayTable:
         self.link = RedisLink(url)
         self.images_link = self.link if images_url is None else RedisLink(images_url)
         apart = images_url is not None
+        self._writer = SegmentWriter(self.link, self.images_link if apart else None, self.codec, self.keys)
         try:
             self._create(images_apart=apart)
         except VlaDistError:
             self.close()
             raise
-        self._writer = SegmentWriter(self.link, self.images_link if apart else None, self.codec, self.keys)
         self._fetcher = WindowFetcher(
             self.link, self.images_link, self.codec, self.keys, context_steps=config.context_steps
         )
@@ -308,6 +308,7 @@ class RedisReplayTable:
 
     def close(self) -> None:
         """Close the connections; what is stored stays."""
+        self._writer.close()
         self.link.close()
         self.images_link.close()
 

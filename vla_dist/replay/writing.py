@@ -3,12 +3,14 @@
 consumes: segments. waits for: the limiters, room, the archive. unblocked by: samples, evictions, the archiver.
 """
 
+import contextlib
 import struct
+import threading
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from vla_dist.core.errors import DataError, ReplayWait
+from vla_dist.core.errors import DataError, ReplayWait, Unreachable
 from vla_dist.core.protocols import AppendResult
 from vla_dist.core.types import SOURCES, Segment
 from vla_dist.data.segment_codec import EncodedSegment, SegmentCodec
@@ -59,6 +61,8 @@ class SegmentWriter:
         self._cameras = list(codec.image_codecs)
         self.on_wait: Callable[[], None] = _nothing
         """Called each time the limiter or the archive makes an append wait."""
+        self._lock = threading.Lock()
+        self._unlinked: list[bytes] = []
         self._images_gone = None if images is None else ImagesGone(link, images, keys, len(self._cameras))
 
     def append(
@@ -136,7 +140,7 @@ class SegmentWriter:
                     self._codec.checksum_offset,
                     *(item.arrival for item in items),
                 )
-                replies = self._link.exchange([*upload, commit], timeout_s=deadline.left_s)
+                replies = self._link.exchange([*upload, *self._forget_unlinked(), commit], timeout_s=deadline.left_s)
                 answer = replies[-1]
                 if isinstance(answer, ReplyError):
                     raise self._link.meaning(answer)
@@ -171,6 +175,24 @@ class SegmentWriter:
                     f"{timeout_s} s: {reason}. Append them again later."
                 )
         return refused
+
+    def close(self) -> None:
+        """Say what is left to say; the links are their owner's."""
+        left = self._forget_unlinked()
+        if left:
+            with contextlib.suppress(Unreachable):
+                self._link.call(left, timeout_s=0.0)
+
+    def _forget_unlinked(self) -> list[Command]:
+        """Takes entries whose images are removed off the list, in a round trip that is made anyway.
+
+        Where that fails they stay on the list, and their images are removed once more.
+        """
+        if self._images_gone is None:
+            return []
+        with self._lock:
+            unlinked, self._unlinked = self._unlinked, []
+        return self._images_gone.forget(unlinked)
 
     def _upload(self, items: list[_Item], deadline: Deadline) -> list[Command]:
         """Commands that put the payloads on the server of the rows; images of another server are sent at once."""
@@ -220,17 +242,24 @@ class SegmentWriter:
             return frozenset()
         commands: list[Command] = []
         stored: list[tuple[str, str]] = []
+        gone = ImagesGone.split(images_gone)
         for item, reply in zip(items, answers, strict=False):
             names = self._image_names(item)
             if reply[0] == b"CLOSED" or (reply[0] in (b"OK", b"DUP") and reply[1] == b"1"):
                 commands.append(("UNLINK", *names))
             elif reply[0] in (b"OK", b"DUP"):
-                commands += [("PERSIST", name) for name in names]
                 stored += [(item.digest, name) for name in names]
-        questions: list[Command] = [("EXISTS", name) for _, name in stored]
-        present = self._images.call([*commands, *questions], timeout_s=deadline.left_s)[len(commands) :]
-        self._images_gone.remove(ImagesGone.split(images_gone), timeout_s=deadline.left_s)
-        return {digest for (digest, _), there in zip(stored, present, strict=True) if not there}
+        persist: list[Command] = [("PERSIST", name) for _, name in stored]
+        commands = [*persist, *commands, *self._images_gone.unlink(gone)]
+        answers = self._images.call(commands, timeout_s=deadline.left_s) if commands else []
+        with self._lock:
+            self._unlinked += gone
+        # Without an expiry before, or not there at all?
+        doubtful = [pair for pair, kept in zip(stored, answers, strict=False) if not kept]
+        if not doubtful:
+            return frozenset()
+        present = self._images.call([("EXISTS", name) for _, name in doubtful], timeout_s=deadline.left_s)
+        return {digest for (digest, _), there in zip(doubtful, present, strict=True) if not there}
 
 
 def _nothing() -> None:
