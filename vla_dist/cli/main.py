@@ -47,7 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"'vla-dist {words[0]}' needs the package {error.name!r}; pip install 'vla-dist[all]'")
     except VlaDistError as error:
         _fail(str(error))
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            # Some pipe of what was being stopped, not the reader of our output.
+            print("\nstopped", file=sys.stderr)
+            sys.exit(130)
         # The reader of our output has gone, as with `| head`; nothing more can be said, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
