@@ -118,3 +118,20 @@ def test_resume_needs_a_run(capsys, tmp_path, monkeypatch):
     code, _, err = run(capsys, "run", "demo", "--resume")
     assert code == 1
     assert "no run of preset 'demo'" in err
+
+
+def test_a_pipe_that_breaks_while_a_run_is_stopped_is_still_ctrl_c(monkeypatch, capsys):
+    def stopped(words):
+        try:
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise ValueError("something on the way down")
+        finally:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("vla_dist.cli.doctor.main", stopped)
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor"])
+    assert ended.value.code == 130
+    assert "stopped" in capsys.readouterr().err

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except VlaDistError as error:
         _fail(str(error))
     except BrokenPipeError as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
+        if _while_stopping(error):
             # Some pipe of what was being stopped, not the reader of our output.
             print("\nstopped", file=sys.stderr)
             sys.exit(130)
@@ -58,6 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _while_stopping(error: BaseException | None) -> bool:
+    """Whether it came up while Ctrl-C was dealt with."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _usage() -> str:
