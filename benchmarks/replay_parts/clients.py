@@ -195,7 +195,7 @@ def _raw_samples(task: Task, rows: _Bare, images: _Bare | None) -> Iterator[Work
     stored = max(1, task.stored_steps // (T * EPISODE_SEGMENTS))
     while True:
         episodes = rng.integers(0, stored, workload.windows)
-        pieces = WindowPieces.ending_at(
+        pieces = WindowPieces.around(
             rng.integers(0, EPISODE_SEGMENTS, workload.windows),
             rng.integers(0, T, workload.windows),
             context_steps=K,

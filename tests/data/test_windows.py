@@ -5,11 +5,13 @@ from hypothesis import strategies as st
 from vla_dist.data.windows import WindowPieces
 
 
-def cut(end, context_steps, num_steps):
-    """The steps of one window, and its pieces as (segment, first, count), one step at a time."""
-    steps = [step for step in range(end - context_steps + 1, end + 1) if step >= 0]
+def cut(newest, length, context_steps, future_steps, num_steps):
+    """The steps of one window, None where padded, and its pieces as (segment, first, count), one step at a time."""
+    steps = [
+        step if 0 <= step < length else None for step in range(newest - context_steps + 1, newest + future_steps + 1)
+    ]
     pieces = []
-    for step in steps:
+    for step in (step for step in steps if step is not None):
         segment, offset = divmod(step, num_steps)
         if pieces and pieces[-1][0] == segment:
             pieces[-1][2] += 1
@@ -21,37 +23,43 @@ def cut(end, context_steps, num_steps):
 @given(
     num_steps=st.integers(1, 7),
     context_steps=st.integers(1, 20),
-    ends=st.lists(st.integers(0, 40), min_size=1, max_size=12),
+    future_steps=st.sampled_from([0, 0, 1, 9]),
+    places=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), min_size=1, max_size=12),
 )
-@settings(max_examples=150, deadline=None)
-def test_windows_equal_a_step_by_step_copy(num_steps, context_steps, ends):
-    ends = np.array(ends)
-    pieces = WindowPieces.ending_at(
-        ends // num_steps, ends % num_steps, context_steps=context_steps, num_steps=num_steps
+@settings(max_examples=200, deadline=None)
+def test_windows_equal_a_step_by_step_copy(num_steps, context_steps, future_steps, places):
+    newest = np.array([step for step, _ in places])
+    lengths = newest + np.array([left for _, left in places])
+    pieces = WindowPieces.around(
+        newest // num_steps,
+        newest % num_steps,
+        context_steps=context_steps,
+        num_steps=num_steps,
+        future_steps=future_steps,
+        episode_lengths=lengths,
     )
+    expected = [
+        cut(step, length, context_steps, future_steps, num_steps)
+        for step, length in zip(newest.tolist(), lengths.tolist(), strict=True)
+    ]
     found = list(
         zip(*(a.tolist() for a in (pieces.windows, pieces.segments, pieces.firsts, pieces.counts)), strict=True)
     )
-    expected = [
-        (window, *piece) for window, end in enumerate(ends.tolist()) for piece in cut(end, context_steps, num_steps)[1]
-    ]
-    assert found == expected
-    # The steps of all pieces behind one zero, then taken by index: each window, right-aligned.
+    assert found == [(window, *piece) for window, (_, cuts) in enumerate(expected) for piece in cuts]
+    # The steps of all pieces behind one zero, then taken by index: each window with zeros where it is padded.
     joined = np.array(
         [0, *(segment * num_steps + first + n for _, segment, first, count in found for n in range(count))]
     )
     windows = joined[pieces.step_index()]
-    for window, end in enumerate(ends.tolist()):
-        steps, _ = cut(end, context_steps, num_steps)
-        padding = context_steps - len(steps)
-        assert windows[window].tolist() == [0] * padding + steps
-        assert pieces.timesteps[window].tolist() == [0] * padding + steps
-        assert pieces.padding_mask[window].tolist() == [False] * padding + [True] * len(steps)
-        assert pieces.num_valid[window] == len(steps)
+    for window, (steps, _) in enumerate(expected):
+        assert windows[window].tolist() == [step or 0 for step in steps]
+        assert pieces.timesteps[window].tolist() == [step or 0 for step in steps]
+        assert pieces.padding_mask[window].tolist() == [step is not None for step in steps]
+        assert pieces.num_valid[window] == sum(step is not None for step in steps)
 
 
 def test_indices_of_a_narrow_type_do_not_overflow():
-    pieces = WindowPieces.ending_at(
+    pieces = WindowPieces.around(
         np.array([2**31 // 100], np.int32), np.array([1], np.int32), context_steps=2, num_steps=1000
     )
     assert pieces.timesteps.tolist() == [[2**31 // 100 * 1000, 2**31 // 100 * 1000 + 1]]
@@ -59,6 +67,6 @@ def test_indices_of_a_narrow_type_do_not_overflow():
 
 def test_a_batch_of_no_windows_has_no_pieces():
     none = np.zeros(0, np.int64)
-    pieces = WindowPieces.ending_at(none, none, context_steps=4, num_steps=3)
+    pieces = WindowPieces.around(none, none, context_steps=4, num_steps=3)
     assert len(pieces.windows) == len(pieces.counts) == 0
     assert pieces.step_index().shape == (0, 4)

@@ -111,6 +111,31 @@ def test_the_types_are_those_promised(make_table, make_episode, append_all):
     batch.proprio[:] = 0  # a caller may write into its batch
 
 
+@pytest.mark.parametrize("encoding", ["raw", "lz4"])
+def test_what_follows_a_window_is_given_to_the_end_of_the_episode(make_table, make_episode, append_all, encoding):
+    spec = make_spec(cameras=(CameraSpec(name="front", height=8, width=8),))
+    encodings = {"front": ImageEncoding.parse(encoding)}
+    table = make_table(spec=spec, context_steps=3, future_steps=5, image_encodings=encodings)
+    episodes = {}
+    for number, length in enumerate((3, 9, 11)):
+        episode = make_episode(f"e{number}", length, instruction=f"words {number}", spec=spec)
+        append_all(table, episode)
+        episodes[f"words {number}"] = episode
+
+    batch = table.sample(60, timeout_s=5)
+    assert_windows_are_cut_from(batch, episodes, 3)
+    assert batch.future_target_actions.shape == (60, 5, spec.action_dim)
+    for b in range(60):
+        targets = joined(episodes[batch.instructions[b]], "target_actions")
+        after = targets[int(batch.timesteps[b, -1]) + 1 :][:5]
+        np.testing.assert_array_equal(batch.future_mask[b], np.arange(5) < len(after))
+        np.testing.assert_array_equal(batch.future_target_actions[b, : len(after)], after)
+        assert not batch.future_target_actions[b, len(after) :].any()
+    # Windows of the whole of an episode's future and of none of it were both among them.
+    assert batch.future_mask.all(axis=1).any()
+    assert (~batch.future_mask).all(axis=1).any()
+
+
 @pytest.mark.parametrize("context_steps", [1, 7])
 def test_frames_of_windows_across_borders(make_table, make_episode, append_all, context_steps):
     spec = make_spec(

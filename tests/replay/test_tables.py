@@ -268,6 +268,7 @@ def test_a_restored_table_waits_as_before_and_not_for_ever(make_server, make_tab
         (lambda: BufferConfig(name="{x}"), "buffer name '{x}' must be"),
         (lambda: BufferConfig(num_steps=0), "num_steps 0 must be at least 1"),
         (lambda: BufferConfig(context_steps=0), "context_steps 0"),
+        (lambda: BufferConfig(future_steps=-1), "future_steps -1"),
         (lambda: BufferConfig(capacity_steps=0), "capacity_steps 0"),
         (lambda: BufferConfig(remembered_episodes=0), "remembered_episodes 0"),
         (lambda: BufferConfig(tables=()), r"tables \[\] must be at least one"),

@@ -174,6 +174,10 @@ class Batch:
     """(B, K) bool, a person had taken over."""
     items: Array | None = None
     """(B,) int64, identity of the segment in which each window ends, for ``update_priorities``."""
+    future_target_actions: Array | None = None
+    """(B, F, A) float32, to imitate in the F steps after each window; 0 after the episode. None: none were asked for."""
+    future_mask: Array | None = None
+    """(B, F) bool, True where the step is real."""
     weights: Array | None = None
     """(B,) float32 importance weights of a prioritised table, at most 1; None: all equal."""
 

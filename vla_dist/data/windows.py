@@ -1,6 +1,7 @@
-"""Windows of K steps as ranges of steps within segments, across segment borders.
+"""Windows of steps as ranges of steps within segments, across segment borders.
 
-Dimensions: B windows, K context steps, T segment steps, N pieces: each the steps of one window within one segment.
+Dimensions: B windows, K context steps, F future steps, W = K + F, T segment steps, N pieces: each the steps of one
+window within one segment.
 """
 
 from dataclasses import dataclass
@@ -23,49 +24,62 @@ class WindowPieces:
     counts: Array
     """(N,) int64, consecutive steps, 1..T."""
     num_valid: Array
-    """(B,) int64, steps of each window that are real, 1..K; the rest is padding on the left."""
+    """(B,) int64, steps of each window that are real, 1..W."""
     timesteps: Array
-    """(B, K) int64, index within the episode; 0 where padded."""
+    """(B, W) int64, index within the episode; 0 where padded."""
     padding_mask: Array
-    """(B, K) bool, True where the step is real."""
+    """(B, W) bool, True where the step is real: neither before the episode nor after it."""
 
     @classmethod
-    def ending_at(cls, segments: Array, offsets: Array, *, context_steps: int, num_steps: int) -> "WindowPieces":
-        """Windows of the K steps up to and including one step.
+    def around(
+        cls,
+        segments: Array,
+        offsets: Array,
+        *,
+        context_steps: int,
+        num_steps: int,
+        future_steps: int = 0,
+        episode_lengths: Array | None = None,
+    ) -> "WindowPieces":
+        """Windows of the K steps up to and including one step, and of the F steps after it.
 
         Args:
-            segments: (B,) index within its episode of the segment in which each window ends.
-            offsets: (B,) step within that segment at which it ends, 0..T-1.
+            segments: (B,) index within its episode of the segment that holds each window's step.
+            offsets: (B,) place of the step within that segment, 0..T-1.
             context_steps: K.
             num_steps: T.
+            future_steps: F.
+            episode_lengths: (B,) steps of the episodes; needed where F is not 0.
         """
-        ends = segments.astype(np.int64) * num_steps + offsets
-        starts = np.maximum(ends - context_steps + 1, 0)
+        newest = segments.astype(np.int64) * num_steps + offsets
+        starts, ends = np.maximum(newest - context_steps + 1, 0), newest
+        if future_steps:
+            assert episode_lengths is not None
+            ends = np.minimum(newest + future_steps, episode_lengths.astype(np.int64) - 1)
         first_segments = starts // num_steps
-        per_window = segments - first_segments + 1
+        per_window = (ends // num_steps if future_steps else segments) - first_segments + 1
         windows = np.repeat(np.arange(len(ends)), per_window)
         # Within each window its pieces are numbered 0, 1, ...
         numbers = np.arange(len(windows)) - np.repeat(np.cumsum(per_window) - per_window, per_window)
         piece_segments = first_segments[windows] + numbers
         firsts = np.maximum(starts[windows] - piece_segments * num_steps, 0)
         lasts = np.minimum(ends[windows] - piece_segments * num_steps, num_steps - 1)
-        steps = ends[:, None] - np.arange(context_steps - 1, -1, -1)
+        steps = newest[:, None] + np.arange(1 - context_steps, 1 + future_steps)
+        mask = (steps >= 0) & (steps <= ends[:, None]) if future_steps else steps >= 0
         return cls(
             windows=windows,
             segments=piece_segments,
             firsts=firsts,
             counts=lasts - firsts + 1,
             num_valid=ends - starts + 1,
-            timesteps=np.maximum(steps, 0),
-            padding_mask=steps >= 0,
+            timesteps=np.where(mask, steps, 0),
+            padding_mask=mask,
         )
 
     def step_index(self) -> Array:
-        """(B, K) int64 position of each step among the steps of all pieces, counted from 1; 0 where padded.
+        """(B, W) int64 position of each step among the steps of all pieces, counted from 1; 0 where padded.
 
         So ``concatenate([zeros, all pieces])[index]`` are the windows, zero where padded.
         """
-        context_steps = self.padding_mask.shape[1]
-        ends = np.cumsum(self.num_valid)
-        index = ends[:, None] - np.arange(context_steps - 1, -1, -1)
+        index = np.cumsum(self.padding_mask.ravel()).reshape(self.padding_mask.shape)
         return np.where(self.padding_mask, index, 0)

@@ -145,6 +145,9 @@ class BufferConfig:
     """T, rows of every segment."""
     context_steps: int = 20
     """K, steps of a sampled window. A reader's own choice: not part of what clients must agree on."""
+    future_steps: int = 0
+    """F, steps after each window of which the target actions come too, as a policy of chunks of F + 1 actions needs
+    them. A reader's own choice as well."""
     capacity_steps: int = 1_000_000
     """Valid steps kept; the episode that began first is evicted first, whole."""
     remembered_episodes: int = 100_000
@@ -158,6 +161,8 @@ class BufferConfig:
         for name in ("num_steps", "context_steps", "capacity_steps", "remembered_episodes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"buffer {self.name!r}: {name} {getattr(self, name)} must be at least 1")
+        if self.future_steps < 0:
+            raise ConfigError(f"buffer {self.name!r}: future_steps {self.future_steps} must not be negative")
         names = [table.name for table in self.tables]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"buffer {self.name!r}: tables {names} must be at least one, each with its own name")

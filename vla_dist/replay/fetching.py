@@ -3,11 +3,12 @@
 A window costs its own steps and frames, not whole segments. Payloads are never overwritten, only removed, so what comes
 back is whole or missing.
 
-Dimensions: B windows, K context steps, T segment steps, N pieces, D numbers of a step.
+Dimensions: B windows, K context steps, F future steps, T segment steps, N pieces, D numbers of a step.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -29,8 +30,11 @@ class WindowPlan:
     """All that is needed to fetch and assemble a batch, copied from the index so that it may change meanwhile."""
 
     pieces: WindowPieces
-    digests: list[bytes]
-    """Of each piece's episode."""
+    """Of K + F steps."""
+    frame_pieces: WindowPieces
+    """Of the K steps whose frames are wanted; the same where F is 0."""
+    digests: Array
+    """(B,) S16, of the episodes."""
     tail_returns: Array
     """(N,) float64, reward that the episode still collects after each piece's segment."""
     numbers: Array
@@ -49,21 +53,26 @@ class WindowPlan:
     weights: Array | None
 
     @classmethod
-    def of(cls, index: EpisodeIndex, drawn: Drawn, *, context_steps: int) -> "WindowPlan":
+    def of(cls, index: EpisodeIndex, drawn: Drawn, *, context_steps: int, future_steps: int) -> "WindowPlan":
         rows, episodes = index.rows, index.episodes
         segments = rows["segment"][drawn.rows].astype(np.int64)
-        pieces = WindowPieces.ending_at(segments, drawn.offsets, context_steps=context_steps, num_steps=index.num_steps)
-        # The rows of an episode stand side by side, so an earlier segment is found by its distance.
-        piece_rows = drawn.rows[pieces.windows] - (segments[pieces.windows] - pieces.segments)
         of_window = rows["episode"][drawn.rows]
+        lengths = episodes["length"][of_window].astype(np.int64)
+        around = partial(
+            WindowPieces.around, segments, drawn.offsets, context_steps=context_steps, num_steps=index.num_steps
+        )
+        pieces = around(future_steps=future_steps, episode_lengths=lengths)
+        # The rows of an episode stand side by side, so another segment is found by its distance.
+        piece_rows = drawn.rows[pieces.windows] - (segments[pieces.windows] - pieces.segments)
         return cls(
             pieces=pieces,
-            digests=episodes["digest"][of_window[pieces.windows]].tolist(),
+            frame_pieces=around() if future_steps else pieces,
+            digests=episodes["digest"][of_window],
             tail_returns=rows["tail_return"][piece_rows],
             numbers=rows["number"][drawn.rows],
             completions=episodes["completion"][of_window],
             row_lengths=rows["length"][drawn.rows].astype(np.int64),
-            episode_lengths=episodes["length"][of_window].astype(np.int64),
+            episode_lengths=lengths,
             success=episodes["success"][of_window].astype(bool),
             policy_versions=rows["policy_version"][drawn.rows],
             completed_at_s=episodes["completed_at_s"][of_window],
@@ -114,6 +123,11 @@ class WindowFetcher:
         with np.errstate(invalid="ignore", over="ignore"):  # The steps of windows that are gone are any numbers.
             own = steps[..., layout.segment_return].astype(np.float64) + steps[..., layout.segment_return + 1]
             returns_to_go = (tails + own).astype(np.float32)
+        # Of the future only what is to be imitated is of use.
+        future = None
+        if pieces.padding_mask.shape[1] > self._context_steps:
+            future = steps[:, self._context_steps :, layout.target_actions]
+            steps, returns_to_go = steps[:, : self._context_steps], returns_to_go[:, : self._context_steps]
         batch = Batch(
             proprio=steps[..., layout.proprio],
             actions=steps[..., layout.actions],
@@ -121,8 +135,10 @@ class WindowFetcher:
             rewards=steps[..., layout.reward],
             interventions=steps[..., layout.intervention] != 0,
             returns_to_go=returns_to_go,
-            timesteps=pieces.timesteps,
-            padding_mask=pieces.padding_mask,
+            timesteps=pieces.timesteps[:, : self._context_steps],
+            padding_mask=pieces.padding_mask[:, : self._context_steps],
+            future_target_actions=future,
+            future_mask=None if future is None else pieces.padding_mask[:, self._context_steps :],
             episode_lengths=plan.episode_lengths,
             success=plan.success,
             policy_versions=plan.policy_versions,
@@ -141,7 +157,7 @@ class WindowFetcher:
         pieces, size = plan.pieces, self._codec.step_bytes
         layout = BulkLayout(pieces.counts * size)
         arena = self._memory.take(layout.num_bytes)
-        request = self._rows.pack(pieces, plan.digests)
+        request = self._rows.pack(pieces, plan.digests[pieces.windows].tolist())
         return self._link.bulks(request, layout, arena, timeout_s=deadline.left_s)
 
     def _gather(self, pieces: WindowPieces, index: Array, arena: Array, starts: Array) -> Array:
@@ -159,7 +175,7 @@ class WindowFetcher:
 
     def _fetch_raw(self, plan: WindowPlan, camera: int, gone: Array, deadline: Deadline) -> Array:
         """(B, K, H, W, 3) uint8, received where it belongs; zero where padded."""
-        pieces, spec = plan.pieces, self._codec.spec.cameras[camera]
+        pieces, spec = plan.frame_pieces, self._codec.spec.cameras[camera]
         codec = self._codec.image_codecs[spec.name]
         shape = (len(plan.numbers), self._context_steps, *codec.frame_shape)
         frames = self._memory.take(math.prod(shape)).reshape(shape)
@@ -175,19 +191,19 @@ class WindowFetcher:
                 (positions * codec.frame_bytes).tolist(), (pieces.counts * codec.frame_bytes).tolist(), strict=True
             )
         ]
-        request = self._frames[camera].pack(pieces, plan.digests)
+        request = self._frames[camera].pack(pieces, plan.digests[pieces.windows].tolist())
         taken = np.array(self._images.bulks_into(request, targets, timeout_s=deadline.left_s))
         gone[pieces.windows[~taken]] = True
         return frames
 
     def _fetch_packed(self, plan: WindowPlan, camera: int, gone: Array, deadline: Deadline) -> Array:
         """The same from compressed frames: each touched segment comes once and whole."""
-        pieces, spec = plan.pieces, self._codec.spec.cameras[camera]
+        pieces, spec = plan.frame_pieces, self._codec.spec.cameras[camera]
         codec = self._codec.image_codecs[spec.name]
         frames = np.zeros((len(plan.numbers), self._context_steps, *codec.frame_shape), np.uint8)
         names = [
             self._keys.image(digest.decode(), segment, camera)
-            for digest, segment in zip(plan.digests, pieces.segments.tolist(), strict=True)
+            for digest, segment in zip(plan.digests[pieces.windows].tolist(), pieces.segments.tolist(), strict=True)
         ]
         distinct = list(dict.fromkeys(names))
         values = self._images.call([("GET", name) for name in distinct], timeout_s=deadline.left_s)

@@ -29,11 +29,12 @@ from vla_dist.replay.config import (
 from vla_dist.replay.episodes import Entry, EpisodeReader, PayloadMissing
 from vla_dist.replay.fetching import WindowFetcher, WindowPlan
 from vla_dist.replay.following import IndexFollower
+from vla_dist.replay.index import EpisodeIndex
 from vla_dist.replay.keys import Keys
 from vla_dist.replay.limiter import LimiterConfig, LimiterState
 from vla_dist.replay.link import Deadline, RedisLink, function_name
 from vla_dist.replay.losses import LossCheck
-from vla_dist.replay.samplers import make_sampler
+from vla_dist.replay.samplers import Drawn, make_sampler
 from vla_dist.replay.state import BufferState
 from vla_dist.replay.sweeping import ImagesGone
 from vla_dist.replay.wire import Command
@@ -353,7 +354,7 @@ class RedisReplayTable:
             if not index.live_steps or not num:
                 return None
             drawn = sampler.draw(index, num, self._rng)
-            plan = WindowPlan.of(index, drawn, context_steps=self.config.context_steps)
+            plan = self._plan(index, drawn)
         return self._fetch(plan, deadline, float(answer[0 if balance is None else 1]))
 
     def _draw(self, num: int, deadline: Deadline, timeout_s: float, *, charge: bool) -> tuple[WindowPlan, float]:
@@ -370,7 +371,7 @@ class RedisReplayTable:
                     charge = False
                     if index.live_steps > 0:
                         drawn = self._follower.sampler.draw(index, num, self._rng)
-                        return WindowPlan.of(index, drawn, context_steps=self.config.context_steps), now_s
+                        return self._plan(index, drawn), now_s
                     reason = "all episodes were evicted or discarded in between"
                 else:
                     reason = wait_reason("samples", answer)
@@ -400,6 +401,10 @@ class RedisReplayTable:
             capacity=self.config.capacity_steps,
             max_draws=self.table.max_draws or 0,
         )
+
+    def _plan(self, index: EpisodeIndex, drawn: Drawn) -> WindowPlan:
+        context, future = self.config.context_steps, self.config.future_steps
+        return WindowPlan.of(index, drawn, context_steps=context, future_steps=future)
 
     def _fetch(self, plan: WindowPlan, deadline: Deadline, now_s: float) -> tuple[Batch, Array]:
         batch, gone = self._fetcher.fetch(plan, deadline, now_s=now_s)
