@@ -1,7 +1,11 @@
-"""What a member of the zoo trains on: one batch of windows as torch tensors."""
+"""What a member of the zoo trains on: one batch of windows as torch tensors.
 
-from collections.abc import Mapping
+Shapes: B windows, K context steps, H chunk horizon, P proprio, A action, G goal.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,24 +19,51 @@ from vla_dist.models.conditioning import ReturnConditioning
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainBatch:
-    """B windows of T steps; P proprio, A action, G goal dimensions."""
+    """B windows of K steps, the newest step last, and the targets of the H steps that begin with it."""
 
     states: Tensor
-    """(B, T, P) float32, raw units: the model normalises them."""
+    """(B, K, P) float32, raw units: the model normalises them."""
     actions: Tensor
-    """(B, T, A) float32, executed, in [-1, 1] or one-hot."""
+    """(B, K, A) float32, executed, in [-1, 1] or one-hot."""
     target_actions: Tensor
-    """(B, T, A) float32, to imitate, in [-1, 1] or one-hot."""
+    """(B, K, A) float32, to imitate, in [-1, 1] or one-hot."""
     returns_to_go: Tensor
-    """(B, T) float32, scaled by the conditioning; zeros where it is ``none``."""
+    """(B, K) float32, scaled by the conditioning; zeros where it is ``none``."""
     timesteps: Tensor
-    """(B, T) int64."""
+    """(B, K) int64."""
     padding_mask: Tensor
-    """(B, T) bool, True = valid."""
+    """(B, K) bool, True = valid. The newest step always is."""
+    target_chunks: Tensor
+    """(B, H, A) float32, to imitate from the newest step on: the first row is ``target_actions[:, -1]``."""
+    chunk_mask: Tensor
+    """(B, H) bool, True where the episode still had that step; elsewhere the targets are zeros."""
+    instructions: tuple[str, ...]
+    """(B,) the words each window is trained with."""
+    tasks: tuple[str, ...]
+    """(B,) machine names."""
+    success: Tensor
+    """(B,) bool, of the whole episode."""
+    interventions: Tensor
+    """(B, K) bool, a person had taken over."""
+    weights: Tensor | None = None
+    """(B,) float32, how much each window counts in the loss; None: all alike."""
     goals: Tensor | None = None
     """(B, G) float32 sentence embeddings."""
     images: Mapping[str, Tensor] = field(default_factory=dict)
-    """camera name -> (B, T, 3, H, W) uint8."""
+    """camera name -> (B, K, 3, H, W) uint8."""
+
+    items: tuple[int, ...] = ()
+    """B identities of the replay's segments in which the windows end; empty where unknown."""
+
+    def rows(self, start: int, stop: int) -> "TrainBatch":
+        """The windows ``start`` to ``stop`` (not included), without a copy."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: cut(image) for name, image in value.items()}
+            return value if value is None else value[start:stop]
+
+        return TrainBatch(**{one.name: cut(getattr(self, one.name)) for one in fields(self)})
 
     def to(self, device: torch.device | str) -> "TrainBatch":
         """The same batch on another device; the copy overlaps where the source is pinned."""
@@ -59,17 +90,22 @@ def to_train_batch(
     max_episode_steps: int,
     goals: Array | None,
     num_steps: int,
+    horizon: int = 1,
     cameras: tuple[str, ...] = (),
+    instructions: Sequence[str] | None = None,
 ) -> TrainBatch:
     """A replay batch as tensors, actions encoded and returns conditioned; padded steps hold zeros.
 
     Args:
         goals: (B, G) float32, one embedding a window; None for a model without language.
-        num_steps: T, the last steps of each window to keep: as many as the policy will remember.
+        num_steps: K, the last steps of each window to keep: as many as the policy will remember.
+        horizon: H.
         cameras: the views to keep.
+        instructions: B wordings in place of those that the episodes were run with.
 
     Raises:
-        ConfigError: the windows are shorter than T, so the policy would act on contexts that it never trained on.
+        ConfigError: the windows are shorter than K, so the policy would act on contexts that it never trained on; or
+            the replay gives fewer than H - 1 steps of the future.
         DataError: a camera is missing, or a valid step is not finite.
     """
     if batch.timesteps.shape[1] < num_steps:
@@ -89,6 +125,8 @@ def to_train_batch(
         "returns_to_go": conditioning.training_values(batch, max_episode_steps=max_episode_steps),
     }
     tensors = {name: _padded_with_zeros(name, column[:, -num_steps:], mask) for name, column in columns.items()}
+    chunks, chunk_mask = _target_chunks(batch, codec, horizon)
+    interventions = np.zeros(mask.shape, bool) if batch.interventions is None else batch.interventions[:, -num_steps:]
     return TrainBatch(
         states=tensors["proprio"],
         actions=tensors["actions"],
@@ -96,12 +134,36 @@ def to_train_batch(
         returns_to_go=tensors["returns_to_go"],
         timesteps=torch.from_numpy(np.where(mask, batch.timesteps[:, -num_steps:], 0).astype(np.int64)),
         padding_mask=torch.from_numpy(mask.copy()),
+        target_chunks=chunks,
+        chunk_mask=chunk_mask,
+        instructions=batch.instructions if instructions is None else tuple(instructions),
+        tasks=batch.tasks,
+        success=torch.from_numpy(np.array(batch.success, bool)),
+        interventions=torch.from_numpy(interventions & mask),
+        weights=None if batch.weights is None else torch.from_numpy(np.array(batch.weights, np.float32)),
         goals=None if goals is None else torch.from_numpy(np.array(goals, np.float32)),
         images={
             name: torch.from_numpy(np.array(batch.images[name][:, -num_steps:])).permute(0, 1, 4, 2, 3)
             for name in cameras
         },
+        items=() if batch.items is None else tuple(int(item) for item in batch.items),
     )
+
+
+def _target_chunks(batch: Batch, codec: ActionCodec, horizon: int) -> tuple[Tensor, Tensor]:
+    """(B, H, A) float32 and (B, H) bool, from the newest step of each window on."""
+    targets, mask = batch.target_actions[:, -1:], np.asarray(batch.padding_mask, bool)[:, -1:]
+    if horizon > 1:
+        future, future_mask = batch.future_target_actions, batch.future_mask
+        held = 0 if future is None else future.shape[1]
+        if future is None or future_mask is None or held < horizon - 1:
+            raise ConfigError(
+                f"the replay gives the targets of {held} steps after each window but the model's horizon is {horizon}; "
+                f"set the buffer's future_steps to {horizon - 1}"
+            )
+        targets = np.concatenate([targets, future[:, : horizon - 1]], 1)
+        mask = np.concatenate([mask, np.asarray(future_mask, bool)[:, : horizon - 1]], 1)
+    return _padded_with_zeros("target_actions", codec.encode(targets), mask), torch.from_numpy(mask.copy())
 
 
 def _padded_with_zeros(name: str, column: Array, mask: Array) -> Tensor:

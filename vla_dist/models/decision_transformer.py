@@ -6,7 +6,7 @@ Shapes: B batch, T steps, P proprio, A action, G goal, D width, S tokens a step 
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers import initialization as init
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.batch import TrainBatch
+from vla_dist.models.member import fill_normaliser
 from vla_dist.models.transformer import ACTIVATIONS, Transformer, causal_visibility, residual_gain
 from vla_dist.models.visual_encoder import VisualEncoder, VisualEncoderConfig
 
@@ -105,6 +106,11 @@ class VlaDecisionTransformerConfig(PreTrainedConfig):
         if self.goal_dim < 0:
             raise ConfigError(f"goal_dim {self.goal_dim} must be 0 (no language) or the size of an embedding")
 
+    @property
+    def horizon(self) -> int:
+        """One action at a time."""
+        return 1
+
 
 class DecisionTransformer(PreTrainedModel):
     """Reads the action off each state token; a step sees itself and the past, never the future.
@@ -118,6 +124,7 @@ class DecisionTransformer(PreTrainedModel):
     base_model_prefix = "decision_transformer"
     main_input_name = "states"
     _supports_sdpa = True
+    _no_split_modules = ["Block"]
 
     proprio_mean: Tensor
     proprio_std: Tensor
@@ -221,16 +228,9 @@ class DecisionTransformer(PreTrainedModel):
         Raises:
             DataError: a shape differs from the config, or a number is not finite.
         """
-        given = {"proprio_mean": proprio_mean, "proprio_std": proprio_std, "goal_mean": goal_mean, "goal_std": goal_std}
-        for name, value in given.items():
-            if value is None:
-                continue
-            buffer = cast(Tensor, getattr(self, name))
-            if value.shape != buffer.shape or not torch.isfinite(value).all():
-                raise DataError(f"{name} must be {tuple(buffer.shape)} finite numbers, got shape {tuple(value.shape)}")
-            if name.endswith("_std"):
-                value = torch.where(value < 1e-6, torch.ones_like(value), value)
-            buffer.copy_(value)
+        fill_normaliser(
+            self, proprio_mean=proprio_mean, proprio_std=proprio_std, goal_mean=goal_mean, goal_std=goal_std
+        )
 
     def encode_images(self, images: Mapping[str, Tensor]) -> Tensor:
         """camera name -> (B, T, 3, H, W) uint8 or float in [0, 1], to the (B, T, D) that state tokens gain."""
@@ -324,6 +324,10 @@ class DecisionTransformer(PreTrainedModel):
             loss = (predicted - target).square().mean()
             metrics = {"action_error": (predicted.detach() - target).abs().mean()}
         return loss, {"loss": loss.detach(), **metrics}
+
+    def loss_count(self, batch: TrainBatch) -> Tensor:
+        """() float32: how many terms ``loss`` is the mean of, so that means of parts add up to that of the whole."""
+        return batch.padding_mask.sum().float()
 
     def _positions(self, timesteps: Tensor, valid: Tensor) -> Tensor:
         """(B, T, D). In ``window`` a step's number is how many valid steps precede it: padding shifts nothing."""
