@@ -6,7 +6,7 @@ Shapes: B batch, T steps, P proprio, A action, G goal, D width, S tokens a step 
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ class DecisionTransformer(PreTrainedModel):
     base_model_prefix = "decision_transformer"
     main_input_name = "states"
     _supports_sdpa = True
-    _no_split_modules = ["Block"]
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
 
     proprio_mean: Tensor
     proprio_std: Tensor
