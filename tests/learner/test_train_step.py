@@ -5,21 +5,12 @@ import torch
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.learner.train_step import LossModule, OptimiserConfig, TrainStep
-from vla_dist.models.batch import TrainBatch
+from vla_dist.testing.windows import make_train_batch
 
 
 @pytest.fixture
-def batch():
-    g = torch.Generator().manual_seed(0)
-    return TrainBatch(
-        states=torch.randn(8, 4, 5, generator=g),
-        actions=torch.randn(8, 4, 2, generator=g),
-        target_actions=torch.rand(8, 4, 2, generator=g) - 0.5,
-        returns_to_go=torch.zeros(8, 4),
-        timesteps=torch.arange(4).repeat(8, 1),
-        padding_mask=torch.ones(8, 4, dtype=torch.bool),
-        goals=torch.randn(8, 8, generator=g),
-    )
+def batch(make_model):
+    return make_train_batch(make_model().config, num_windows=8)
 
 
 def make_step(model, **settings):

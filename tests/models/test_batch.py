@@ -36,7 +36,7 @@ def make_windows(num=3, steps=4):
     )
 
 
-def convert(batch, *, conditioning=None, num_steps=4):
+def convert(batch, *, conditioning=None, num_steps=4, **more):
     return to_train_batch(
         batch,
         codec=ActionCodec.of(SPEC),
@@ -44,6 +44,7 @@ def convert(batch, *, conditioning=None, num_steps=4):
         max_episode_steps=50,
         goals=None,
         num_steps=num_steps,
+        **more,
     )
 
 
@@ -76,6 +77,45 @@ def test_garbage_is_zero_where_padded_and_refused_where_valid():
     batch.proprio[2, 3] = np.nan
     with pytest.raises(DataError, match=r"'proprio' of windows \[2\]"):
         convert(batch)
+
+
+def test_a_chunk_begins_with_the_newest_step_and_goes_on_with_the_future():
+    batch = make_windows()
+    alone = convert(batch)
+    assert np.array_equal(alone.target_chunks, alone.target_actions[:, -1:])
+    assert alone.chunk_mask.all()
+    rng = np.random.default_rng(1)
+    future = rng.uniform(-1, 1, (3, 5, 2)).astype(np.float32)
+    future[1, 2:] = np.nan
+    future_mask = np.ones((3, 5), bool)
+    future_mask[1, 2:] = False
+    chunked = convert(replace(batch, future_target_actions=future, future_mask=future_mask), horizon=4)
+    np.testing.assert_allclose(chunked.target_chunks[:, 0], batch.target_actions[:, -1], atol=1e-6)
+    np.testing.assert_allclose(chunked.target_chunks[0, 1:], future[0, :3], atol=1e-6)
+    assert chunked.chunk_mask.tolist() == [[True] * 4, [True, True, True, False], [True] * 4]
+    assert not chunked.target_chunks[1, 3].any()
+    with pytest.raises(ConfigError, match=r"0 steps after each window.*horizon is 4.*future_steps to 3"):
+        convert(batch, horizon=4)
+    with pytest.raises(ConfigError, match="5 steps after"):
+        convert(replace(batch, future_target_actions=future, future_mask=future_mask), horizon=7)
+
+
+def test_what_else_is_known_of_a_window_comes_along():
+    batch = make_windows()
+    plain = convert(batch)
+    assert (plain.instructions, plain.tasks) == (("a", "b", "c"), ("a", "b", "c"))
+    assert plain.success.tolist() == [True, True, False]
+    assert plain.weights is None
+    assert not plain.interventions.any()
+    interventions = np.ones((3, 4), bool)
+    known = replace(batch, interventions=interventions, weights=np.array([1, 0.5, 0.25], np.float32))
+    told = convert(known, num_steps=3, instructions=["x", "y", "z"])
+    assert told.instructions == ("x", "y", "z")
+    assert told.weights.tolist() == [1, 0.5, 0.25]
+    assert told.interventions.tolist() == [[False, True, True], [True] * 3, [True] * 3]
+    moved = told.to("cpu")
+    assert moved.instructions == told.instructions
+    assert moved.weights is not None
 
 
 def test_action_codec_is_its_own_inverse_within_bounds():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +7,8 @@ import transformers
 from transformers import AutoModel
 
 from vla_dist.core.errors import ConfigError, DataError
-from vla_dist.models.batch import TrainBatch
 from vla_dist.models.decision_transformer import DecisionTransformer, VlaDecisionTransformerConfig
+from vla_dist.testing.windows import make_train_batch
 
 B, T, P, A, G = 3, 6, 5, 2, 8
 SHAPES = [
@@ -42,7 +44,7 @@ def make_batch(model, **kwargs):
     targets = torch.rand(len(inputs["states"]), T, A, generator=torch.Generator().manual_seed(7)) * 1.6 - 0.8
     if model.config.head == "discrete":
         targets = torch.eye(A)[targets.argmax(-1)]
-    return TrainBatch(target_actions=targets, **inputs)
+    return replace(make_train_batch(model.config, num_windows=len(targets)), target_actions=targets, **inputs)
 
 
 @pytest.mark.parametrize("changes", SHAPES)

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from vla_dist.learner.checkpoint import Checkpoint, CheckpointStore
 from vla_dist.learner.loader import Collator, Loader
 from vla_dist.learner.statistics import ReplayStatistics
 from vla_dist.learner.train_step import LossModule, OptimiserConfig, TrainStep
-from vla_dist.models.auto import load_tensors, make_artifact, model_settings
+from vla_dist.models.auto import load_tensors, make_artifact
 from vla_dist.models.conditioning import ConditioningKind, ReturnConditioning
-from vla_dist.models.decision_transformer import DecisionTransformer
 from vla_dist.models.goals import Embed, GoalTable
+from vla_dist.models.member import PolicyModel, as_module, own_settings
 
 _POLL_S = 0.2
 
@@ -125,7 +125,7 @@ class Learner:
         self,
         config: LearnerConfig,
         *,
-        model: DecisionTransformer,
+        model: PolicyModel,
         spec: EnvSpec,
         table: ReplayTable,
         registry: PolicyRegistry,
@@ -145,7 +145,7 @@ class Learner:
         self.config = config
         self._rank = rank or Rank()
         self._model = model
-        cast(nn.Module, model).to(self._rank.device)
+        as_module(model).to(self._rank.device)
         self._spec = spec
         self._table = table
         self._registry = registry
@@ -198,7 +198,7 @@ class Learner:
         """
         if self._prepared is None:
             raise ConfigError("there is nothing to save before the first step(); call step() first")
-        tensors = {f"model/{name}": value for name, value in self._model.state_dict().items()}
+        tensors = {f"model/{name}": value for name, value in as_module(self._model).state_dict().items()}
         tensors |= self._prepared.step.tensors()
         tensors["rng/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
@@ -210,7 +210,7 @@ class Learner:
             "updates": self.updates,
             "published": sorted(self._published),
             "config": asdict(self.config),
-            "model": model_settings(self._model.config),
+            "model": own_settings(self._model.config),
             "spec": self._spec.to_json(),
             "statistics": self._prepared.statistics.to_json(),
             "conditioning": asdict(self._prepared.conditioning),
@@ -228,16 +228,20 @@ class Learner:
         """
         if self._prepared is not None:
             raise ConfigError("resume() must come before the first step(); make a new Learner")
-        settings = model_settings(self._model.config)
-        theirs = checkpoint.state["model"]
-        changed = [f"{k} {theirs.get(k)!r} -> {v!r}" for k, v in settings.items() if theirs.get(k) != v]
+        settings, theirs = own_settings(self._model.config), checkpoint.state["model"]
+        names = dict.fromkeys([*settings, *theirs])
+        changed = [
+            f"{name} {theirs.get(name)!r} -> {settings.get(name)!r}"
+            for name in names
+            if name not in theirs or name not in settings or theirs[name] != settings[name]
+        ]
         if changed:
             raise ConfigError(
                 f"the checkpoint is of another model ({', '.join(changed)}); use its settings or no resume"
             )
         EnvSpec.from_json(checkpoint.state["spec"]).require_match(self._spec, mine="checkpoint", theirs="learner")
         weights = _under("model/", checkpoint.tensors)
-        load_tensors(self._model, {name: value.numpy() for name, value in weights.items()})
+        load_tensors(as_module(self._model), {name: value.numpy() for name, value in weights.items()})
         self.updates = checkpoint.updates
         self._published = set(checkpoint.state["published"])
         self._parent = checkpoint.state["parent"]
@@ -331,9 +335,11 @@ class Learner:
             # One scale for all dimensions: few phrases say nothing about the spread of a single one.
             spread = float(np.sqrt(vectors.var(0).mean()))
             goal_std = torch.full_like(goal_mean, spread)
+        # A member that looks at cameras alone has no scales for proprio.
+        size = self._model.config.state_dim
         self._model.set_normaliser(
-            proprio_mean=torch.tensor(statistics.proprio_mean, dtype=torch.float32),
-            proprio_std=torch.tensor(statistics.proprio_std, dtype=torch.float32),
+            proprio_mean=torch.tensor(statistics.proprio_mean[:size], dtype=torch.float32),
+            proprio_std=torch.tensor(statistics.proprio_std[:size], dtype=torch.float32),
             goal_mean=goal_mean,
             goal_std=goal_std,
         )
@@ -365,7 +371,7 @@ class Learner:
         published = copy.deepcopy(self._model)
         with torch.no_grad():
             for name, value in ready.step.published_weights().items():
-                published.get_parameter(name).copy_(value)
+                as_module(published).get_parameter(name).copy_(value)
         artifact = make_artifact(
             published,
             name=self.config.policy_name,

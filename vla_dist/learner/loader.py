@@ -22,8 +22,8 @@ from vla_dist.core.types import Batch
 from vla_dist.models.actions import ActionCodec
 from vla_dist.models.batch import TrainBatch, to_train_batch
 from vla_dist.models.conditioning import ReturnConditioning
-from vla_dist.models.decision_transformer import VlaDecisionTransformerConfig
 from vla_dist.models.goals import GoalTable
+from vla_dist.models.member import PolicyModelConfig
 
 _SLICE_S = 1.0
 
@@ -34,7 +34,7 @@ class Collator:
     def __init__(
         self,
         *,
-        model: VlaDecisionTransformerConfig,
+        model: PolicyModelConfig,
         spec: EnvSpec,
         conditioning: ReturnConditioning,
         goals: GoalTable,
@@ -54,8 +54,8 @@ class Collator:
 
     def __call__(self, batch: Batch, index: int) -> TrainBatch:
         goals = None
+        texts = self._wordings(batch, np.random.default_rng((*self._seed, index)))
         if self._model.goal_dim:
-            texts = self._wordings(batch, np.random.default_rng((*self._seed, index)))
             self._goals.remember(texts)
             goals = self._goals.lookup(texts)
         return to_train_batch(
@@ -65,7 +65,9 @@ class Collator:
             max_episode_steps=self._spec.max_episode_steps,
             goals=goals,
             num_steps=self._model.context_steps,
+            horizon=self._model.horizon,
             cameras=tuple(self._model.cameras or ()),
+            instructions=texts,
         )
 
     def _wordings(self, batch: Batch, rng: np.random.Generator) -> list[str]:

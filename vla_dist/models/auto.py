@@ -1,29 +1,27 @@
-"""Policies from artifacts and artifacts from models: the only place that knows architectures by name."""
+"""Policies from artifacts and artifacts from models, whatever the architecture."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from difflib import get_close_matches
 from typing import Any, cast
 
 import numpy as np
 import torch
 
 from vla_dist.core.errors import ConfigError, DataError
+from vla_dist.core.protocols import Policy
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Array, PolicyArtifact, PolicyManifest
 from vla_dist.models.conditioning import ReturnConditioning
-from vla_dist.models.decision_transformer import DecisionTransformer, VlaDecisionTransformerConfig
 from vla_dist.models.goals import Embed, GoalTable
 from vla_dist.models.language_encoder import MINILM, shared_embedder
-from vla_dist.models.policy import DecisionTransformerPolicy
+from vla_dist.models.member import PolicyModel, PolicyModelConfig, as_module, own_settings, setting_types
+from vla_dist.models.zoo import Architecture, architecture, architecture_of
 
 GOAL_EMBEDDINGS = "goal_embeddings"
 """(N, G) float32 beside the weights: the vectors of ``config['instructions']``."""
 
 
-def build_policy(
-    artifact: PolicyArtifact, *, embed: Embed | None = None, device: str = "cpu"
-) -> DecisionTransformerPolicy:
+def build_policy(artifact: PolicyArtifact, *, embed: Embed | None = None, device: str = "cpu") -> Policy[Any]:
     """A ready policy.
 
     Args:
@@ -34,16 +32,35 @@ def build_policy(
         ConfigError: an unknown architecture or setting.
         DataError: tensors that are missing, too many, or of another shape.
     """
-    name = artifact.manifest.architecture
-    if name not in _BUILDERS:
-        near = get_close_matches(name, _BUILDERS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown architecture {name!r}; {hint}this version builds {', '.join(_BUILDERS)}")
-    return _BUILDERS[name](artifact, embed, device)
+    manifest = artifact.manifest
+    member = architecture(manifest.architecture)
+    try:
+        config = member.config(**_known_settings(member, manifest.config["model"]))
+        conditioning = ReturnConditioning(**manifest.config["conditioning"])
+        instructions = list(manifest.config["instructions"])
+        language_model = str(manifest.config["language_model"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"the config of {manifest.name!r} version {manifest.version} lacks or misnames {error}; it must come "
+            "from make_artifact"
+        ) from error
+    weights = dict(artifact.tensors)
+    table = weights.pop(GOAL_EMBEDDINGS, None)
+    goal_dim = cast(PolicyModelConfig, config).goal_dim
+    if table is not None and table.shape != (len(instructions), goal_dim):
+        raise DataError(f"{GOAL_EMBEDDINGS} has shape {table.shape}, expected ({len(instructions)}, {goal_dim})")
+    model = member.model(config)
+    load_tensors(model, weights)
+    cast(torch.nn.Module, model).to(device)
+    goals = None
+    if goal_dim:
+        known = instructions if table is not None else []
+        goals = GoalTable(embed or shared_embedder(language_model).embed, instructions=known, embeddings=table)
+    return member.policy(model, manifest.spec, conditioning=conditioning, goals=goals)
 
 
 def make_artifact(
-    model: DecisionTransformer,
+    model: PolicyModel,
     *,
     name: str,
     spec: EnvSpec,
@@ -62,14 +79,14 @@ def make_artifact(
         goals: instructions that a policy shall know without loading the language model.
         provenance: how it was trained, plain JSON, for people and for whoever asks whether it was published before.
     """
-    tensors = {key: value.detach().cpu().numpy().copy() for key, value in model.state_dict().items()}
+    tensors = {key: value.detach().cpu().numpy().copy() for key, value in as_module(model).state_dict().items()}
     instructions: tuple[str, ...] = ()
     if model.config.goal_dim and goals is not None:
         instructions, embeddings = goals.contents()
         if instructions:
             tensors[GOAL_EMBEDDINGS] = embeddings
     config = {
-        "model": model_settings(model.config),
+        "model": own_settings(model.config),
         "conditioning": asdict(conditioning),
         "instructions": list(instructions),
         "language_model": language_model,
@@ -77,21 +94,16 @@ def make_artifact(
     }
     manifest = PolicyManifest(
         name=name,
-        architecture="decision_transformer",
+        architecture=architecture_of(model).name,
         config=config,
         spec=spec,
-        horizon=1,
+        horizon=model.config.horizon,
         parent=parent,
         metrics=dict(metrics or {}),
         created_unix_s=created_unix_s,
         git_revision=git_revision,
     )
     return PolicyArtifact(manifest=manifest, tensors=tensors)
-
-
-def model_settings(config: VlaDecisionTransformerConfig) -> dict[str, Any]:
-    """The config's own fields as plain JSON: enough to build an equal model."""
-    return {field: getattr(config, field) for field in VlaDecisionTransformerConfig.__annotations__}
 
 
 def load_tensors(model: torch.nn.Module, tensors: Mapping[str, Array]) -> None:
@@ -115,35 +127,9 @@ def load_tensors(model: torch.nn.Module, tensors: Mapping[str, Array]) -> None:
     model.load_state_dict({name: torch.from_numpy(np.array(tensors[name])) for name in expected})
 
 
-def _build_decision_transformer(
-    artifact: PolicyArtifact, embed: Embed | None, device: str
-) -> DecisionTransformerPolicy:
-    manifest, config = artifact.manifest, artifact.manifest.config
-    try:
-        model_config = VlaDecisionTransformerConfig(**config["model"])
-        conditioning = ReturnConditioning(**config["conditioning"])
-        instructions, language_model = list(config["instructions"]), str(config["language_model"])
-    except (KeyError, TypeError) as error:
-        raise ConfigError(
-            f"the config of {manifest.name!r} version {manifest.version} lacks or misnames {error}; it must come "
-            "from make_artifact"
-        ) from error
-    weights = dict(artifact.tensors)
-    table = weights.pop(GOAL_EMBEDDINGS, None)
-    if table is not None and table.shape != (len(instructions), model_config.goal_dim):
-        raise DataError(
-            f"{GOAL_EMBEDDINGS} has shape {table.shape}, expected ({len(instructions)}, {model_config.goal_dim})"
-        )
-    model = DecisionTransformer(model_config)
-    load_tensors(model, weights)
-    cast(torch.nn.Module, model).to(device)
-    goals = None
-    if model_config.goal_dim:
-        known = instructions if table is not None else []
-        goals = GoalTable(embed or shared_embedder(language_model).embed, instructions=known, embeddings=table)
-    return DecisionTransformerPolicy(model, manifest.spec, conditioning=conditioning, goals=goals)
-
-
-_BUILDERS: dict[str, Callable[[PolicyArtifact, Embed | None, str], DecisionTransformerPolicy]] = {
-    "decision_transformer": _build_decision_transformer
-}
+def _known_settings(member: Architecture, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformers config would take any name without a word."""
+    unknown = sorted(set(settings) - set(setting_types(member.config)))
+    if unknown:
+        raise ConfigError(f"{member.name} has no settings {unknown}; the artifact was made by another version")
+    return dict(settings)

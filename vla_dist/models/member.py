@@ -1,0 +1,111 @@
+"""What the learner, the registry and the runs may ask of a member of the zoo; everything else is the member's own."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from vla_dist.core.errors import DataError
+from vla_dist.models.batch import TrainBatch
+
+
+class PolicyModelConfig(Protocol):
+    """The settings that each member's config has, whatever else it has."""
+
+    @property
+    def state_dim(self) -> int:
+        """P; 0 where proprio is not used."""
+        ...
+
+    @property
+    def action_dim(self) -> int:
+        """A; choices where the head is ``discrete``."""
+        ...
+
+    @property
+    def context_steps(self) -> int:
+        """K, steps of a training window and observations that rebuild a policy's state."""
+        ...
+
+    @property
+    def horizon(self) -> int:
+        """H, actions predicted at once; 1 where the member does not chunk."""
+        ...
+
+    @property
+    def goal_dim(self) -> int:
+        """G of the frozen sentence embedding; 0: none wanted."""
+        ...
+
+    @property
+    def cameras(self) -> Sequence[str] | None:
+        """Names of the views it looks at."""
+        ...
+
+    @property
+    def head(self) -> str:
+        """``discrete`` for one-hot actions, else the continuous head's name."""
+        ...
+
+
+class PolicyModel(Protocol):
+    """A ``transformers.PreTrainedModel`` that can be trained on any replay and published to any robot."""
+
+    @property
+    def config(self) -> PolicyModelConfig: ...
+
+    def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What to minimise, and detached scalars on the model's device.
+
+        A window counts as much as its entry in ``batch.weights`` says, where there are weights.
+        """
+        ...
+
+    def set_normaliser(
+        self,
+        *,
+        proprio_mean: Tensor,
+        proprio_std: Tensor,
+        goal_mean: Tensor | None = None,
+        goal_std: Tensor | None = None,
+    ) -> None:
+        """Take over the data's scales, (state_dim,) and (goal_dim,), as buffers that travel with the weights."""
+        ...
+
+
+def as_module(model: PolicyModel) -> nn.Module:
+    """The same object as what it also is: a protocol cannot inherit from a class."""
+    return cast(nn.Module, model)
+
+
+def fill_normaliser(model: nn.Module, **values: Tensor | None) -> None:
+    """Copy means and standard deviations into the buffers of these names; None leaves a buffer as it is.
+
+    A dimension that never moved (a ``_std`` near 0) keeps its scale.
+
+    Raises:
+        DataError: a shape differs from the buffer's, or a number is not finite.
+    """
+    for name, value in values.items():
+        if value is None:
+            continue
+        buffer = cast(Tensor, getattr(model, name))
+        if value.shape != buffer.shape or not torch.isfinite(value).all():
+            raise DataError(f"{name} must be {tuple(buffer.shape)} finite numbers, got shape {tuple(value.shape)}")
+        if name.endswith("_std"):
+            value = torch.where(value < 1e-6, torch.ones_like(value), value)
+        buffer.copy_(value)
+
+
+def own_settings(config: Any) -> dict[str, Any]:
+    """What a member's config adds to the fields of every transformers config, as plain JSON: builds an equal model."""
+    return {name: getattr(config, name) for name in setting_types(type(config))}
+
+
+def setting_types(config: type[Any]) -> dict[str, Any]:
+    """name -> annotated type, of those settings."""
+    common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    return {field.name: field.type for field in dataclasses.fields(config) if field.name not in common}

@@ -1,0 +1,90 @@
+"""The zoo: every architecture by name, with what builds it. A member enters it with one entry here."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from vla_dist.core.errors import ConfigError
+from vla_dist.core.protocols import Policy
+from vla_dist.core.specs import EnvSpec
+from vla_dist.models import presets
+from vla_dist.models.decision_transformer import DecisionTransformer, VlaDecisionTransformerConfig
+from vla_dist.models.member import setting_types
+from vla_dist.models.policy import DecisionTransformerPolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """One member. ``model`` and ``config`` keep the promises of ``member.PolicyModel``."""
+
+    name: str
+    """As manifests, run configs and the command line call it."""
+    config: type[PreTrainedConfig]
+    model: Callable[[Any], Any]
+    """The class, called with a config; a ``PolicyModel``."""
+    policy: Callable[..., Policy[Any]]
+    """The class, called with (model, spec, conditioning=, goals=)."""
+    presets: Mapping[str, Callable[..., PreTrainedConfig]]
+    """size -> function of (spec, **changes); ``tiny`` (CPU seconds), ``small`` and the paper's own sizes."""
+    source: str
+    """The paper."""
+
+    def configure(self, preset: str, spec: EnvSpec, **changes: Any) -> Any:
+        """The config of a named size for this spec, with changes.
+
+        Raises:
+            ConfigError: no such preset or setting, with the nearest name.
+        """
+        if preset not in self.presets:
+            raise ConfigError(
+                f"no model preset {preset!r}; {_hint(preset, self.presets)}{self.name} has {', '.join(self.presets)}"
+            )
+        known = setting_types(self.config)
+        for name in changes:
+            if name not in known:
+                raise ConfigError(
+                    f"{self.name} has no setting {name!r}; {_hint(name, known)}its settings are {', '.join(known)}"
+                )
+        return self.presets[preset](spec, **changes)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    member.name: member
+    for member in (
+        Architecture(
+            name="decision_transformer",
+            config=VlaDecisionTransformerConfig,
+            model=DecisionTransformer,
+            policy=DecisionTransformerPolicy,
+            presets=presets.PRESETS,
+            source="Chen et al. 2021, Decision Transformer, https://arxiv.org/abs/2106.01345",
+        ),
+    )
+}
+
+
+def architecture(name: str) -> Architecture:
+    """A member by name. Raises ConfigError with the nearest one."""
+    if name not in ARCHITECTURES:
+        raise ConfigError(
+            f"unknown architecture {name!r}; {_hint(name, ARCHITECTURES)}this version builds {', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[name]
+
+
+def architecture_of(model: Any) -> Architecture:
+    """The member that a model belongs to, by its config. Raises ConfigError where it belongs to none."""
+    for member in ARCHITECTURES.values():
+        if type(model.config) is member.config:
+            return member
+    raise ConfigError(
+        f"{type(model).__name__} is not in the zoo ({', '.join(ARCHITECTURES)}); add an Architecture to models/zoo.py"
+    )
+
+
+def _hint(name: str, known: Mapping[str, Any]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
