@@ -3,30 +3,27 @@
 Shapes: B batch, T steps, C channels, N image tokens, F backbone features, D output features.
 """
 
-from typing import Any, Literal, cast, get_args
+import json
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ResNetConfig,
-    ResNetModel,
-    ViTConfig,
-    ViTModel,
-)
+from torch.nn.functional import interpolate
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, ViTModel
 from transformers import initialization as init
 
 from vla_dist.core.errors import ConfigError, DataError, ResourceMissing
+from vla_dist.models.backbones import (
+    HUB_NAMES,
+    block_channels,
+    build_backbone,
+    feature_channels,
+    feature_tokens,
+    require_backbone,
+)
+from vla_dist.models.film import FiLM
 
-Backbone = Literal["conv_small", "resnet18", "resnet50", "vit"]
-_HUB_NAMES = {
-    "resnet18": "microsoft/resnet-18",
-    "resnet50": "microsoft/resnet-50",
-    "vit": "google/vit-base-patch16-224-in21k",
-}
 _GROUPS = 8
 
 
@@ -34,14 +31,19 @@ class VisualEncoderConfig(PreTrainedConfig):
     """Settings of a VisualEncoder, as plain JSON.
 
     Attributes:
-        backbone: ``conv_small`` (4 strided convolutions), ``resnet18``, ``resnet50`` or ``vit`` (ViT-B/16).
+        backbone: ``conv_small`` (4 strided convolutions), ``resnet18``, ``resnet50``, ``efficientnet-b0``,
+            ``efficientnet-b3`` or ``vit`` (ViT-B/16 without its pooler).
         output_dim: D.
-        image_size: side in pixels that ``vit`` expects; the convolutional ones take any size.
+        image_size: side in pixels that ``vit`` sees, and all others with ``resize``.
+        resize: scale frames to ``image_size`` first. Without it the convolutional backbones take any size and ``vit``
+            refuses all but its own.
         width: channels of the first layer of ``conv_small``, doubled by each of the next two.
+        trunk: changes to the backbone's own transformers config, for another size than the published one.
         batch_norm: ``frozen`` keeps the statistics of pretrained weights fixed; ``group`` replaces batch norm by group
             norm, which is right for training from nothing on small batches.
+        condition_dim: size of the vector that modulates every block by FiLM; 0: none.
         return_tokens: give (B, N, D) instead of the pooled (B, D).
-        freeze: no gradient reaches the backbone.
+        freeze: no gradient reaches the backbone, and it stays in eval mode.
     """
 
     model_type = "vla_visual_encoder"
@@ -53,15 +55,21 @@ class VisualEncoderConfig(PreTrainedConfig):
     batch_norm: str = "group"
     return_tokens: bool = False
     freeze: bool = False
+    resize: bool = False
+    trunk: dict[str, Any] | None = None
+    condition_dim: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.backbone not in get_args(Backbone):
-            raise ConfigError(f"visual backbone {self.backbone!r} must be one of {', '.join(get_args(Backbone))}")
+        require_backbone(self.backbone)
         if self.batch_norm not in ("group", "frozen"):
             raise ConfigError(f"batch_norm {self.batch_norm!r} must be 'group' or 'frozen'")
         if self.output_dim < 1 or self.width < _GROUPS or self.width % _GROUPS:
             raise ConfigError(f"output_dim {self.output_dim} must be positive and width {self.width} a multiple of 8")
+        if self.image_size < 1 or self.condition_dim < 0:
+            raise ConfigError(
+                f"image_size {self.image_size} must be positive, condition_dim {self.condition_dim} at least 0"
+            )
 
 
 class VisualEncoder(PreTrainedModel):
@@ -87,6 +95,7 @@ class VisualEncoder(PreTrainedModel):
 
         Args:
             pretrained: a local directory or hub name to take the backbone's weights from; True: its usual hub name.
+                The pixel statistics that lie beside the weights are taken too.
             settings: any further field of VisualEncoderConfig.
 
         Raises:
@@ -100,19 +109,30 @@ class VisualEncoder(PreTrainedModel):
                 settings.setdefault("batch_norm", "frozen")
             config = VisualEncoderConfig(backbone=backbone, output_dim=output_dim, **settings)
         super().__init__(config)
-        self.backbone, features = _build_backbone(config)
-        self.project = nn.Linear(features, config.output_dim)
+        self.backbone = build_backbone(
+            config.backbone,
+            width=config.width,
+            image_size=config.image_size,
+            changes=config.trunk or {},
+            norm=config.batch_norm,
+        )
+        self.films = None
+        if config.condition_dim:
+            self.films = nn.ModuleList(FiLM(config.condition_dim, c) for c in block_channels(self.backbone))
+        self.project = nn.Linear(feature_channels(self.backbone), config.output_dim)
         self.register_buffer("pixel_mean", torch.full((1, 3, 1, 1), 0.5))
         self.register_buffer("pixel_std", torch.full((1, 3, 1, 1), 0.5))
         self.post_init()
         if pretrained:
-            self._load_backbone(_HUB_NAMES.get(config.backbone, "") if pretrained is True else str(pretrained))
+            self.load_backbone(HUB_NAMES.get(config.backbone, "") if pretrained is True else str(pretrained))
         if config.freeze:
             self.backbone.requires_grad_(False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, FiLM):
+            module.reset_parameters()
+        elif isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -123,15 +143,19 @@ class VisualEncoder(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
-    def _load_backbone(self, source: str) -> None:
-        if not source:
+    def load_backbone(self, source: str) -> None:
+        """Take the backbone's weights, and the pixel statistics beside them, from a directory or the hub.
+
+        Raises:
+            ResourceMissing: nothing there.
+            ConfigError: this backbone has no published weights, or those are of another shape.
+        """
+        if not source or not isinstance(self.backbone, PreTrainedModel):
             raise ConfigError(f"backbone {self.config.backbone!r} has no pretrained weights; use pretrained=False")
         kind = type(self.backbone)
+        extra: dict[str, Any] = {"add_pooling_layer": False} if kind is ViTModel else {}
         try:
-            if kind is ViTModel:
-                weights = ViTModel.from_pretrained(source, add_pooling_layer=False).state_dict()
-            else:
-                weights = ResNetModel.from_pretrained(source).state_dict()
+            weights = kind.from_pretrained(source, **extra).state_dict()
         except OSError as error:
             raise ResourceMissing(
                 f"no pretrained weights for {self.config.backbone!r} at {source!r} ({error}); give the path of a "
@@ -139,77 +163,84 @@ class VisualEncoder(PreTrainedModel):
             ) from error
         if self.config.batch_norm == "group":
             weights = {name: value for name, value in weights.items() if "running_" not in name and "num_b" not in name}
-        self.backbone.load_state_dict(weights)
+        try:
+            self.backbone.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the weights at {source!r} do not fit backbone {self.config.backbone!r} with trunk "
+                f"{self.config.trunk or {}}: {error}"
+            ) from error
+        self._take_pixel_statistics(Path(source) / "preprocessor_config.json")
+
+    def _take_pixel_statistics(self, path: Path) -> None:
+        """What the weights were trained on: the directory's own word, else the custom of the backbone's authors."""
+        # ImageNet's, but for google/vit-base-patch16-224-in21k, which was trained on [-1, 1].
+        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+        if self.config.backbone == "vit":
+            mean = std = [0.5] * 3
+        if path.is_file():
+            stated = json.loads(path.read_text())
+            mean, std = stated.get("image_mean", mean), stated.get("image_std", std)
+        self.pixel_mean.copy_(torch.tensor(mean).view(1, 3, 1, 1))
+        self.pixel_std.copy_(torch.tensor(std).view(1, 3, 1, 1))
 
     def train(self, mode: bool = True) -> "VisualEncoder":
-        """Batch-norm statistics of pretrained weights stay as they are."""
+        """Batch-norm statistics of pretrained weights stay as they are; a frozen backbone stays in eval mode."""
         super().train(mode)
+        if self.config.freeze:
+            self.backbone.eval()
         for module in self.backbone.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, condition: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) or (B, T, 3, H, W), uint8 or float in [0, 1], to (B, D) or (B, T, D); tokens add N before D.
 
+        Args:
+            condition: (B, condition_dim) for all steps of a row, where the config has a ``condition_dim``.
+
         Raises:
-            DataError: another shape or type.
+            DataError: another shape or type, or a condition where none is taken, or none where one is.
         """
         if images.ndim not in (4, 5) or images.shape[-3] != 3:
             raise DataError(f"images of shape {tuple(images.shape)} must be (B, 3, H, W) or (B, T, 3, H, W)")
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise DataError(f"images are {images.dtype}; give uint8, or floats within [0, 1]")
+        if (condition is None) != (self.films is None):
+            raise DataError(
+                f"condition_dim is {self.config.condition_dim} but a condition is "
+                f"{'absent' if condition is None else 'given'}"
+            )
         flat = images.reshape(-1, *images.shape[-3:]).to(self.project.weight.dtype)
         if images.dtype == torch.uint8:
             flat = flat / 255.0
-        tokens = self._tokens((flat - self.pixel_mean) / self.pixel_std)
+        pixels = (self._resized(flat) - self.pixel_mean) / self.pixel_std
+        if condition is not None:
+            if condition.shape != (len(images), self.config.condition_dim):
+                raise DataError(
+                    f"condition of shape {tuple(condition.shape)} must be ({len(images)}, {self.config.condition_dim})"
+                )
+            condition = condition.repeat_interleave(len(flat) // max(1, len(images)), 0)
+
+        def modulate(index: int, grid: Tensor) -> Tensor:
+            return grid if self.films is None or condition is None else self.films[index](grid, condition)
+
+        tokens = feature_tokens(self.backbone, pixels, modulate)
         features = self.project(tokens if self.config.return_tokens else tokens.mean(1))
         return features.reshape(*images.shape[:-3], *features.shape[1:])
 
-    def _tokens(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised to (B, N, F)."""
+    def _resized(self, flat: Tensor) -> Tensor:
+        size = (self.config.image_size,) * 2
+        if tuple(flat.shape[-2:]) == size:
+            return flat
+        if self.config.resize:
+            return cast(Tensor, interpolate(flat, size, mode="bilinear", antialias=True, align_corners=False))
         if isinstance(self.backbone, ViTModel):
-            return self.backbone(pixels).last_hidden_state
-        output = self.backbone(pixels)
-        grid = cast(Tensor, output if isinstance(output, Tensor) else output.last_hidden_state)
-        return grid.flatten(2).transpose(1, 2)
-
-
-def _build_backbone(config: VisualEncoderConfig) -> tuple[nn.Module, int]:
-    if config.backbone == "conv_small":
-        return _small_convolutions(config.width), 4 * config.width
-    if config.backbone == "vit":
-        vit = ViTModel(ViTConfig(image_size=config.image_size), add_pooling_layer=False)
-        return vit, vit.config.hidden_size
-    if config.backbone == "resnet18":
-        settings = ResNetConfig(depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], layer_type="basic")
-    else:
-        settings = ResNetConfig()
-    resnet = ResNetModel(settings)
-    if config.batch_norm == "group":
-        _replace_batch_norm(resnet)
-    return resnet, list(settings.hidden_sizes or ())[-1]
-
-
-def _small_convolutions(width: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    channels = 3
-    for index, following in enumerate((width, 2 * width, 4 * width, 4 * width)):
-        layers += [
-            nn.Conv2d(channels, following, 5 if index == 0 else 3, stride=2, padding=2 if index == 0 else 1),
-            nn.GroupNorm(_GROUPS, following),
-            nn.ReLU(),
-        ]
-        channels = following
-    return nn.Sequential(*layers)
-
-
-def _replace_batch_norm(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, nn.GroupNorm(32, child.num_features))
-        else:
-            _replace_batch_norm(child)
+            raise DataError(
+                f"frames of {tuple(flat.shape[-2:])} pixels, but this 'vit' sees {size}; set resize=True or image_size"
+            )
+        return flat
 
 
 AutoConfig.register(VisualEncoderConfig.model_type, VisualEncoderConfig, exist_ok=True)
