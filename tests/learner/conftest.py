@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from vla_dist.learner.learner import Learner, LearnerConfig
+from vla_dist.learner.config import LearnerConfig
+from vla_dist.learner.learner import Learner
 from vla_dist.learner.train_step import OptimiserConfig
 from vla_dist.models.decision_transformer import DecisionTransformer
 from vla_dist.models.presets import preset

@@ -10,7 +10,7 @@ import torch
 from vla_dist.core.errors import ConfigError, DataError, ReplayWait, Unreachable
 from vla_dist.core.types import Observation
 from vla_dist.learner.checkpoint import CheckpointStore
-from vla_dist.learner.learner import LearnerConfig, Rank
+from vla_dist.learner.config import LearnerConfig, Rank
 from vla_dist.learner.statistics import ReplayStatistics
 from vla_dist.learner.train_step import OptimiserConfig
 from vla_dist.models.auto import build_policy
@@ -28,9 +28,11 @@ def tensors_of(learner):
     return {name: value.clone() for name, value in learner.checkpoint().tensors.items()}
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_two_updates_saved_and_resumed_and_two_more_are_four_straight(make_learner, make_table, tmp_path, ema_decay):
-    optimiser = {"ema_decay": ema_decay, "warmup_updates": 3}
+@pytest.mark.parametrize(("ema_decay", "num_micro_batches"), [(0.0, 1), (0.9, 1), (0.9, 3)])
+def test_two_updates_saved_and_resumed_and_two_more_are_four_straight(
+    make_learner, make_table, tmp_path, ema_decay, num_micro_batches
+):
+    optimiser = {"ema_decay": ema_decay, "warmup_updates": 3, "num_micro_batches": num_micro_batches}
     phrases = {"go": ("go", "walk", "run"), "stop": ("stop", "halt")}
     straight = make_learner(optimiser=optimiser, phrases=phrases)
     finish(straight)
@@ -189,6 +191,34 @@ def test_a_model_without_language_asks_for_none(make_learner, make_model):
         raise AssertionError(texts)
 
     finish(make_learner(model=make_model(goal_dim=0), embed=embed))
+
+
+def test_a_loss_that_is_not_finite_publishes_nothing_and_leaves_the_last_version(make_learner, make_table, registry):
+    table = make_table()
+    real, calls = table.sample, []
+
+    def spoilt(num_windows, *, timeout_s):
+        batch = real(num_windows, timeout_s=timeout_s)
+        calls.append(1)
+        if len(calls) != 3:
+            return batch
+        returns = batch.returns_to_go.copy()
+        returns[4] = 3e38  # finite, as the collator demands; what the model makes of it is not
+        return replace(batch, returns_to_go=returns, items=np.arange(70, 78))
+
+    table.sample = spoilt
+    learner = make_learner(table=table, publish_updates=(1, 2, 3), conditioning="reward")
+    learner.step()
+    learner.step()
+    before = tensors_of(learner)
+    with pytest.raises(DataError, match=r"update 2 is not finite.*window 4 replay item 74 task"):
+        learner.step()
+    assert learner.updates == 2
+    assert registry.resolve("p@stable") == 2
+    after = tensors_of(learner)
+    assert [n for n in before if n.startswith(("model/", "adamw/")) and not torch.equal(before[n], after[n])] == []
+    finish(learner)
+    assert [m.metrics["updates"] for m in registry.manifests("p")] == [1, 2, 3, 4]
 
 
 def test_a_second_rank_publishes_nothing_and_takes_the_first_ones_statistics(make_learner, make_table, registry):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ def batch(make_model):
 
 
 def make_step(model, **settings):
-    return TrainStep(model, OptimiserConfig(**{"total_updates": 100, **settings}), loss=LossModule(model))
+    return TrainStep(model, OptimiserConfig(**{"total_updates": 100, **settings}))
 
 
 def test_warm_up_then_cosine_to_the_final_fraction():
@@ -77,6 +78,55 @@ def test_a_loss_that_is_not_finite_changes_nothing(make_model, batch):
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
+def test_the_windows_that_spoilt_an_update_are_named(make_model, batch):
+    step = make_step(make_model(dropout=0.0))
+    named = replace(batch, items=tuple(range(900, 908)))
+    named.target_actions[2, -1, 0] = math.inf
+    named.target_actions[5, -1, 0] = math.nan
+    with pytest.raises(DataError, match=r"for window 2 replay item 902 task 'task-2'; window 5 replay item 905 task"):
+        step(named, 0)
+
+
+def test_windows_of_a_gradient_that_overflows_are_named_by_their_loss(make_model, batch):
+    model = make_model(dropout=0.0)
+    step = make_step(model)
+    model.head.bias.register_hook(lambda gradient: gradient * math.inf)
+    batch.target_actions[3, -1] = 30.0
+    with pytest.raises(DataError, match=r"each window of this rank is finite, the highest are window 3 task"):
+        step(batch, 0)
+
+
+def test_half_precision_keeps_weights_and_loss_whole_and_learns_the_same(make_model, batch):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        model = make_model(dropout=0.0, action_dropout=0.0, return_dropout=0.0)
+        step = make_step(model, precision=precision, learning_rate=3e-3)
+        losses[precision] = [float(step(batch, update)["loss"]) for update in range(30)]
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        loss, _ = LossModule(model, precision=precision)(batch)
+        assert loss.dtype == torch.float32
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"][-1] == pytest.approx(losses["float32"][-1], rel=0.1)
+    assert losses["bfloat16"][-1] < 0.5 * losses["bfloat16"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_is_the_same_step(make_model, batch):
+    weights = {}
+    for compiled in (False, True):
+        model = make_model(dropout=0.0, action_dropout=0.0, return_dropout=0.0)
+        step = make_step(model, compile=compiled)
+        for update in range(3):
+            step(batch, update)
+        weights[compiled] = step.weights()
+    assert weights[True].keys() == weights[False].keys()
+    for name, value in weights[False].items():
+        if not name.endswith("qkv.bias"):  # softmax cancels the bias of keys: Adam steps by rounding noise
+            torch.testing.assert_close(weights[True][name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_tensors_of_another_model_are_refused(make_model, batch):
     step = make_step(make_model())
     step(batch, 0)
@@ -92,6 +142,8 @@ def test_tensors_of_another_model_are_refused(make_model, batch):
         {"learning_rate": 0.0},
         {"ema_decay": 1.0},
         {"final_fraction": 2.0},
+        {"num_micro_batches": 0},
+        {"precision": "float16"},
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings):

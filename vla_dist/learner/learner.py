@@ -1,108 +1,30 @@
 """The learner: samples the replay, updates the policy, publishes versions. It knows nothing of Ray or Redis."""
 
-import copy
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vla_dist.core.errors import ConfigError, ReplayWait
 from vla_dist.core.protocols import PolicyRegistry, ReplayTable
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Metrics
 from vla_dist.learner.checkpoint import Checkpoint, CheckpointStore
+from vla_dist.learner.config import LearnerConfig, Rank
 from vla_dist.learner.loader import Collator, Loader
 from vla_dist.learner.statistics import ReplayStatistics
-from vla_dist.learner.train_step import LossModule, OptimiserConfig, TrainStep
+from vla_dist.learner.train_step import TrainStep
 from vla_dist.models.auto import load_tensors, make_artifact
-from vla_dist.models.conditioning import ConditioningKind, ReturnConditioning
+from vla_dist.models.conditioning import ReturnConditioning
 from vla_dist.models.goals import Embed, GoalTable
-from vla_dist.models.member import PolicyModel, as_module, own_settings
+from vla_dist.models.member import PolicyModel, as_module, own_settings, setting_changes
 
 _POLL_S = 0.2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearnerConfig:
-    """One training run."""
-
-    policy_name: str
-    """Name in the registry."""
-    run_id: str
-    """Names this training run for ever; a resumed run keeps it, and so publishes no milestone twice."""
-    optimiser: OptimiserConfig
-    batch_size: int = 64
-    """Windows an update, of each rank."""
-    updates_per_step: int = 50
-    """Updates in one ``step()``."""
-    publish_updates: tuple[int, ...] = ()
-    """Counts at which a version is published; 0 publishes the untrained policy; the last update always does."""
-    channel: str | None = "stable"
-    """Pointed at each new version; None: only publish."""
-    checkpoint_every: int = 500
-    """Updates between checkpoints; the last update always makes one."""
-    conditioning: ConditioningKind = "none"
-    target_quantile: float = 0.9
-    """How good an episode, among those in the replay, the policy is asked for: 1 is the best."""
-    min_episodes: int = 1
-    """Complete episodes to wait for before the first update."""
-    statistics_episodes: int = 1000
-    """Episodes that the normaliser is computed from, at most."""
-    start_timeout_s: float = 300.0
-    """Longest wait for ``min_episodes``."""
-    sample_timeout_s: float = 30.0
-    """Longest wait for one batch."""
-    num_prefetch: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "updates_per_step", "checkpoint_every", "min_episodes", "statistics_episodes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"learner {name} {getattr(self, name)} must be at least 1")
-        outside = [u for u in self.publish_updates if not 0 <= u <= self.total_updates]
-        if outside:
-            raise ConfigError(f"publish_updates {outside} must be within 0..{self.total_updates}, the total")
-        if not self.policy_name or not self.run_id:
-            raise ConfigError("a learner needs a policy_name and a run_id")
-
-    @property
-    def total_updates(self) -> int:
-        return self.optimiser.total_updates
-
-    @property
-    def milestones(self) -> tuple[int, ...]:
-        return tuple(sorted({*self.publish_updates, self.total_updates}))
-
-    def next_stop(self, updates: int) -> int:
-        """Where a ``step()`` that starts after ``updates`` ends: the next unit, milestone or checkpoint."""
-        unit = (updates // self.updates_per_step + 1) * self.updates_per_step
-        checkpoint = (updates // self.checkpoint_every + 1) * self.checkpoint_every
-        return min([unit, checkpoint, *(m for m in self.milestones if m > updates)])
-
-    def is_checkpoint(self, updates: int) -> bool:
-        return updates == self.total_updates or (updates > 0 and updates % self.checkpoint_every == 0)
-
-
-def _unchanged(value: Any) -> Any:
-    return value
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rank:
-    """One learner's place among those that train the same model together."""
-
-    index: int = 0
-    """Rank 0 publishes, and its data statistics hold for all."""
-    device: str = "cpu"
-    wrap: Callable[[nn.Module], nn.Module] = _unchanged
-    """Makes gradients common (DDP)."""
-    share: Callable[[str], str] = _unchanged
-    """Gives every rank rank 0's text."""
 
 
 @dataclass(slots=True)
@@ -133,6 +55,7 @@ class Learner:
         phrases: Mapping[str, Sequence[str]] | None = None,
         parent: int = 0,
         git_revision: str = "",
+        run_config: Mapping[str, Any] | None = None,
         checkpoints: CheckpointStore | None = None,
         rank: Rank | None = None,
     ) -> None:
@@ -140,6 +63,7 @@ class Learner:
         embed: the language model; unused where the model has no goal_dim.
         phrases: task -> wordings to train with instead of each episode's own.
         parent: version that the model's weights came from.
+        run_config: of the whole run, plain JSON, kept in checkpoints for people.
         checkpoints: written at each ``checkpoint_every``; None where the host keeps them.
         """
         self.config = config
@@ -153,10 +77,12 @@ class Learner:
         self._goals = GoalTable(embed)
         self._parent = parent
         self._git_revision = git_revision
+        self._run_config = dict(run_config or {})
         self._checkpoints = checkpoints
         self._published: set[int] = set()
         self._resumed: Checkpoint | None = None
         self._prepared: _Prepared | None = None
+        self._publishable: dict[str, Tensor] | None = None
         self._metrics: dict[str, float] = {}
         # Updates are done whose publication or checkpoint is not: a repeated step() finishes those first, so that
         # every rank makes the same sequence of steps whatever fails on one of them.
@@ -174,16 +100,21 @@ class Learner:
         Raises:
             ReplayWait: too little data in time.
             Unreachable: the replay or the registry is away; nothing done is lost.
+            DataError: a loss or gradient that is not finite, with the windows that did it: no update, no version, no
+                checkpoint comes of it.
         """
         ready = self._prepare()
         if not self._unfinished and self.updates < self.config.total_updates:
             self._metrics = self._update(ready)
             self._unfinished = True
         if self._unfinished:
+            if self._due() and self._publishable is None:
+                # Once a stop, by all ranks: they may each hold a part of the weights, and only rank 0 tries again.
+                self._publishable = ready.step.published_weights()
             self._publish_due(ready)
             if self._checkpoints is not None and self.config.is_checkpoint(self.updates):
                 self._checkpoints.save(self.checkpoint())
-            self._unfinished = False
+            self._publishable, self._unfinished = None, False
         return {**self._metrics, "updates": float(self.updates), "published": float(len(self._published))}
 
     def close(self) -> None:
@@ -193,12 +124,14 @@ class Learner:
     def checkpoint(self) -> Checkpoint:
         """Everything that a new Learner with the same config needs to go on bit for bit (on one rank and a CPU).
 
+        Blocking: until every rank has called it, after the same number of updates.
+
         Raises:
             ConfigError: nothing was learnt yet.
         """
         if self._prepared is None:
             raise ConfigError("there is nothing to save before the first step(); call step() first")
-        tensors = {f"model/{name}": value for name, value in as_module(self._model).state_dict().items()}
+        tensors = {f"model/{name}": value for name, value in self._prepared.step.weights().items()}
         tensors |= self._prepared.step.tensors()
         tensors["rng/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
@@ -209,7 +142,9 @@ class Learner:
         state = {
             "updates": self.updates,
             "published": sorted(self._published),
+            "replay": {"batches": self.updates, "windows": self.updates * self.config.batch_size},
             "config": asdict(self.config),
+            "run": self._run_config,
             "model": own_settings(self._model.config),
             "spec": self._spec.to_json(),
             "statistics": self._prepared.statistics.to_json(),
@@ -228,13 +163,7 @@ class Learner:
         """
         if self._prepared is not None:
             raise ConfigError("resume() must come before the first step(); make a new Learner")
-        settings, theirs = own_settings(self._model.config), checkpoint.state["model"]
-        names = dict.fromkeys([*settings, *theirs])
-        changed = [
-            f"{name} {theirs.get(name)!r} -> {settings.get(name)!r}"
-            for name in names
-            if name not in theirs or name not in settings or theirs[name] != settings[name]
-        ]
+        changed = setting_changes(self._model.config, checkpoint.state["model"])
         if changed:
             raise ConfigError(
                 f"the checkpoint is of another model ({', '.join(changed)}); use its settings or no resume"
@@ -281,7 +210,7 @@ class Learner:
             conditioning = ReturnConditioning(**resumed.state["conditioning"])
             self._restore_goals(resumed)
         torch.manual_seed(_mixed(config.seed, self._rank.index, self.updates))
-        step = TrainStep(self._model, config.optimiser, loss=self._rank.wrap(LossModule(self._model)))
+        step = TrainStep(self._model, config.optimiser, parallel=self._rank.parallel)
         if resumed is not None:
             step.load_tensors({k: v for k, v in resumed.tensors.items() if k.startswith(("adamw/", "ema/"))})
             if self._rank.index == 0:
@@ -300,7 +229,7 @@ class Learner:
             batch_size=config.batch_size,
             timeout_s=config.sample_timeout_s,
             num_prefetch=config.num_prefetch,
-            first_index=self.updates,
+            first_index=self.updates if resumed is None else int(resumed.state["replay"]["batches"]),
         )
         self._prepared = _Prepared(statistics, conditioning, step, loader)
         self._resumed = None
@@ -351,13 +280,12 @@ class Learner:
             self._goals = self._goals.with_rows(instructions, vectors)
 
     def _due(self) -> list[int]:
-        if self._rank.index != 0:
-            return []
+        """Milestones reached and not published; the same on every rank."""
         return [m for m in self.config.milestones if m <= self.updates and m not in self._published]
 
     def _publish_due(self, ready: _Prepared) -> None:
         for milestone in self._due():
-            if not self._was_published(milestone):
+            if self._rank.index == 0 and not self._was_published(milestone):
                 self._publish(ready, milestone)
             self._published.add(milestone)
 
@@ -368,12 +296,9 @@ class Learner:
         return any(manifest.config.get("provenance") == mine for manifest in manifests)
 
     def _publish(self, ready: _Prepared, milestone: int) -> None:
-        published = copy.deepcopy(self._model)
-        with torch.no_grad():
-            for name, value in ready.step.published_weights().items():
-                as_module(published).get_parameter(name).copy_(value)
         artifact = make_artifact(
-            published,
+            self._model,
+            weights=self._publishable,
             name=self.config.policy_name,
             spec=self._spec,
             conditioning=ready.conditioning,

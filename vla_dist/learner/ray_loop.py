@@ -17,7 +17,9 @@ from ray.train.collective import broadcast_from_rank_zero
 from vla_dist.core.errors import ConfigError, Unreachable, WaitTimeout
 from vla_dist.core.types import Metrics
 from vla_dist.learner.checkpoint import read_checkpoint, write_checkpoint
-from vla_dist.learner.learner import Learner, Rank
+from vla_dist.learner.config import Rank
+from vla_dist.learner.learner import Learner
+from vla_dist.learner.parallel import Parallelism, make_parallel
 
 BuildLearner = Callable[[Rank], Learner]
 
@@ -28,13 +30,14 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     Args:
         config: ``build`` makes this rank's learner; ``max_stalls`` (default 10) is how often in a row a step may find
             the replay or the registry away before the rank gives up and Ray Train's FailureConfig decides;
-            ``stall_pause_s`` (default 1) is waited after each; ``post`` takes the metrics of each step.
+            ``stall_pause_s`` (default 1) is waited after each; ``post`` takes the metrics of each step;
+            ``parallelism`` (default ddp) is how several ranks share the model.
     """
     build: BuildLearner | None = config.get("build")
     post: Callable[[Metrics], None] | None = config.get("post")
     if build is None:
         raise ConfigError("train_loop_config needs 'build', a function from a Rank to its Learner")
-    learner = build(_this_rank())
+    learner = build(_this_rank(config.get("parallelism", "ddp")))
     try:
         reported = ray.train.get_checkpoint()
         if reported is not None:
@@ -50,15 +53,16 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         learner.close()
 
 
-def _this_rank() -> Rank:
+def _this_rank(parallelism: Parallelism) -> Rank:
     context = ray.train.get_context()
     device = str(ray.train.torch.get_device())
-    if context.get_world_size() == 1:
+    num_ranks = context.get_world_size()
+    if num_ranks == 1:
         return Rank(device=device)
     return Rank(
         index=context.get_world_rank(),
         device=device,
-        wrap=lambda module: ray.train.torch.prepare_model(module, move_to_device=False),
+        parallel=make_parallel(parallelism, num_ranks=num_ranks, device=device),
         share=broadcast_from_rank_zero,
     )
 
@@ -73,9 +77,11 @@ def _step(learner: Learner, max_stalls: int, pause_s: float) -> Metrics:
 
 
 def _report(learner: Learner, metrics: Metrics) -> None:
+    # On every rank: they may each hold a part of it.
+    checkpoint = learner.checkpoint()
     if ray.train.get_context().get_world_rank() != 0:
         ray.train.report(dict(metrics))
         return
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as directory:
-        write_checkpoint(learner.checkpoint(), Path(directory))
+        write_checkpoint(checkpoint, Path(directory))
         ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(directory))

@@ -1,14 +1,25 @@
-"""One optimiser step: gradient, clip, AdamW on a warm-up and cosine schedule, moving average of the weights."""
+"""One optimiser step: gradient, clip, AdamW on a warm-up and cosine schedule, moving average of the weights.
 
+Shapes: B windows a rank, N micro-batches.
+"""
+
+import contextlib
+import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from vla_dist.core.errors import ConfigError, DataError
+from vla_dist.learner.parallel import OneRank, Parallel
+from vla_dist.learner.suspects import describe_suspects
 from vla_dist.models.batch import TrainBatch
-from vla_dist.models.decision_transformer import DecisionTransformer
+from vla_dist.models.member import PolicyModel, as_module
+
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +40,12 @@ class OptimiserConfig:
     """Largest L2 norm of the whole gradient."""
     ema_decay: float = 0.0
     """Of the published weights; 0: publish the weights themselves."""
+    num_micro_batches: int = 1
+    """Parts that a batch is cut into; only one of them is in memory at a time, the update is that of the whole."""
+    precision: Precision = "float32"
+    """``bfloat16``: matrix products in it by autocast; weights, loss and optimiser stay float32."""
+    compile: bool = False
+    """torch.compile: the first update takes a minute, the others less than before."""
 
     def __post_init__(self) -> None:
         if self.total_updates < 1 or not 0 <= self.warmup_updates < self.total_updates:
@@ -44,6 +61,10 @@ class OptimiserConfig:
             raise ConfigError(
                 f"final_fraction {self.final_fraction} must be within 0..1, ema_decay {self.ema_decay} within [0, 1)"
             )
+        if self.num_micro_batches < 1:
+            raise ConfigError(f"num_micro_batches {self.num_micro_batches} must be at least 1: the batch uncut")
+        if self.precision not in get_args(Precision):
+            raise ConfigError(f"precision {self.precision!r} must be one of {', '.join(get_args(Precision))}")
 
     def learning_rate_at(self, update: int) -> float:
         """Rate of the update numbered from 0: a function of the count, so that nothing needs to be stored."""
@@ -55,31 +76,38 @@ class OptimiserConfig:
 
 
 class LossModule(nn.Module):
-    """``forward`` is the model's loss, so that wrapping it (DDP) covers whatever the loss does."""
+    """``forward`` is the model's loss, so that wrapping it (DDP, FSDP2) covers whatever the loss does."""
 
-    def __init__(self, model: DecisionTransformer) -> None:
+    def __init__(self, model: PolicyModel, *, precision: Precision = "float32") -> None:
         super().__init__()
         self.model = model
+        self._is_mixed = precision == "bfloat16"
 
     def forward(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.model.loss(batch)
+        """() float32 and detached metrics."""
+        with torch.autocast(batch.states.device.type, torch.bfloat16, enabled=self._is_mixed):
+            loss, metrics = self.model.loss(batch)
+        return loss.float(), metrics
 
 
 class TrainStep:
     """Owns the optimiser's memory and the moving average of one model."""
 
-    def __init__(self, model: DecisionTransformer, config: OptimiserConfig, *, loss: nn.Module) -> None:
+    def __init__(self, model: PolicyModel, config: OptimiserConfig, *, parallel: Parallel | None = None) -> None:
         """Args:
-        loss: a LossModule over ``model``, wrapped or not.
+        parallel: the other ranks; every rank must make the same calls in the same order. None: there are none.
         """
         self._config = config
-        self._loss = loss
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parallel = parallel or OneRank()
+        self._model = model
+        self._loss = self._parallel.prepare(LossModule(model, precision=config.precision), compiled=config.compile)
+        self._parameters = {name: p for name, p in as_module(model).named_parameters() if p.requires_grad}
         matrices = [p for p in self._parameters.values() if p.ndim >= 2]
         vectors = [p for p in self._parameters.values() if p.ndim < 2]
         self._optimiser = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=config.learning_rate,
+            fused=all(p.device.type in _FUSED_DEVICES for p in self._parameters.values()),
         )
         self._average: dict[str, Tensor] = {}
         if config.ema_decay:
@@ -89,38 +117,46 @@ class TrainStep:
         """Do the update numbered from 0.
 
         Raises:
-            DataError: the loss or its gradient is not finite; the weights are unchanged.
+            DataError: the loss or its gradient is not finite; the weights are unchanged, and the windows that did it
+                are named.
         """
         rate = self._config.learning_rate_at(update)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         self._loss.train()
         self._optimiser.zero_grad(set_to_none=True)
-        loss, metrics = self._loss(batch)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(list(self._parameters.values()), self._config.gradient_clip)
+        metrics = self._backward(batch)
+        norm = self._parallel.whole(
+            nn.utils.clip_grad_norm_(list(self._parameters.values()), self._config.gradient_clip)
+        )
         if not torch.isfinite(norm):
+            self._optimiser.zero_grad(set_to_none=True)
             raise DataError(
-                f"the gradient of update {update} is not finite (loss {loss.item()}); look for extreme values in the "
-                f"data or lower the learning rate {rate:.2g}"
+                f"the gradient of update {update} is not finite (loss {float(metrics['loss'])}); nothing was changed. "
+                f"{describe_suspects(self._loss, batch)}. Remove those episodes, or lower the learning rate {rate:.2g}"
             )
         self._optimiser.step()
         self._update_average()
         return {**metrics, "gradient_norm": norm, "learning_rate": rate}
 
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors of the model's state_dict, whole. Blocking: every rank must call it."""
+        return {name: self._parallel.whole(value) for name, value in as_module(self._model).state_dict().items()}
+
     def published_weights(self) -> dict[str, Tensor]:
-        """Parameters by name: the moving average where there is one, else the weights."""
-        return self._average or {name: p.detach() for name, p in self._parameters.items()}
+        """``weights`` with the moving average in place of what is trained, where there is one."""
+        averages = {name: self._parallel.whole(value) for name, value in self._average.items()}
+        return {**self.weights(), **averages}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The optimiser's memory and the average, by parameter name, for a checkpoint."""
-        found = {f"ema/{name}": value for name, value in self._average.items()}
+        """The optimiser's memory and the average, whole, by parameter name. Blocking: every rank must call it."""
+        found = {f"ema/{name}": self._parallel.whole(value) for name, value in self._average.items()}
         for name, parameter in self._parameters.items():
             for key, value in self._optimiser.state.get(parameter, {}).items():
-                found[f"adamw/{key}/{name}"] = value
+                found[f"adamw/{key}/{name}"] = self._parallel.whole(value)
         return found
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Inverse of ``tensors``.
 
         Raises:
@@ -139,15 +175,51 @@ class TrainStep:
                 )
             if kind == "ema":
                 if self._average:
-                    self._average[name].copy_(value)
-                continue
-            # AdamW keeps its step count on the CPU whatever the parameter's device.
-            state.setdefault(parameter, {})[key] = (
-                value.clone() if key == "step" else value.to(parameter.device).clone()
-            )
+                    self._average[name].copy_(self._parallel.part_like(value, parameter))
+            elif key == "step":
+                # The fused AdamW counts where the parameters are, the other one on the CPU.
+                is_fused = self._optimiser.param_groups[0]["fused"]
+                state.setdefault(parameter, {})[key] = value.to(parameter.device if is_fused else "cpu", copy=True)
+            else:
+                state.setdefault(parameter, {})[key] = self._parallel.part_like(value, parameter).clone()
         self._optimiser.state.update(state)
+
+    def _backward(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """Gradients of the mean over all terms of all ranks' micro-batches; this rank's mean metrics."""
+        parts = _cut(batch, self._config.num_micro_batches)
+        counts = torch.stack([self._count(part) for part in parts])
+        own = counts.sum()
+        # Ranks average their gradients, so each term is scaled to count once among those of all ranks.
+        everywhere = self._parallel.sum(own) / self._parallel.num_ranks
+        metrics: dict[str, Tensor] = {}
+        for index, part in enumerate(parts):
+            is_last = index + 1 == len(parts)
+            with contextlib.nullcontext() if is_last else self._parallel.accumulating(self._loss):
+                loss, found = self._loss(part)
+                (loss * (counts[index] / everywhere)).backward()
+            for name, value in found.items():
+                metrics[name] = metrics.get(name, 0.0) + value.detach() * (counts[index] / own)
+        return metrics
+
+    def _count(self, batch: TrainBatch) -> Tensor:
+        """Terms that the model's loss is the mean of; windows where it does not say."""
+        count = getattr(self._model, "loss_count", None)
+        if count is None:
+            return torch.tensor(float(batch.num_windows), device=batch.states.device)
+        # A part of padding alone has no terms, and its loss of nothing must not become NaN.
+        return count(batch).clamp(min=1e-6)
 
     @torch.no_grad()
     def _update_average(self) -> None:
         for name, average in self._average.items():
-            average.lerp_(self._parameters[name], 1.0 - self._config.ema_decay)
+            average.lerp_(self._parameters[name].detach(), 1.0 - self._config.ema_decay)
+
+
+_FUSED_DEVICES = ("cpu", "cuda")
+
+
+def _cut(batch: TrainBatch, num: int) -> list[TrainBatch]:
+    if num == 1:
+        return [batch]
+    edges = [batch.num_windows * index // num for index in range(num + 1)]
+    return [batch.rows(start, stop) for start, stop in itertools.pairwise(edges)]

@@ -11,6 +11,7 @@ from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.core.protocols import Policy
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Array, PolicyArtifact, PolicyManifest
+from vla_dist.models.chunking import ChunkExecution
 from vla_dist.models.conditioning import ReturnConditioning
 from vla_dist.models.goals import Embed, GoalTable
 from vla_dist.models.language_encoder import MINILM, shared_embedder
@@ -59,12 +60,24 @@ def build_policy(artifact: PolicyArtifact, *, embed: Embed | None = None, device
     return member.policy(model, manifest.spec, conditioning=conditioning, goals=goals)
 
 
+def build_executed_policy(artifact: PolicyArtifact, *, execution: ChunkExecution) -> Policy[Any]:
+    """A ready policy whose chunks are executed by this rule. Raises as ``build_policy`` does.
+
+    Where a chunk is simply executed to its end and the policy remembers nothing, it gives the chunk itself: then a
+    robot need not ask at every step. A policy that remembers must see every observation, as it did in training.
+    """
+    policy = build_policy(artifact)
+    goes_to_robot = execution == ChunkExecution() and policy.context_steps == 1
+    return policy if policy.horizon == 1 or goes_to_robot else execution.wrap(policy)
+
+
 def make_artifact(
     model: PolicyModel,
     *,
     name: str,
     spec: EnvSpec,
     conditioning: ReturnConditioning,
+    weights: Mapping[str, torch.Tensor] | None = None,
     goals: GoalTable | None = None,
     language_model: str = MINILM,
     provenance: Mapping[str, Any] | None = None,
@@ -76,10 +89,12 @@ def make_artifact(
     """A model as it travels: settings as JSON, weights and known goal vectors as arrays.
 
     Args:
+        weights: to send in place of the model's own, all of them: a moving average, or what ranks held in parts.
         goals: instructions that a policy shall know without loading the language model.
         provenance: how it was trained, plain JSON, for people and for whoever asks whether it was published before.
     """
-    tensors = {key: value.detach().cpu().numpy().copy() for key, value in as_module(model).state_dict().items()}
+    state = as_module(model).state_dict() if weights is None else weights
+    tensors = {key: value.detach().cpu().numpy().copy() for key, value in state.items()}
     instructions: tuple[str, ...] = ()
     if model.config.goal_dim and goals is not None:
         instructions, embeddings = goals.contents()

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import subprocess
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vla_dist.core.protocols import ReplayTable, RobotEnv
+from vla_dist.core.protocols import PolicyLoader, ReplayTable, RobotEnv
 from vla_dist.core.specs import EnvSpec
 from vla_dist.registry.blobs import RedisBlobs
 from vla_dist.registry.store import RedisPolicyRegistry
@@ -29,7 +29,9 @@ from vla_dist.run.store import Store
 if TYPE_CHECKING:
     from vla_dist.envs.instructions import Split
     from vla_dist.evaluation.suite import PhraseSource, VersionJudge
-    from vla_dist.learner.learner import Learner, Rank
+    from vla_dist.learner.config import Rank
+    from vla_dist.learner.learner import Learner
+    from vla_dist.models.member import PolicyModelConfig
     from vla_dist.replay.archive.archiver import Archiver
     from vla_dist.robot.simulated_robot import SimulatedRobot
     from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
@@ -57,14 +59,14 @@ class Place:
     """See ``Store``."""
 
     @classmethod
-    def of(cls, config: RunConfig, run_dir: Path, store: Store) -> Place:
+    def of(cls, config: RunConfig, run_dir: Path, store: Store, *, spec: EnvSpec | None = None) -> Place:
         return cls(
             config=config,
             run_id=run_dir.name,
             run_dir=run_dir,
             redis_url=store.redis_url,
             images_url=store.images_url,
-            spec=build_spec(config),
+            spec=spec or build_spec(config),
             shard_urls=store.shard_urls,
             shard_images_urls=store.shard_images_urls,
         )
@@ -91,8 +93,13 @@ def build_spec(config: RunConfig) -> EnvSpec:
         env.close()
 
 
-def build_table(place: Place, *, seed: int = 0) -> RedisReplayTable | ShardedReplayTable:
-    config = _buffer_config(place)
+def build_table(
+    place: Place, *, seed: int = 0, context_steps: int = 1, future_steps: int = 0
+) -> RedisReplayTable | ShardedReplayTable:
+    """Args:
+    context_steps, future_steps: of the windows; only who samples need care.
+    """
+    config = replace(_buffer_config(place), context_steps=context_steps, future_steps=future_steps)
     if place.shard_urls:
         images_urls = place.shard_images_urls or None
         return ShardedReplayTable(place.shard_urls, place.spec, config, seed=seed, images_urls=images_urls)
@@ -109,7 +116,6 @@ def _buffer_config(place: Place) -> BufferConfig:
     return BufferConfig(
         name=place.config.preset,
         num_steps=replay.segment_steps,
-        context_steps=place.config.model.context_steps,
         capacity_steps=replay.capacity_steps,
         image_encodings={camera.name: replay.image_encoding(camera.name) for camera in place.spec.cameras},
         tables=(
@@ -162,7 +168,6 @@ def build_rollout_worker(place: Place, worker_index: int) -> list[RolloutWorker]
 
 
 def _build_policy_rollout(place: Place, expert: RolloutConfig, table: ReplayTable, worker_index: int) -> RolloutWorker:
-    from vla_dist.models.auto import build_policy
     from vla_dist.rollout.behaviour import FollowedPolicy
     from vla_dist.rollout.worker import RolloutWorker
 
@@ -172,29 +177,36 @@ def _build_policy_rollout(place: Place, expert: RolloutConfig, table: ReplayTabl
         episodes_per_task=place.config.rollout.policy_episodes_per_task,
         seed=place.config.seed + 1,
     )
-    behaviour = FollowedPolicy(build_registry(place), place.config.reference, build_policy)
+    behaviour = FollowedPolicy(build_registry(place), place.config.reference, build_policy_loader(place.config))
     return RolloutWorker(build_env(place.config), behaviour, table, rollout, worker_index=worker_index)
 
 
+def build_model_config(config: RunConfig, spec: EnvSpec) -> PolicyModelConfig:
+    """Raises ConfigError on a member, size or setting that does not exist, or that the robot's spec does not allow."""
+    from vla_dist.models.settings import parse_changes
+    from vla_dist.models.zoo import architecture
+
+    member = architecture(config.model.architecture)
+    return member.configure(config.model.preset, spec, **parse_changes(member.config, config.model_changes))
+
+
+def build_policy_loader(config: RunConfig) -> PolicyLoader:
+    """From an artifact to the policy that is executed, the same wherever it acts."""
+    from vla_dist.models.auto import build_executed_policy
+
+    return partial(build_executed_policy, execution=config.model.execution)
+
+
 def build_learner(place: Place, rank: Rank) -> Learner:
-    from vla_dist.learner.learner import Learner, LearnerConfig
+    from vla_dist.learner.config import LearnerConfig
+    from vla_dist.learner.learner import Learner
     from vla_dist.learner.train_step import OptimiserConfig
-    from vla_dist.models.decision_transformer import DecisionTransformer
     from vla_dist.models.language_encoder import shared_embedder
-    from vla_dist.models.presets import preset as model_preset
+    from vla_dist.models.zoo import architecture
 
     config = place.config
     spec, settings, learner = place.spec, config.model, config.learner
-    model_config = model_preset(
-        settings.preset,
-        spec,
-        hidden_dim=settings.hidden_dim,
-        n_layers=settings.n_layers,
-        n_heads=settings.n_heads,
-        context_steps=settings.context_steps,
-        action_dropout=settings.action_dropout,
-        return_dropout=settings.return_dropout,
-    )
+    model_config = build_model_config(config, spec)
     learner_config = LearnerConfig(
         policy_name=config.preset,
         run_id=place.run_id,
@@ -202,6 +214,10 @@ def build_learner(place: Place, rank: Rank) -> Learner:
             total_updates=learner.total_updates,
             learning_rate=learner.learning_rate,
             warmup_updates=min(100, learner.total_updates // 10),
+            ema_decay=learner.ema_decay,
+            num_micro_batches=learner.num_micro_batches,
+            precision=learner.precision,
+            compile=learner.compile,
         ),
         batch_size=learner.batch_size // learner.num_workers,
         updates_per_step=learner.updates_per_step,
@@ -215,20 +231,31 @@ def build_learner(place: Place, rank: Rank) -> Learner:
     )
     return Learner(
         learner_config,
-        model=DecisionTransformer(model_config),
+        model=architecture(settings.architecture).model(model_config),
         spec=spec,
-        table=build_table(place, seed=1000 + rank.index),
+        table=build_table(
+            place,
+            seed=1000 + rank.index,
+            context_steps=model_config.context_steps,
+            future_steps=model_config.horizon - 1,
+        ),
         registry=build_registry(place),
         embed=shared_embedder().embed,
         phrases=training_phrases(config),
         git_revision=git_revision(),
+        run_config=asdict(_without_secrets(config)),
         rank=rank,
     )
 
 
+def _without_secrets(config: RunConfig) -> RunConfig:
+    """What may lie beside weights on any storage."""
+    replay = replace(config.replay, redis_url="", images_redis_url="")
+    return replace(config, replay=replay, serving=replace(config.serving, token=""))
+
+
 def build_services(place: Place) -> tuple[PolicyService, FleetIngest]:
     """What one serving replica runs; its versions are started. Blocking: until there is a first version."""
-    from vla_dist.models.auto import build_policy
     from vla_dist.serving.batcher import BatcherConfig, DeadlineBatcher
     from vla_dist.serving.ingest import FleetIngest, IngestConfig
     from vla_dist.serving.quarantine import QuarantineFolder
@@ -239,7 +266,7 @@ def build_services(place: Place) -> tuple[PolicyService, FleetIngest]:
     batcher = DeadlineBatcher(BatcherConfig())
     registry = build_registry(place)
     registry.follow(config.reference, after=0, timeout_s=config.serving.startup_timeout_s)
-    versions = PolicyVersions(registry, build_policy, VersionsConfig(references=(config.reference,)))
+    versions = PolicyVersions(registry, build_policy_loader(config), VersionsConfig(references=(config.reference,)))
     versions.start()
     ingest = FleetIngest(
         build_table(place, seed=2000),
@@ -280,13 +307,11 @@ def build_robots(place: Place, address: str) -> list[SimulatedRobot]:
 
 def build_judge(place: Place, *, instructions: Split = "training") -> VersionJudge:
     from vla_dist.evaluation.suite import Evaluator, VersionJudge
-    from vla_dist.models.auto import build_policy
 
     config = place.config
     envs = [build_env(config, instructions=instructions) for _ in range(config.evaluation.num_envs)]
-    return VersionJudge(
-        build_registry(place), build_policy, Evaluator(envs, phrase_source(config, instructions)), config.preset
-    )
+    evaluator = Evaluator(envs, phrase_source(config, instructions))
+    return VersionJudge(build_registry(place), build_policy_loader(config), evaluator, config.preset)
 
 
 def phrase_source(config: RunConfig, split: Split) -> PhraseSource:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from vla_dist.core.errors import ConfigError
 from vla_dist.core.specs import CameraSpec
 from vla_dist.data.image_codec import ImageEncoding
+from vla_dist.models.chunking import ChunkExecution
 from vla_dist.replay.external import split_urls
 
 
@@ -79,19 +80,26 @@ class RolloutSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:
-    """The Decision Transformer."""
+    """The policy that is trained: a member of the zoo (``vla-dist models`` lists them), a size, and changes to it."""
 
+    architecture: str = "decision_transformer"
+    """Name of the member."""
     preset: str = "small"
-    """A size by name; the fields below replace its own."""
-    hidden_dim: int = 64
-    n_layers: int = 2
-    n_heads: int = 4
-    context_steps: int = 5
-    """K."""
-    action_dropout: float = 0.5
+    """A size by name; what follows replaces its own settings."""
+    changes: tuple[str, ...] = ()
+    """``name=value`` of any setting of the member's config, such as ``hidden_dim=64 n_layers=2``; values of lists and
+    maps are JSON."""
+    hidden_dim: int | None = None
+    n_layers: int | None = None
+    n_heads: int | None = None
+    context_steps: int | None = None
+    """K. These four, as the two below: None leaves the size's own; only for members that have such a setting."""
+    action_dropout: float | None = None
     """Share of past-action tokens hidden in training, so that the policy does not copy itself."""
-    return_dropout: float = 0.2
+    return_dropout: float | None = None
     """Share of windows without return tokens in training, so that an unreachable target does no harm."""
+    execution: ChunkExecution = field(default_factory=ChunkExecution)
+    """How the chunks of a member with a horizon are executed, by robots, rollouts and evaluation alike."""
     conditioning: Literal["none", "steps_to_success", "reward"] = "steps_to_success"
     """none, steps_to_success or reward."""
     target_quantile: float = 0.9
@@ -114,6 +122,15 @@ class LearnerSettings:
     num_workers: int = 1
     use_gpu: bool = False
     """One GPU for each learner worker."""
+    parallelism: Literal["ddp", "fsdp2"] = "ddp"
+    """How several workers share one model: each holds all of it, or a part (for models that fill a GPU)."""
+    num_micro_batches: int = 1
+    """Parts that a worker's share of a batch is cut into, where the whole does not fit in memory."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    """torch.compile."""
+    ema_decay: float = 0.0
+    """Of the published weights; 0: publish the weights themselves."""
     sample_timeout_s: float = 60.0
 
 
@@ -265,6 +282,13 @@ class RunConfig:
                 f"{learner.total_updates} updates of {learner.batch_size} windows need {wanted} samples, more than "
                 f"samples_per_insert {replay.samples_per_insert} allows for so few episodes; raise it"
             )
+
+    @property
+    def model_changes(self) -> tuple[str, ...]:
+        """``name=value`` of everything that is changed in the model's preset; ``model.changes`` has the last word."""
+        named = ("hidden_dim", "n_layers", "n_heads", "context_steps", "action_dropout", "return_dropout")
+        given = {name: getattr(self.model, name) for name in named}
+        return (*(f"{name}={value}" for name, value in given.items() if value is not None), *self.model.changes)
 
     @property
     def reference(self) -> str:

@@ -30,6 +30,7 @@ class Training:
             train_loop_config={
                 "build": partial(build_learner, place),
                 "post": post,
+                "parallelism": learner.parallelism,
             },
             scaling_config=ScalingConfig(
                 num_workers=learner.num_workers,
