@@ -297,8 +297,8 @@ class DecisionTransformer(PreTrainedModel):
             prefix = goal.shape[1]
             sequence = torch.cat([self.embed_norm(goal), sequence], 1)
             keys = torch.cat([torch.ones(batch, prefix, dtype=torch.bool, device=keys.device), keys], 1)
-        hidden = self.transformer(sequence, causal_visibility(keys))
-        output = self.head(hidden[:, prefix + state_index :: len(tokens)])
+        wanted = slice(prefix + state_index, None, len(tokens))
+        output = self.head(self.transformer(sequence, causal_visibility(keys), read=wanted))
         return output.tanh() if self.config.head == "tanh" else output
 
     def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:

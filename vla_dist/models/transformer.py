@@ -1,17 +1,19 @@
 """Pre-norm GPT blocks over any token sequence; who may see whom is decided by the caller's mask.
 
-Shapes: B batch, L tokens, D width, N heads.
+Shapes: B batch, L new tokens, C tokens with those before them, R tokens that are read, D width, N heads.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, relu, scaled_dot_product_attention
+from torch.nn.functional import dropout, gelu, linear, relu, scaled_dot_product_attention
 
 from vla_dist.core.errors import ConfigError
 
 ACTIVATIONS = {"gelu": gelu, "relu": relu}
+_LEVELS = 2**16
+_LOWEST = -(2**63)
 
 
 class SelfAttention(nn.Module):
@@ -26,14 +28,42 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        """(B, L, D) tokens and (B, 1, L, L) bool, True where the row may look at the column, to (B, L, D)."""
-        batch, length, dim = tokens.shape
-        heads = self.qkv(tokens).view(batch, length, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.dropout if self.training else 0.0
-        mixed = scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, dim))
+    def forward(
+        self, tokens: Tensor, visible: Tensor, *, read: slice | None = None, cache: Tensor | None = None
+    ) -> Tensor:
+        """Mix the tokens that each asking token may look at.
+
+        Args:
+            tokens: (B, L, D).
+            visible: (B or 1, 1, R, C) bool, True where the asking token may look at the column.
+            read: which R of the L tokens ask; None: all.
+            cache: (2, B, C, D), keys and values of C tokens, the last L of them this call's, which are written here;
+                None: C is L.
+
+        Returns:
+            (B, R, D).
+        """
+        dim = tokens.shape[2]
+        if read is None:
+            query, key, value = self.qkv(tokens).split(dim, -1)
+        else:
+            query = linear(tokens[:, read], self.qkv.weight[:dim], self.qkv.bias[:dim])
+            key, value = linear(tokens, self.qkv.weight[dim:], self.qkv.bias[dim:]).split(dim, -1)
+        if cache is not None:
+            length = tokens.shape[1]
+            cache[0, :, -length:], cache[1, :, -length:] = key, value
+            key, value = cache[0], cache[1]
+        query, key, value = (self._heads(part) for part in (query, key, value))
+        if self.training and self.dropout and not query.is_cuda:
+            mixed = _attention_with_dropout(query, key, value, visible, self.dropout)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            mixed = scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        """(B, L, D) to (B, N, L, D / N), without a copy."""
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -47,10 +77,14 @@ class Block(nn.Module):
         self.widen = nn.Linear(dim, inner_dim)
         self.narrow = nn.Linear(inner_dim, dim)
         self.activation = ACTIVATIONS[activation]
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        tokens = tokens + self.dropout(self.attention(self.attention_norm(tokens), visible))
+    def forward(
+        self, tokens: Tensor, visible: Tensor, *, read: slice | None = None, cache: Tensor | None = None
+    ) -> Tensor:
+        """(B, L, D) to (B, R, D); the arguments are SelfAttention's."""
+        mixed = self.attention(self.attention_norm(tokens), visible, read=read, cache=cache)
+        tokens = (tokens if read is None else tokens[:, read]) + self.dropout(mixed)
         return tokens + self.dropout(self.narrow(self.activation(self.widen(self.mlp_norm(tokens)))))
 
 
@@ -71,17 +105,69 @@ class Transformer(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ConfigError(f"activation {activation!r} must be one of {', '.join(ACTIVATIONS)}")
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, inner_dim, activation, dropout, eps) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim, eps=eps)
 
-    def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, visible: Tensor, *, read: slice | None = None, cache: Tensor | None = None
+    ) -> Tensor:
+        """Tokens after every block.
+
+        Args:
+            tokens: (B, L, D), the newest ones.
+            visible: (B or 1, 1, L, C) bool, True where the row may look at the column.
+            read: which R of the L tokens are wanted: the last block computes no others. None: all.
+            cache: (num_layers, 2, B, C, D), keys and values of the C tokens so far, the last L of them written by this
+                call; None: there are no others, C is L.
+
+        Returns:
+            (B, R, D).
+        """
         tokens = self.dropout(tokens)
-        for block in self.blocks:
-            tokens = block(tokens, visible)
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            past = None if cache is None else cache[index]
+            if index == last and read is not None:
+                tokens = block(tokens, visible[:, :, read], read=read, cache=past)
+            else:
+                tokens = block(tokens, visible, cache=past)
         return self.norm(tokens)
+
+
+class Dropout(nn.Module):
+    """nn.Dropout at a fraction of its cost on a CPU: one 64-bit random number decides for four entries.
+
+    The probability is rounded to a multiple of 2**-16; what is kept is scaled by the rounded one, so that the mean is
+    exact.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        if not 0.0 <= p < 1.0:
+            raise ConfigError(f"dropout {p} must be within [0, 1)")
+        self.p = p
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return _dropped(tokens, self.p) if self.training and self.p else tokens
+
+
+def _dropped(tokens: Tensor, p: float) -> Tensor:
+    if tokens.is_cuda:
+        return dropout(tokens, p)
+    hidden = round(p * _LEVELS)
+    words = torch.empty((tokens.numel() + 3) // 4, dtype=torch.int64, device=tokens.device).random_(_LOWEST, None)
+    lots = words.view(torch.int16)[: tokens.numel()].view(tokens.shape)
+    return tokens * (lots >= hidden - _LEVELS // 2).to(tokens.dtype).mul_(_LEVELS / (_LEVELS - hidden))
+
+
+def _attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, p: float) -> Tensor:
+    """(B, N, R, D / N): what scaled_dot_product_attention computes; on a CPU it has no fused form with dropout."""
+    bias = torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill_(~visible, -math.inf)
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3)) + bias
+    return torch.matmul(_dropped(scores.softmax(-1), p), value)
 
 
 def causal_visibility(is_key: Tensor) -> Tensor:
