@@ -1,7 +1,7 @@
 """What the learner, the registry and the runs may ask of a member of the zoo; everything else is the member's own."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -109,3 +109,15 @@ def setting_types(config: type[Any]) -> dict[str, Any]:
     """name -> annotated type, of those settings."""
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     return {field.name: field.type for field in dataclasses.fields(config) if field.name not in common}
+
+
+def setting_changes(config: Any, earlier: Mapping[str, Any]) -> list[str]:
+    """``name old -> new`` of each setting in which a config differs from one saved by ``own_settings``.
+
+    A setting that an older version of this package did not know had its default value.
+    """
+    now = own_settings(config)
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    before = {name: earlier.get(name, defaults[name]) for name in now}
+    changed = [f"{name} {before[name]!r} -> {now[name]!r}" for name in now if before[name] != now[name]]
+    return changed + [f"{name} {earlier[name]!r} -> unknown" for name in earlier if name not in now]

@@ -13,7 +13,7 @@ import ray
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.run import preflight
-from vla_dist.run.build import Place
+from vla_dist.run.build import Place, build_model_config, build_spec
 from vla_dist.run.config import RunConfig, load_config
 from vla_dist.run.controller import RunController
 from vla_dist.run.files import CONFIG, SUMMARY, new_run_dir, write_atomically
@@ -30,19 +30,21 @@ def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume:
         resume: folder of an earlier run, whose config must be this one.
 
     Raises:
-        ConfigError: the folder's run has another config, or is finished.
+        ConfigError: the folder's run has another config, or is finished; or no such model can be built.
         ResourceMissing: memory, a port or a program is missing.
         Unreachable: the given Redis does not answer.
         WorkerFailed: a part failed more often than allowed.
     """
     started_s = time.monotonic()
     preflight.require(config)
+    spec = build_spec(config)
+    build_model_config(config, spec)  # What cannot work is refused before anything starts.
     run_dir = _begin(config) if resume is None else _require_resumable(config, resume)
     on_status(RunStatus(preset=config.preset, run_dir=run_dir))
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(open_store(config, run_dir))
         stack.enter_context(ray_runtime(num_cpus=cpus_wanted(config), object_store_mb=config.object_store_mb))
-        place = Place.of(config, run_dir, store)
+        place = Place.of(config, run_dir, store, spec=spec)
         return RunController(place, on_status, started_s=started_s).execute()
 
 

@@ -19,12 +19,17 @@ from vla_dist.run.config import (
 SINGLE_SCENE_TASKS = ("drawer-open", "drawer-close", "window-open", "window-close", "button-press-topdown")
 SHARED_SCENE_TASKS = ("scene/drawer-open", "scene/drawer-close", "scene/button-press")
 
+_DEMO_MODEL = ModelSettings(
+    hidden_dim=64, n_layers=2, n_heads=4, context_steps=5, action_dropout=0.5, return_dropout=0.2
+)
+
 
 def demo() -> RunConfig:
     """Eight tabletop tasks in words: minutes on two CPU cores."""
     return RunConfig(
         preset="demo",
         env=EnvSettings(tasks=(*SINGLE_SCENE_TASKS, *SHARED_SCENE_TASKS), language_tasks=SHARED_SCENE_TASKS),
+        model=_DEMO_MODEL,
     )
 
 
@@ -39,6 +44,7 @@ def demo_cameras() -> RunConfig:
         ),
         replay=ReplaySettings(min_steps=1_500, capacity_steps=50_000),
         rollout=RolloutSettings(episodes_per_task=20),
+        model=_DEMO_MODEL,
         evaluation=EvaluationSettings(episodes_per_task=2, final_episodes_per_task=4, num_envs=4),
         fleet=FleetSettings(num_robots=2, control_hz=5.0),
     )
@@ -53,7 +59,7 @@ def babyai() -> RunConfig:
         rollout=RolloutSettings(
             num_workers=1, episodes_per_task=150, noise_scales=(0.0, 0.1), policy_episodes_per_task=5
         ),
-        model=ModelSettings(hidden_dim=64, n_layers=2, n_heads=4, context_steps=5),
+        model=_DEMO_MODEL,
         learner=LearnerSettings(
             total_updates=300, publish_updates=(0, 100, 200, 300), batch_size=32, checkpoint_every_updates=50
         ),

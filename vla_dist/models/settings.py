@@ -1,0 +1,88 @@
+"""Words such as ``hidden_dim=64`` as changes to a member's config, checked against the types that it declares."""
+
+import json
+import types
+import typing
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from vla_dist.core.errors import ConfigError
+from vla_dist.models.member import setting_types
+
+
+def parse_changes(config: type[Any], words: Sequence[str]) -> dict[str, Any]:
+    """``name=value`` words to keyword arguments of ``config``; a name that comes twice keeps its last value.
+
+    Raises:
+        ConfigError: a word without ``=``, a setting that does not exist, or a value of another type.
+    """
+    known = setting_types(config)
+    changes: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise ConfigError(f"model change {word!r} must be name=value, for example hidden_dim=64")
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"{_label(config)} has no setting {name!r}; {hint}its settings are {', '.join(known)}")
+        try:
+            changes[name] = _parsed(text, known[name])
+        except ValueError as error:
+            raise ConfigError(f"model change {word!r}: {name} must be {_words_for(known[name])}") from error
+    return changes
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    """Raises ValueError."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _first_of(text, typing.get_args(kind))
+    if origin is typing.Literal:
+        return _chosen(text, typing.get_args(kind))
+    if kind is types.NoneType:
+        return _chosen(text, ("none",)) and None
+    if kind is bool:
+        return _chosen(text, ("false", "true")) == "true"
+    if kind in (int, float, str):
+        return kind(text)
+    container = origin or kind
+    value = json.loads(text)
+    if container in (tuple, list) and isinstance(value, list):
+        return container(value)
+    if container is dict and isinstance(value, dict):
+        return value
+    raise ValueError(text)
+
+
+def _first_of(text: str, kinds: Sequence[Any]) -> Any:
+    # Text fits everything, so it is tried last.
+    for kind in sorted(kinds, key=lambda kind: kind is str):
+        try:
+            return _parsed(text, kind)
+        except ValueError:
+            continue
+    raise ValueError(text)
+
+
+def _chosen(text: str, choices: Sequence[Any]) -> Any:
+    for choice in choices:
+        if str(choice) == text.lower() or str(choice) == text:
+            return choice
+    raise ValueError(text)
+
+
+def _words_for(kind: Any) -> str:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_words_for(one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    names = {types.NoneType: "none", int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if kind in names:
+        return names[kind]
+    return "a JSON map" if (typing.get_origin(kind) or kind) is dict else "a JSON list"
+
+
+def _label(config: type[Any]) -> str:
+    return str(getattr(config, "model_type", "") or config.__name__)
