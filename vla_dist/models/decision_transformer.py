@@ -16,7 +16,7 @@ from transformers import initialization as init
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.batch import TrainBatch
-from vla_dist.models.member import fill_normaliser
+from vla_dist.models.member import fill_normaliser, masked_mean, require_batch
 from vla_dist.models.transformer import ACTIVATIONS, Transformer, causal_visibility, residual_gain
 from vla_dist.models.visual_encoder import VisualEncoder, VisualEncoderConfig
 
@@ -305,7 +305,11 @@ class DecisionTransformer(PreTrainedModel):
         """Mean over all valid steps of the squared error or of the cross-entropy against ``target_actions``.
 
         The metrics are detached scalars on the model's device, so that reading them may wait.
+
+        Raises:
+            DataError: the batch is of another robot or another model.
         """
+        require_batch(batch, self.config)
         output = self(
             batch.states,
             batch.actions,
@@ -315,14 +319,15 @@ class DecisionTransformer(PreTrainedModel):
             batch.padding_mask,
             images=batch.images,
         )
-        predicted, target = output[batch.padding_mask], batch.target_actions[batch.padding_mask]
+        target, valid = batch.target_actions, batch.padding_mask
         if self.config.head == "discrete":
             choice = target.argmax(-1)
-            loss = cross_entropy(predicted, choice)
-            metrics = {"accuracy": (predicted.argmax(-1) == choice).float().mean()}
+            terms = cross_entropy(output.transpose(1, 2), choice, reduction="none")
+            metrics = {"accuracy": masked_mean((output.argmax(-1) == choice).float(), valid)}
         else:
-            loss = (predicted - target).square().mean()
-            metrics = {"action_error": (predicted.detach() - target).abs().mean()}
+            terms = (output - target).square().mean(-1)
+            metrics = {"action_error": masked_mean((output.detach() - target).abs().mean(-1), valid)}
+        loss = masked_mean(terms, valid, batch.weights)
         return loss, {"loss": loss.detach(), **metrics}
 
     def loss_count(self, batch: TrainBatch) -> Tensor:

@@ -100,6 +100,52 @@ def fill_normaliser(model: nn.Module, **values: Tensor | None) -> None:
         buffer.copy_(value)
 
 
+def require_batch(batch: TrainBatch, config: PolicyModelConfig) -> None:
+    """Compare a batch's shapes with what a model of this config reads; costs no synchronisation with its device.
+
+    Raises:
+        DataError: naming each field that is missing or has another shape.
+    """
+    num, steps, size = len(batch.padding_mask), config.context_steps, config.action_dim
+    expected: dict[str, tuple[int, ...]] = {
+        "actions": (num, steps, size),
+        "target_actions": (num, steps, size),
+        "target_chunks": (num, config.horizon, size),
+        "chunk_mask": (num, config.horizon),
+        "returns_to_go": (num, steps),
+        "timesteps": (num, steps),
+        "padding_mask": (num, steps),
+    }
+    if config.state_dim:
+        expected["states"] = (num, steps, config.state_dim)
+    if config.goal_dim:
+        expected["goals"] = (num, config.goal_dim)
+    given = {name: getattr(batch, name) for name in expected}
+    wrong = [
+        f"{name} {'missing' if given[name] is None else tuple(given[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if given[name] is None or given[name].shape != shape
+    ]
+    for camera in config.cameras or ():
+        frames = batch.images.get(camera)
+        if frames is None or frames.ndim != 5 or frames.shape[:3] != (num, steps, 3):
+            shape = "missing" if frames is None else tuple(frames.shape)
+            wrong.append(f"camera {camera!r} {shape}, expected ({num}, {steps}, 3, height, width)")
+    if wrong:
+        raise DataError(f"the batch does not fit the model: {'; '.join(wrong)}. Was it collated for another config?")
+
+
+def masked_mean(terms: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of the terms (B, ...) at the True places of ``mask``, each times its window's (B,) weight; 0 of none.
+
+    What stands elsewhere may be anything, NaN included.
+    """
+    kept = torch.where(mask, terms, 0.0)
+    if weights is not None:
+        kept = kept * weights.view(-1, *[1] * (terms.ndim - 1))
+    return kept.sum() / mask.sum().clamp(min=1)
+
+
 def own_settings(config: Any) -> dict[str, Any]:
     """What a member's config adds to the fields of every transformers config, as plain JSON: builds an equal model."""
     return {name: getattr(config, name) for name in setting_types(type(config))}
