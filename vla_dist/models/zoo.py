@@ -13,6 +13,9 @@ from vla_dist.core.specs import EnvSpec
 from vla_dist.models import presets
 from vla_dist.models.decision_transformer import DecisionTransformer, VlaDecisionTransformerConfig
 from vla_dist.models.member import setting_types
+from vla_dist.models.memory import presets as memory_presets
+from vla_dist.models.memory.memory_vla import MemoryAugmentedVLA, MemoryAugmentedVLAConfig
+from vla_dist.models.memory.policy import MemoryPolicy
 from vla_dist.models.policy import DecisionTransformerPolicy
 
 
@@ -61,6 +64,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             policy=DecisionTransformerPolicy,
             presets=presets.PRESETS,
             source="Chen et al. 2021, Decision Transformer, https://arxiv.org/abs/2106.01345",
+        ),
+        Architecture(
+            name="memory",
+            config=MemoryAugmentedVLAConfig,
+            model=MemoryAugmentedVLA,
+            policy=MemoryPolicy,
+            presets=memory_presets.PRESETS,
+            source="Graves et al. 2016, Hybrid computing (DNC), https://doi.org/10.1038/nature20101, much simplified",
         ),
     )
 }

@@ -1,0 +1,72 @@
+"""Observations of several robots as arrays for a model, checked against the spec.
+
+Shapes: B rows, P proprio, G goal.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vla_dist.core.errors import ConfigError, DataError
+from vla_dist.core.specs import EnvSpec
+from vla_dist.core.types import Array, Observation
+from vla_dist.models.goals import GoalTable
+from vla_dist.models.member import PolicyModelConfig
+
+
+def require_fit(config: PolicyModelConfig, spec: EnvSpec, *, has_goals: bool) -> None:
+    """Raises ConfigError naming every way in which a model's dimensions, head, cameras or language miss the spec."""
+    wrong = []
+    if config.state_dim not in (0, spec.proprio_dim):
+        wrong.append(f"state_dim {config.state_dim} against proprio_dim {spec.proprio_dim}")
+    if config.action_dim != spec.action_dim:
+        wrong.append(f"action_dim {config.action_dim} against {spec.action_dim}")
+    if (config.head == "discrete") != (spec.action_kind == "discrete"):
+        wrong.append(f"head {config.head!r} against {spec.action_kind} actions")
+    names = {camera.name for camera in spec.cameras}
+    if not set(config.cameras or ()) <= names:
+        wrong.append(f"cameras {config.cameras} against {sorted(names)}")
+    if config.goal_dim and not has_goals:
+        wrong.append(f"goal_dim {config.goal_dim} without a goal table")
+    if wrong:
+        raise ConfigError(f"the model does not fit spec {spec.name!r}: {'; '.join(wrong)}; build one from the spec")
+
+
+def proprio_rows(observations: Sequence[Observation], spec: EnvSpec) -> Array:
+    """(B, P) float32. Raises DataError where a reading has another shape or is not finite."""
+    for observation in observations:
+        reading = observation.proprio
+        if reading.shape != (spec.proprio_dim,) or not np.isfinite(reading).all():
+            raise DataError(
+                f"proprio must be ({spec.proprio_dim},) finite numbers, got shape {reading.shape}: {reading}"
+            )
+    return np.stack([observation.proprio for observation in observations]).astype(np.float32, copy=False)
+
+
+def camera_frames(
+    observations: Sequence[Observation], spec: EnvSpec, cameras: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """camera name -> (B, 3, H, W) uint8. Raises DataError where a frame is missing or has another size."""
+    views = {}
+    for camera in (c for c in spec.cameras if c.name in cameras):
+        frames = [observation.images.get(camera.name) for observation in observations]
+        shapes = {None if frame is None else frame.shape for frame in frames}
+        if shapes != {(camera.height, camera.width, 3)}:
+            raise DataError(
+                f"camera {camera.name!r} must give ({camera.height}, {camera.width}, 3) frames, got {shapes}"
+            )
+        stacked = np.stack([frame for frame in frames if frame is not None])
+        views[camera.name] = torch.from_numpy(stacked).permute(0, 3, 1, 2)
+    return views
+
+
+def goal_rows(instructions: Sequence[str], goals: GoalTable, nothing: Array) -> Array:
+    """(B, G) float32.
+
+    Args:
+        nothing: (G,) vector of no words at all: the mean of all words, which a model's normaliser makes zero.
+    """
+    words = [text for text in instructions if text]
+    found = dict(zip(words, goals.lookup(words), strict=True)) if words else {}
+    return np.stack([found[text] if text else nothing for text in instructions])
