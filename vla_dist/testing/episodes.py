@@ -15,12 +15,16 @@ from vla_dist.testing.fakes import make_segment
 class EpisodeTable:
     """A ReplayTable whose draws can be repeated, for tests that compare two runs bit for bit.
 
-    ``context_steps`` K; ``first_batch`` is the number of the first draw, for the table of a resumed run.
+    ``context_steps`` K and ``future_steps`` F; ``first_batch`` is the number of the first draw, for the table of a
+    resumed run.
     """
 
-    def __init__(self, spec: EnvSpec, *, context_steps: int, seed: int = 0, first_batch: int = 0) -> None:
+    def __init__(
+        self, spec: EnvSpec, *, context_steps: int, future_steps: int = 0, seed: int = 0, first_batch: int = 0
+    ) -> None:
         self.spec = spec
         self._context_steps = context_steps
+        self._future_steps = future_steps
         self._seed = seed
         self._draws = first_batch
         self._segments: dict[str, dict[int, Segment]] = {}
@@ -74,11 +78,18 @@ class EpisodeTable:
         mask = steps >= 0
         steps = np.where(mask, steps, 0)
 
+        later = ends[:, None] + 1 + np.arange(self._future_steps)
+        future_mask = later < lengths[:, None]
+        later = np.where(future_mask, later, 0)
+
         def whole(name: str) -> list[Array]:
             return [np.concatenate([getattr(s, name)[: s.length] for s in episode]) for episode in episodes]
 
-        def cut(columns: list[Array]) -> Array:
-            return np.stack([column[index] for column, index in zip(columns, steps, strict=True)])
+        def frames(camera: str) -> list[Array]:
+            return [np.concatenate([s.images[camera][: s.length] for s in episode]) for episode in episodes]
+
+        def cut(columns: list[Array], at: Array = steps) -> Array:
+            return np.stack([column[index] for column, index in zip(columns, at, strict=True)])
 
         return Batch(
             proprio=cut(whole("proprio")),
@@ -94,6 +105,9 @@ class EpisodeTable:
             instructions=tuple(episode[0].instruction for episode in episodes),
             tasks=tuple(episode[0].task for episode in episodes),
             sources=tuple(episode[0].source for episode in episodes),
+            images={camera.name: cut(frames(camera.name)) for camera in self.spec.cameras},
+            future_target_actions=cut(whole("target_actions"), later) if self._future_steps else None,
+            future_mask=future_mask if self._future_steps else None,
         )
 
 
