@@ -15,7 +15,7 @@ from transformers import initialization as init
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.batch import TrainBatch
-from vla_dist.models.member import fill_normaliser, setting_types
+from vla_dist.models.member import fill_normaliser, masked_mean, require_batch, setting_types
 from vla_dist.models.memory.bank import EpisodicMemory, MemoryReader, WriteGate
 from vla_dist.models.step_encoder import StepEncoder
 
@@ -283,25 +283,22 @@ class MemoryAugmentedVLA(PreTrainedModel):
         Source:
             Kapturowski et al. 2019, "Recurrent Experience Replay in Distributed RL" (R2D2), section 3.
         """
+        require_batch(batch, self.config)
         unrolled = self.unroll(batch.states, batch.goals, batch.padding_mask, memory, images=batch.images)
         counted = self._counted(batch, has_memory=memory is not None)
-        predicted, target = unrolled.outputs[counted], batch.target_actions[counted]
         if self.config.head == "discrete":
-            choice = target.argmax(-1)
-            errors = cross_entropy(predicted, choice, reduction="none")
-            metrics = {"accuracy": (predicted.argmax(-1) == choice).float().sum()}
+            choice = batch.target_actions.argmax(-1)
+            errors = cross_entropy(unrolled.outputs.transpose(1, 2), choice, reduction="none")
+            measured = {"accuracy": (unrolled.outputs.argmax(-1) == choice).float()}
         else:
-            errors = (predicted - target).square().mean(-1)
-            metrics = {"action_error": (predicted.detach() - target).abs().mean(-1).sum()}
-        writes = unrolled.write_probabilities[counted]
-        errors = errors + self.config.write_cost * writes
-        if batch.weights is not None:
-            errors = errors * batch.weights[:, None].expand(counted.shape)[counted]
-        terms = counted.sum().clamp_min(1)
-        loss = errors.sum() / terms
-        metrics = {name: value / terms for name, value in metrics.items()}
-        metrics["write_rate"] = writes.detach().mean()
-        metrics["null_attention"] = unrolled.weights[..., 0].detach().mean(-1)[counted].mean()
+            difference = unrolled.outputs - batch.target_actions
+            errors = difference.square().mean(-1)
+            measured = {"action_error": difference.abs().mean(-1)}
+        errors = errors + self.config.write_cost * unrolled.write_probabilities
+        measured["write_rate"] = unrolled.write_probabilities
+        measured["null_attention"] = unrolled.weights[..., 0].mean(-1)
+        loss = masked_mean(errors, counted, batch.weights)
+        metrics = {name: masked_mean(value.detach(), counted) for name, value in measured.items()}
         return loss, {"loss": loss.detach(), **metrics}
 
     def loss_count(self, batch: TrainBatch) -> Tensor:
