@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": "success of a version of a run on unseen seeds",
     "inspect": "what a run holds: config, versions, replay",
     "replay": "what a replay holds and how it is doing; whether it is whole; to files and back",
+    "models": "the policies that can be trained: sizes, parameters, what they need",
     "doctor": "what this machine has and what is missing",
     "bench": "benchmarks, each against a peer or a limit in the same run",
 }

@@ -1,0 +1,36 @@
+import json
+
+import pytest
+
+from vla_dist.cli.main import main
+from vla_dist.models.catalogue import catalogue, reference_spec
+from vla_dist.models.zoo import ARCHITECTURES, architecture
+
+
+def test_every_member_and_size_is_listed_with_what_it_needs(capsys):
+    main(["models", "--json"])
+    entries = json.loads(capsys.readouterr().out)
+    assert {(e["architecture"], e["preset"]) for e in entries} == {
+        (name, preset) for name, member in ARCHITECTURES.items() for preset in member.presets
+    }
+    assert all(e["num_parameters"] >= e["num_trainable"] > 0 for e in entries)
+    assert all(e["source"] for e in entries)
+
+
+def test_parameters_are_those_of_a_real_model():
+    member, spec = architecture("decision_transformer"), reference_spec()
+    (tiny, small, *_) = catalogue(member, spec)
+    model = member.model(member.configure("tiny", spec))
+    assert tiny.num_parameters == sum(p.numel() for p in model.parameters())
+    assert (tiny.needs, small.needs) == (("language",), ("language", "returns"))
+
+
+def test_the_table_names_one_member_alone_and_unknown_ones_get_the_nearest(capsys):
+    main(["models", "decision_transformer"])
+    out = capsys.readouterr().out
+    assert "128,004" in out
+    assert "memory" not in out
+    with pytest.raises(SystemExit) as ended:
+        main(["models", "decision_transfomer"])
+    assert ended.value.code == 1
+    assert "did you mean 'decision_transformer'" in capsys.readouterr().err
