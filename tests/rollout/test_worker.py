@@ -4,6 +4,7 @@ import pytest
 from vla_dist.core.errors import ConfigError, ReplayWait, WaitTimeout
 from vla_dist.core.seeding import is_evaluation_seed
 from vla_dist.rollout.behaviour import FollowedPolicy, NoisyExpert
+from vla_dist.rollout.episode import run_episode
 from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
 from vla_dist.testing.fakes import FakeEnv, make_spec
 from vla_dist.testing.registry import InMemoryRegistry, fake_artifact, load_fake
@@ -162,3 +163,25 @@ def test_a_policy_rollout_says_that_nothing_was_published(monkeypatch):
     behaviour = FollowedPolicy(InMemoryRegistry(), "demo@stable", load_fake)
     with pytest.raises(WaitTimeout, match="no version of demo@stable"):
         behaviour.begin(task="go", seed=0)
+
+
+def test_a_policy_of_chunks_is_asked_when_its_chunk_is_used_up_and_anew_in_each_episode():
+    registry = InMemoryRegistry()
+    registry.publish(fake_artifact(SPEC, bias=0.9, horizon=4), channel="stable")
+    asked = []
+
+    def load(artifact):
+        policy = load_fake(artifact)
+        act = policy.act
+        policy.act = lambda *args, **more: asked.append(1) or act(*args, **more)
+        return policy
+
+    behaviour = FollowedPolicy(registry, "demo@stable", load)
+    lengths = []
+    for seed in range(2):
+        segments = run_episode(
+            FakeEnv(SPEC), behaviour, task="go", seed=seed, episode_id=f"e{seed}", robot_id="r", segment_steps=8
+        )
+        lengths.append(sum(segment.length for segment in segments))
+    assert len(asked) == sum(-(-length // 4) for length in lengths)
+    assert any(length % 4 for length in lengths)
