@@ -1,10 +1,19 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from vla_dist.core.errors import ConfigError, IntegrityError, NotFound
-from vla_dist.learner.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from vla_dist.learner.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    checkpoint_name,
+    earlier_checkpoints,
+    read_checkpoint,
+    upload_checkpoint,
+)
 
 
 def at(updates):
@@ -81,3 +90,37 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
     with pytest.raises(TypeError):
         store.save(Checkpoint(tensors={"w": torch.zeros(1)}, state={"updates": 1, "bad": object()}))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["local", "objects"])
+def test_an_upload_is_whole_or_not_there(tmp_path, kind):
+    written = CheckpointStore(tmp_path / "written").save(at(7))
+    filesystem = LocalFileSystem() if kind == "local" else SubTreeFileSystem("/", LocalFileSystem())
+    path = str(tmp_path / "storage" / checkpoint_name(7))
+    if kind == "objects":
+        Path(path).mkdir(parents=True)
+    upload_checkpoint(written, filesystem, path)
+    assert read_checkpoint(Path(path)).updates == 7
+    assert [p.name for p in (tmp_path / "storage").iterdir()] == [Path(path).name]
+
+    (written / "state.json").unlink()
+    broken = str(tmp_path / "storage" / checkpoint_name(8))
+    if kind == "objects":
+        Path(broken).mkdir()
+    with pytest.raises(OSError, match="state"):
+        upload_checkpoint(written, filesystem, broken)
+    if kind == "local":
+        assert [p.name for p in (tmp_path / "storage").iterdir()] == [Path(path).name]
+    else:
+        with pytest.raises(IntegrityError):
+            read_checkpoint(Path(broken))
+
+
+def test_earlier_uploads_are_found_latest_first_and_never_later_ones(tmp_path):
+    names = {updates: checkpoint_name(updates) for updates in (5, 10, 20, 30)}
+    again = checkpoint_name(20)
+    for name in (*names.values(), again, ".writing-x", "snapshot.json"):
+        (tmp_path / name).mkdir()
+    found = earlier_checkpoints(LocalFileSystem(), str(tmp_path / names[20]))
+    assert found == [str(tmp_path / name) for name in (again, names[10], names[5])]
+    assert earlier_checkpoints(LocalFileSystem(), str(tmp_path / "nowhere" / names[20])) == []

@@ -1,18 +1,22 @@
-"""The loop on real ranks: Ray Train, gloo, a rank that dies. Starting Ray takes most of the time."""
+"""The loop on real ranks: Ray Train, gloo, kill -9. Starting Ray takes most of the time."""
 
 import json
 import os
+import signal
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from vla_dist.learner.checkpoint import read_checkpoint
+from vla_dist.run.training import fit_to_the_end
 
 ray = pytest.importorskip("ray")
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.integration,
     pytest.mark.timeout(300),
     # Ray reads its own deprecated settings, and leaves sockets to the garbage collector.
@@ -31,7 +35,7 @@ def ray_cluster(tmp_path_factory):
     del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
 
 
-def make_build(log, *, dies_at=None):
+def make_build(log, *, dies_at=None, damages=None, pause_s=0.0):
     """A build function that is sent by value, so everything it needs is imported inside."""
 
     def build(rank):
@@ -50,10 +54,18 @@ def make_build(log, *, dies_at=None):
             def step(self):
                 before = self.updates
                 metrics = super().step()
+                time.sleep(pause_s)
                 if before == dies_at and not os.path.exists(log + ".died"):
                     open(log + ".died", "w").close()
-                    os._exit(1)
-                weight = float(self._model.head.weight.double().sum())
+                    if damages:
+                        newest = max(Path(damages).glob("run/update-*/tensors.safetensors"), key=lambda p: str(p))
+                        data = bytearray(newest.read_bytes())
+                        data[-3] ^= 1
+                        newest.write_bytes(data)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                weights = self._model.head.weight
+                weights = weights.full_tensor() if hasattr(weights, "full_tensor") else weights
+                weight = float(weights.double().sum())
                 mean = self._model.proprio_mean.tolist()
                 with open(log, "a") as file:
                     file.write(json.dumps([rank.index, before, self.updates, weight, mean]) + "\n")
@@ -90,15 +102,19 @@ def make_build(log, *, dies_at=None):
     return build
 
 
-def fit(build, tmp_path, *, num_workers):
+def fit(build, tmp_path, *, num_workers, parallelism="ddp"):
+    return fit_to_the_end(lambda: make_trainer(build, tmp_path, num_workers, parallelism))
+
+
+def make_trainer(build, tmp_path, num_workers, parallelism):
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from vla_dist.learner.ray_loop import train_loop_per_worker
 
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"build": build},
+        train_loop_config={"build": build, "parallelism": parallelism},
         scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(
             name="run",
@@ -107,31 +123,71 @@ def fit(build, tmp_path, *, num_workers):
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    return trainer.fit()
 
 
 def read_log(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_killed_rank_goes_on_from_the_last_reported_checkpoint(ray_cluster, tmp_path):
+def resumptions(log):
+    """Updates at which somebody went on from a checkpoint."""
+    starts = [before for _, before, after, *_ in read_log(log) if after > before]
+    return [b for a, b in pairwise(starts) if b <= a], starts
+
+
+def test_a_killed_rank_goes_on_from_the_newest_whole_checkpoint(ray_cluster, tmp_path):
     log = tmp_path / "log"
-    result = fit(make_build(str(log), dies_at=25), tmp_path, num_workers=1)
+    build = make_build(str(log), dies_at=25, damages=str(tmp_path / "storage"))
+    result = fit(build, tmp_path, num_workers=1)
     assert result.error is None
     assert result.metrics["updates"] == 40
-    starts = [before for _, before, after, *_ in read_log(log) if after > before]
-    resumed = [b for a, b in pairwise(starts) if b <= a]
-    assert resumed in ([10], [20])  # the report of update 20 may not have reached the controller
+    # The report of update 20 may not have reached the controller; what it has reported last is damaged.
+    resumed, starts = resumptions(log)
+    assert resumed in ([0], [10])
     assert starts[-1] == 35
     with result.checkpoint.as_directory() as directory:
         final = read_checkpoint(Path(directory))
     assert final.updates == 40
     assert final.state["published"] == [0, 15, 40]
+    assert final.state["replay"] == {"batches": 40, "windows": 320}
+    names = sorted(path.name[:17] for path in (tmp_path / "storage" / "run").glob("update-*"))
+    assert names[-2:] == ["update-0000000030", "update-0000000040"]
 
 
-def test_two_ranks_keep_one_model(ray_cluster, tmp_path):
+def test_a_killed_trainer_is_replaced_and_goes_on(ray_cluster, tmp_path):
     log = tmp_path / "log"
-    result = fit(make_build(str(log)), tmp_path, num_workers=2)
+    killed = []
+
+    def kill_controller():
+        end = time.monotonic() + 120
+        while time.monotonic() < end and not killed:
+            if log.exists() and len(log.read_text().splitlines()) >= 4:
+                killed.extend(p.pid for p in controllers())
+                for pid in killed:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+
+    killer = threading.Thread(target=kill_controller)
+    killer.start()
+    result = fit(make_build(str(log), pause_s=0.5), tmp_path, num_workers=1)
+    killer.join()
+    assert len(killed) == 1
+    assert result.metrics["updates"] == 40
+    resumed, starts = resumptions(log)
+    assert resumed in ([10], [20])
+    assert starts[-1] == 35
+
+
+def controllers():
+    found = psutil.process_iter(["cmdline"])
+    return [p for p in found if " ".join(p.info["cmdline"] or ()).startswith("ray::TrainController")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp2"])
+def test_two_ranks_keep_one_model(ray_cluster, tmp_path, parallelism):
+    log = tmp_path / "log"
+    result = fit(make_build(str(log), dies_at=15), tmp_path, num_workers=2, parallelism=parallelism)
     assert result.metrics["updates"] == 40
     rows = read_log(log)
     by_update = {}

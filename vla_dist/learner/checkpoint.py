@@ -1,4 +1,4 @@
-"""Checkpoints on disk: a directory each, written whole or not at all, checked when read, and never a pickle.
+"""Checkpoints on disk and on any storage: a directory each, whole or not there, checked when read, and never a pickle.
 
 ``tensors.safetensors`` holds every tensor, ``state.json`` everything else and the hash of both.
 """
@@ -8,11 +8,13 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +24,8 @@ from vla_dist.core.errors import ConfigError, IntegrityError, NotFound
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
 _PREFIX = "update-"
+_PARTIAL = ".writing-"
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,6 +69,43 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         ) from error
 
 
+def checkpoint_name(updates: int) -> str:
+    """Never given twice, and sorted by updates: a run that went back writes some updates again."""
+    return f"{_PREFIX}{updates:010d}-{uuid.uuid4().hex[:8]}"
+
+
+def upload_checkpoint(directory: Path, filesystem: FileSystem, path: str) -> None:
+    """Copy what ``write_checkpoint`` wrote; under ``path`` it appears whole or not at all, or is refused when read.
+
+    Raises:
+        OSError: the storage refused.
+    """
+    if not isinstance(filesystem, LocalFileSystem):
+        # Stores of objects cannot rename a folder; without the hashes, sent last, it does not count as a checkpoint.
+        for name in (_TENSORS, _STATE):
+            _send(directory / name, filesystem, f"{path}/{name}")
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=target.parent))
+    try:
+        for name in (_TENSORS, _STATE):
+            shutil.copyfile(directory / name, partial / name)
+            _sync(partial / name)
+        _sync(partial)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _sync(target.parent)
+
+
+def earlier_checkpoints(filesystem: FileSystem, path: str) -> list[str]:
+    """Paths of the uploads beside ``path`` that hold as many updates or fewer, latest first."""
+    folder, _, name = path.rpartition("/")
+    found = [info.base_name for info in filesystem.get_file_info(FileSelector(folder, allow_not_found=True))]
+    return [f"{folder}/{other}" for other in sorted(found, reverse=True) if _is_earlier(other, name)]
+
+
 class CheckpointStore:
     """The last few checkpoints of one training run under one directory, with one writer."""
 
@@ -78,7 +119,7 @@ class CheckpointStore:
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write, then let the oldest go. A checkpoint of the same update is replaced."""
         target = self._root / f"{_PREFIX}{checkpoint.updates:010d}"
-        partial = Path(tempfile.mkdtemp(prefix=".writing-", dir=self._root))
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self._root))
         try:
             write_checkpoint(checkpoint, partial)
             if target.exists():
@@ -113,6 +154,17 @@ class CheckpointStore:
         raise NotFound(f"no checkpoint under {self._root}; start without one")
 
 
+def _is_earlier(other: str, name: str) -> bool:
+    width = len(_PREFIX) + 10
+    return other.startswith(_PREFIX) and other != name and other[:width] <= name[:width]
+
+
+def _send(file: Path, filesystem: FileSystem, path: str) -> None:
+    with filesystem.open_output_stream(path) as stream, file.open("rb") as source:
+        for block in iter(lambda: source.read(_BLOCK_BYTES), b""):
+            stream.write(block)
+
+
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -120,7 +172,7 @@ def _sha256(text: str) -> str:
 def _sha256_of_file(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
+        for block in iter(lambda: file.read(_BLOCK_BYTES), b""):
             digest.update(block)
     return digest.hexdigest()
 

@@ -4,6 +4,8 @@
 checkpoints only, which every rank reaches at the same update.
 """
 
+import json
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,14 +14,24 @@ from typing import Any
 
 import ray.train
 import ray.train.torch
+from pyarrow.fs import FileSystem
 from ray.train.collective import broadcast_from_rank_zero
 
-from vla_dist.core.errors import ConfigError, Unreachable, WaitTimeout
+from vla_dist.core.errors import ConfigError, IntegrityError, Unreachable, WaitTimeout
 from vla_dist.core.types import Metrics
-from vla_dist.learner.checkpoint import read_checkpoint, write_checkpoint
+from vla_dist.learner.checkpoint import (
+    Checkpoint,
+    checkpoint_name,
+    earlier_checkpoints,
+    read_checkpoint,
+    upload_checkpoint,
+    write_checkpoint,
+)
 from vla_dist.learner.config import Rank
 from vla_dist.learner.learner import Learner
 from vla_dist.learner.parallel import Parallelism, make_parallel
+
+_LOG = logging.getLogger(__name__)
 
 BuildLearner = Callable[[Rank], Learner]
 
@@ -37,12 +49,10 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     post: Callable[[Metrics], None] | None = config.get("post")
     if build is None:
         raise ConfigError("train_loop_config needs 'build', a function from a Rank to its Learner")
-    learner = build(_this_rank(config.get("parallelism", "ddp")))
+    rank = _this_rank(config.get("parallelism", "ddp"))
+    learner = build(rank)
     try:
-        reported = ray.train.get_checkpoint()
-        if reported is not None:
-            with reported.as_directory() as directory:
-                learner.resume(read_checkpoint(Path(directory)))
+        _resume(learner, rank)
         while not learner.done:
             metrics = _step(learner, int(config.get("max_stalls", 10)), float(config.get("stall_pause_s", 1.0)))
             if post is not None:
@@ -67,6 +77,41 @@ def _this_rank(parallelism: Parallelism) -> Rank:
     )
 
 
+def _resume(learner: Learner, rank: Rank) -> None:
+    """From the newest whole checkpoint, the same one on every rank.
+
+    Raises:
+        IntegrityError: there are checkpoints, and each is damaged.
+    """
+    newest = ray.train.get_checkpoint()
+    if newest is None:
+        return
+    choice = {"path": "", "damaged": []}
+    if rank.index == 0:
+        for path in (newest.path, *earlier_checkpoints(newest.filesystem, newest.path)):
+            try:
+                _read(newest.filesystem, path)
+            except IntegrityError as error:
+                choice["damaged"].append(str(error))
+                continue
+            choice["path"] = path
+            break
+    choice = json.loads(rank.share(json.dumps(choice)))
+    if not choice["path"]:
+        raise IntegrityError("; ".join(choice["damaged"]))
+    for damage in choice["damaged"]:
+        _LOG.warning("going on from an older checkpoint: %s", damage)
+    learner.resume(_read(newest.filesystem, choice["path"]))
+
+
+def _read(filesystem: FileSystem, path: str) -> Checkpoint:
+    try:
+        with ray.train.Checkpoint(path, filesystem).as_directory() as directory:
+            return read_checkpoint(Path(directory))
+    except OSError as error:
+        raise IntegrityError(f"checkpoint {path} cannot be fetched ({error})") from error
+
+
 def _step(learner: Learner, max_stalls: int, pause_s: float) -> Metrics:
     for _ in range(max_stalls):
         try:
@@ -80,8 +125,20 @@ def _report(learner: Learner, metrics: Metrics) -> None:
     # On every rank: they may each hold a part of it.
     checkpoint = learner.checkpoint()
     if ray.train.get_context().get_world_rank() != 0:
-        ray.train.report(dict(metrics))
+        ray.train.report(dict(metrics), checkpoint_dir_name=checkpoint_name(checkpoint.updates))
         return
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as directory:
         write_checkpoint(checkpoint, Path(directory))
-        ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(directory))
+        ray.train.report(
+            dict(metrics),
+            checkpoint=ray.train.Checkpoint.from_directory(directory),
+            checkpoint_dir_name=checkpoint_name(checkpoint.updates),
+            checkpoint_upload_fn=_upload,
+        )
+
+
+def _upload(written: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+    storage: Any = ray.train.get_context().get_storage()
+    path = storage.build_checkpoint_path_from_name(name)
+    upload_checkpoint(Path(written.path), storage.storage_filesystem, path)
+    return ray.train.Checkpoint(path, storage.storage_filesystem)

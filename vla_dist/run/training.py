@@ -1,11 +1,13 @@
 """Ray Train's part of a run: the learner ranks, started, watched and resumed."""
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -16,20 +18,46 @@ from vla_dist.run.files import CHECKPOINTS
 
 _KEEP_CHECKPOINTS = 3
 _MAX_FAILURES = 5
+_PAUSE_S = 1.0
+"""Before a killed controller is replaced: what it owned ends with it."""
 
 
 class Training:
     """``TorchTrainer.fit`` in a thread. The same name and path resume from the last reported checkpoint."""
 
     def __init__(self, place: Place, post: Callable[[Metrics], None]) -> None:
+        self._place = place
+        self._post = post
         self._error: BaseException | None = None
         self._done = threading.Event()
-        learner = place.config.learner
-        self._trainer = TorchTrainer(
+        self._thread = threading.Thread(target=self._fit, name="training", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        return self._done.is_set()
+
+    def raise_if_failed(self) -> None:
+        """Raises WorkerFailed with the learner's own error."""
+        if self._error is not None:
+            raise WorkerFailed(f"the learner failed: {_reason(self._error)}") from self._error
+
+    def _fit(self) -> None:
+        try:
+            result = fit_to_the_end(self._make_trainer)
+            self._error = result.error
+        except Exception as error:  # noqa: BLE001  raise_if_failed hands it to the run controller
+            self._error = error
+        finally:
+            self._done.set()
+
+    def _make_trainer(self) -> TorchTrainer:
+        place, learner = self._place, self._place.config.learner
+        return TorchTrainer(
             _train,
             train_loop_config={
                 "build": partial(build_learner, place),
-                "post": post,
+                "post": self._post,
                 "parallelism": learner.parallelism,
             },
             scaling_config=ScalingConfig(
@@ -44,26 +72,30 @@ class Training:
                 checkpoint_config=CheckpointConfig(num_to_keep=_KEEP_CHECKPOINTS),
             ),
         )
-        self._thread = threading.Thread(target=self._fit, name="training", daemon=True)
-        self._thread.start()
 
-    @property
-    def is_done(self) -> bool:
-        return self._done.is_set()
 
-    def raise_if_failed(self) -> None:
-        """Raises WorkerFailed with the learner's own error."""
-        if self._error is not None:
-            raise WorkerFailed(f"the learner failed: {self._error}") from self._error
+def fit_to_the_end(make_trainer: Callable[[], TorchTrainer]) -> ray.train.Result:
+    """Ray Train watches the ranks, and this its controller: one that was killed is replaced and goes on.
 
-    def _fit(self) -> None:
+    Args:
+        make_trainer: makes trainers of the same name and storage.
+
+    Raises:
+        TrainingFailedError: ranks failed too often.
+        RayActorError: the controller died too often.
+    """
+    for _ in range(_MAX_FAILURES):
         try:
-            result = self._trainer.fit()
-            self._error = result.error
-        except Exception as error:  # noqa: BLE001  raise_if_failed hands it to the run controller
-            self._error = error
-        finally:
-            self._done.set()
+            return make_trainer().fit()
+        except RayActorError:
+            time.sleep(_PAUSE_S)
+    return make_trainer().fit()
+
+
+def _reason(error: BaseException) -> str:
+    """What ranks raised, each once, rather than where."""
+    failures = getattr(error, "worker_failures", None) or {}
+    return "; ".join(dict.fromkeys(str(failure) for failure in failures.values())) or str(error)
 
 
 def _train(config: dict[str, Any]) -> None:
