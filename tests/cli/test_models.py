@@ -19,7 +19,8 @@ def test_every_member_and_size_is_listed_with_what_it_needs(capsys):
 
 def test_parameters_are_those_of_a_real_model():
     member, spec = architecture("decision_transformer"), reference_spec()
-    (tiny, small, *_) = catalogue(member, spec)
+    entries = {entry.preset: entry for entry in catalogue(member, spec)}
+    tiny, small = entries["tiny"], entries["small"]
     model = member.model(member.configure("tiny", spec))
     assert tiny.num_parameters == sum(p.numel() for p in model.parameters())
     assert (tiny.needs, small.needs) == (("language",), ("language", "returns"))

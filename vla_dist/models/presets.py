@@ -58,6 +58,20 @@ def small(spec: EnvSpec, **changes: Any) -> VlaDecisionTransformerConfig:
     return _for_spec(spec, size, changes)
 
 
+def mini(spec: EnvSpec, **changes: Any) -> VlaDecisionTransformerConfig:
+    """The demo's: three tokens a step, narrower and with a shorter memory than ``small``."""
+    size = {
+        "hidden_dim": 64,
+        "n_layers": 2,
+        "n_heads": 4,
+        "context_steps": 5,
+        "dropout": 0.0,
+        "action_dropout": 0.5,
+        "return_dropout": 0.2,
+    }
+    return _for_spec(spec, size, changes)
+
+
 def gym(spec: EnvSpec, **changes: Any) -> VlaDecisionTransformerConfig:
     """The paper's Gym setting: 3 layers, 1 head, width 128, K 20, ReLU, absolute timesteps."""
     size = {
@@ -83,7 +97,7 @@ def base(spec: EnvSpec, **changes: Any) -> VlaDecisionTransformerConfig:
     return _for_spec(spec, {"hidden_dim": 512, "n_layers": 6, "n_heads": 8, "context_steps": 20}, changes)
 
 
-PRESETS: dict[str, Preset] = {"tiny": tiny, "small": small, "gym": gym, "online": online, "base": base}
+PRESETS: dict[str, Preset] = {"tiny": tiny, "mini": mini, "small": small, "gym": gym, "online": online, "base": base}
 
 
 def preset(name: str, spec: EnvSpec, **changes: Any) -> VlaDecisionTransformerConfig:

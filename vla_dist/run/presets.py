@@ -1,5 +1,6 @@
 """Named runs, each a plain function."""
 
+import dataclasses
 import difflib
 from collections.abc import Callable
 
@@ -19,17 +20,13 @@ from vla_dist.run.config import (
 SINGLE_SCENE_TASKS = ("drawer-open", "drawer-close", "window-open", "window-close", "button-press-topdown")
 SHARED_SCENE_TASKS = ("scene/drawer-open", "scene/drawer-close", "scene/button-press")
 
-_DEMO_MODEL = ModelSettings(
-    hidden_dim=64, n_layers=2, n_heads=4, context_steps=5, action_dropout=0.5, return_dropout=0.2
-)
-
 
 def demo() -> RunConfig:
     """Eight tabletop tasks in words: minutes on two CPU cores."""
     return RunConfig(
         preset="demo",
         env=EnvSettings(tasks=(*SINGLE_SCENE_TASKS, *SHARED_SCENE_TASKS), language_tasks=SHARED_SCENE_TASKS),
-        model=_DEMO_MODEL,
+        model=ModelSettings(preset="mini"),
     )
 
 
@@ -44,7 +41,7 @@ def demo_cameras() -> RunConfig:
         ),
         replay=ReplaySettings(min_steps=1_500, capacity_steps=50_000),
         rollout=RolloutSettings(episodes_per_task=20),
-        model=_DEMO_MODEL,
+        model=ModelSettings(preset="mini"),
         evaluation=EvaluationSettings(episodes_per_task=2, final_episodes_per_task=4, num_envs=4),
         fleet=FleetSettings(num_robots=2, control_hz=5.0),
     )
@@ -59,7 +56,7 @@ def babyai() -> RunConfig:
         rollout=RolloutSettings(
             num_workers=1, episodes_per_task=150, noise_scales=(0.0, 0.1), policy_episodes_per_task=5
         ),
-        model=_DEMO_MODEL,
+        model=ModelSettings(preset="mini"),
         learner=LearnerSettings(
             total_updates=300, publish_updates=(0, 100, 200, 300), batch_size=32, checkpoint_every_updates=50
         ),
@@ -69,7 +66,22 @@ def babyai() -> RunConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {"demo": demo, "demo-cameras": demo_cameras, "babyai": babyai}
+def memory_tiny() -> RunConfig:
+    """BabyAI with the memory-augmented model."""
+    return _missions("memory-tiny", ModelSettings(architecture="memory", preset="tiny", conditioning="none"))
+
+
+def _missions(name: str, model: ModelSettings) -> RunConfig:
+    """The ``babyai`` run with another model."""
+    return dataclasses.replace(babyai(), preset=name, model=model)
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "demo": demo,
+    "demo-cameras": demo_cameras,
+    "babyai": babyai,
+    "memory-tiny": memory_tiny,
+}
 
 
 def preset(name: str) -> RunConfig:
