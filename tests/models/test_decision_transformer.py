@@ -8,6 +8,7 @@ from transformers import AutoModel
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.decision_transformer import DecisionTransformer, VlaDecisionTransformerConfig
+from vla_dist.models.squashed_gaussian import SquashedGaussian
 from vla_dist.testing.windows import make_train_batch
 
 B, T, P, A, G = 3, 6, 5, 2, 8
@@ -17,6 +18,8 @@ SHAPES = [
     {"goal_fusion": "add", "use_returns": False, "use_previous_actions": False},
     {"use_returns": False, "num_goal_tokens": 3},
     {"use_previous_actions": False, "goal_dim": 0},
+    {"head": "gaussian"},
+    {"head": "bins", "num_bins": 16},
 ]
 
 
@@ -51,13 +54,13 @@ def make_batch(model, **kwargs):
 def test_what_comes_later_changes_no_earlier_action(changes):
     model = make_model(**changes)
     inputs = make_inputs(model)
-    before = model(**inputs)
+    before = model.outputs(**inputs)
     for t in range(T):
         changed = {k: None if v is None else v.clone() for k, v in inputs.items()}
         changed["actions"][:, t:] += 10
         changed["states"][:, t + 1 :] += 10
         changed["returns_to_go"][:, t + 1 :] += 10
-        after = model(**changed)
+        after = model.outputs(**changed)
         assert torch.equal(before[:, : t + 1], after[:, : t + 1])
         if t + 1 < T:
             assert not torch.allclose(before[:, t + 1 :], after[:, t + 1 :])
@@ -129,7 +132,7 @@ def test_every_parameter_gets_gradient():
         assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
 
 
-@pytest.mark.parametrize("changes", SHAPES[:3])
+@pytest.mark.parametrize("changes", SHAPES[:3] + SHAPES[5:])
 def test_overfits_one_batch(changes):
     model = make_model(**changes).train()
     batch = make_batch(model)
@@ -139,8 +142,36 @@ def test_overfits_one_batch(changes):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    assert loss < 0.02
+    if model.config.head == "gaussian":
+        assert metrics["surprise"] < -2
+        assert metrics["temperature"] > 0.1  # raised, as the entropy fell below its target
+    else:
+        assert loss < 0.02 if model.config.head != "bins" else metrics["accuracy"] > 0.95
     assert metrics["accuracy"] == 1 if model.config.head == "discrete" else metrics["action_error"] < 0.1
+
+
+def test_a_gaussian_draws_around_its_mode_and_reports_its_entropy():
+    model = make_model(head="gaussian")
+    inputs = make_inputs(model)
+    outputs = model.outputs(**inputs)
+    noise = torch.randn(2000, *model(**inputs).shape)
+    drawn = model.actions_from(outputs.expand(2000, *outputs.shape), noise)
+    assert torch.equal(model.actions_from(outputs, torch.zeros_like(noise[0])), model(**inputs))
+    torch.testing.assert_close(drawn.median(0).values, model(**inputs), atol=0.06, rtol=0)
+    assert drawn.std(0).min() > 0.05
+    _, metrics = model.loss(make_batch(model))
+    expected = SquashedGaussian.of(outputs).entropy().mean()
+    torch.testing.assert_close(metrics["entropy"], expected)
+
+
+def test_the_temperature_rises_below_the_wanted_entropy_and_falls_above_it():
+    for raw, sign in ((-1.0, -1.0), (0.4, 1.0)):
+        model = make_model(head="gaussian")
+        with torch.no_grad():
+            model.head.weight.zero_()
+            model.head.bias.copy_(torch.tensor([0.0, 0.0, raw, raw]))
+        model.loss(make_batch(model))[0].backward()
+        assert model.log_temperature.grad.sign() == sign
 
 
 def test_hidden_action_tokens_are_not_looked_at_in_training_only():
@@ -183,14 +214,26 @@ def test_timesteps_beyond_the_table_share_its_last_row():
     torch.testing.assert_close(late, model(**{**inputs, "timesteps": torch.full((B, T), 9)}))
 
 
-def test_equals_the_transformers_implementation_on_copied_weights():
+@pytest.mark.parametrize(("heads", "activation"), [(1, "relu"), (4, "gelu")])
+def test_equals_the_transformers_implementation_on_copied_weights(heads, activation):
     hub = transformers.DecisionTransformerModel(
         transformers.DecisionTransformerConfig(
-            state_dim=P, act_dim=A, hidden_size=32, n_layer=2, n_head=4, max_ep_len=50, n_positions=64
+            state_dim=P,
+            act_dim=A,
+            hidden_size=32,
+            n_layer=2,
+            n_head=heads,
+            max_ep_len=50,
+            n_positions=64,
+            activation_function=activation,
+            bos_token_id=None,
+            eos_token_id=None,
         )
     ).eval()
     torch.nn.init.normal_(hub.encoder.wpe.weight)  # zero would hide a missing position vector
-    own = make_model(goal_dim=0, position="timestep", max_episode_len=50, activation="relu", context_steps=20)
+    own = make_model(
+        goal_dim=0, position="timestep", max_episode_len=50, activation=activation, context_steps=20, n_heads=heads
+    )
     own.load_state_dict({**own.state_dict(), **_from_hub(hub.state_dict())})
     inputs = make_inputs(own)
     inputs["attention_mask"][0, :2] = False
@@ -203,6 +246,11 @@ def test_equals_the_transformers_implementation_on_copied_weights():
     ).action_preds
     valid = inputs["attention_mask"]
     assert (own(**inputs) - theirs)[valid].abs().max() < 1e-5
+    inputs["timesteps"] += 30  # beyond the window, within the table
+    moved = hub(
+        **{k: v for k, v in inputs.items() if k != "goals"} | {"returns_to_go": inputs["returns_to_go"][..., None]}
+    )
+    assert (own(**inputs) - moved.action_preds)[valid].abs().max() < 1e-5
 
 
 def _from_hub(theirs):
@@ -316,3 +364,41 @@ def test_config_survives_json(tmp_path):
     config = make_model(cameras=["top"], visual={"backbone": "conv_small", "output_dim": 16}).config
     config.save_pretrained(tmp_path)
     assert VlaDecisionTransformerConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_tensors_keep_the_names_and_shapes_that_published_policies_have():
+    shapes = {name: tuple(value.shape) for name, value in make_model(n_layers=1).state_dict().items()}
+    block = "transformer.blocks.0"
+    assert shapes == {
+        "proprio_mean": (P,),
+        "proprio_std": (P,),
+        "goal_mean": (G,),
+        "goal_std": (G,),
+        "embed_state.weight": (32, P),
+        "embed_state.bias": (32,),
+        "embed_return.weight": (32, 1),
+        "embed_return.bias": (32,),
+        "embed_action.weight": (32, A),
+        "embed_action.bias": (32,),
+        "embed_position.weight": (T, 32),
+        "embed_goal.weight": (32, G),
+        "embed_goal.bias": (32,),
+        "embed_norm.weight": (32,),
+        "embed_norm.bias": (32,),
+        f"{block}.attention_norm.weight": (32,),
+        f"{block}.attention_norm.bias": (32,),
+        f"{block}.attention.qkv.weight": (96, 32),
+        f"{block}.attention.qkv.bias": (96,),
+        f"{block}.attention.out.weight": (32, 32),
+        f"{block}.attention.out.bias": (32,),
+        f"{block}.mlp_norm.weight": (32,),
+        f"{block}.mlp_norm.bias": (32,),
+        f"{block}.widen.weight": (128, 32),
+        f"{block}.widen.bias": (128,),
+        f"{block}.narrow.weight": (32, 128),
+        f"{block}.narrow.bias": (32,),
+        "transformer.norm.weight": (32,),
+        "transformer.norm.bias": (32,),
+        "head.weight": (A, 32),
+        "head.bias": (A,),
+    }

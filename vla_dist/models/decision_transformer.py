@@ -2,114 +2,31 @@
 
 Source: Chen et al. 2021, "Decision Transformer", section 3 and algorithm 1; the blocks are GPT-2's.
 
-Shapes: B batch, T steps, P proprio, A action, G goal, D width, S tokens a step (return, state, action), L tokens.
+Shapes: B batch, T steps, P proprio, A action, G goal, D width, S tokens a step (return, state, action), O outputs of
+the head a step, C tokens of which keys and values are kept.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.batch import TrainBatch
+from vla_dist.models.decision_transformer_config import VlaDecisionTransformerConfig
+from vla_dist.models.heads import from_bins, to_bins
 from vla_dist.models.member import fill_normaliser, masked_mean, require_batch
-from vla_dist.models.transformer import ACTIVATIONS, Transformer, causal_visibility, residual_gain
+from vla_dist.models.squashed_gaussian import SquashedGaussian
+from vla_dist.models.transformer import Transformer, causal_visibility, residual_gain
 from vla_dist.models.visual_encoder import VisualEncoder, VisualEncoderConfig
 
-Head = Literal["tanh", "discrete"]
-Position = Literal["window", "timestep"]
-GoalFusion = Literal["prefix", "add"]
 _LARGEST_NORMALISED = 10.0
-
-
-class VlaDecisionTransformerConfig(PreTrainedConfig):
-    """Everything the constructor needs, as plain JSON.
-
-    Attributes:
-        state_dim: P.
-        action_dim: A; choices where the head is ``discrete``.
-        hidden_dim: D.
-        max_episode_len: size of the timestep table; later steps share its last row.
-        context_steps: K, steps a policy remembers; size of the ``window`` position table.
-        inner_dim: width of the MLP; None: 4 D.
-        head: ``tanh`` (squared error, actions in [-1, 1]) or ``discrete`` (cross-entropy over A choices).
-        position: ``window`` numbers the valid steps of the window, so a policy rebuilt from its last K observations is
-            the same policy; ``timestep`` numbers the steps of the episode, as in the paper.
-        goal_dim: G of the sentence embedding; 0: no language.
-        goal_fusion: ``prefix`` puts goal tokens before the first step; ``add`` adds the goal to each state token.
-        num_goal_tokens: prefix tokens made from one sentence embedding.
-        use_returns: whether steps have a return token.
-        use_previous_actions: whether steps have an action token. Without both, one token a step is left.
-        action_dropout: in training, probability that an action token is hidden, each on its own: discourages copying.
-        return_dropout: in training, probability that all return tokens of a window are hidden.
-        cameras: names of the views that are added to the state token.
-        visual: settings of the VisualEncoder shared by the cameras.
-    """
-
-    model_type = "vla_decision_transformer"
-
-    state_dim: int = 39
-    action_dim: int = 4
-    hidden_dim: int = 128
-    n_layers: int = 6
-    n_heads: int = 8
-    max_episode_len: int = 1000
-    context_steps: int = 20
-    inner_dim: int | None = None
-    activation: str = "gelu"
-    dropout: float = 0.1
-    layer_norm_eps: float = 1e-5
-    head: str = "tanh"
-    position: str = "window"
-    goal_dim: int = 384
-    goal_fusion: str = "prefix"
-    num_goal_tokens: int = 1
-    use_returns: bool = True
-    use_previous_actions: bool = True
-    action_dropout: float = 0.0
-    return_dropout: float = 0.0
-    cameras: list[str] | None = None
-    visual: dict[str, Any] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.cameras = list(self.cameras or [])
-        for name, value, allowed in (
-            ("head", self.head, get_args(Head)),
-            ("position", self.position, get_args(Position)),
-            ("goal_fusion", self.goal_fusion, get_args(GoalFusion)),
-            ("activation", self.activation, tuple(ACTIVATIONS)),
-        ):
-            if value not in allowed:
-                raise ConfigError(f"decision transformer {name} {value!r} must be one of {', '.join(allowed)}")
-        for name in (
-            "state_dim",
-            "action_dim",
-            "hidden_dim",
-            "n_layers",
-            "n_heads",
-            "max_episode_len",
-            "context_steps",
-            "num_goal_tokens",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"decision transformer {name} {getattr(self, name)} must be at least 1")
-        if self.hidden_dim % self.n_heads:
-            raise ConfigError(f"{self.n_heads} heads do not divide hidden_dim {self.hidden_dim}; choose a multiple")
-        for name in ("dropout", "action_dropout", "return_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"decision transformer {name} {getattr(self, name)} must be within [0, 1)")
-        if self.goal_dim < 0:
-            raise ConfigError(f"goal_dim {self.goal_dim} must be 0 (no language) or the size of an embedding")
-
-    @property
-    def horizon(self) -> int:
-        """One action at a time."""
-        return 1
+_FIRST_TEMPERATURE = 0.1
 
 
 class DecisionTransformer(PreTrainedModel):
@@ -189,7 +106,10 @@ class DecisionTransformer(PreTrainedModel):
             dropout=config.dropout,
             eps=config.layer_norm_eps,
         )
-        self.head = nn.Linear(width, config.action_dim)
+        self.head = nn.Linear(width, config.num_outputs)
+        self.log_temperature = None
+        if config.head == "gaussian":
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(_FIRST_TEMPERATURE)))
         self.register_buffer("proprio_mean", torch.zeros(config.state_dim))
         self.register_buffer("proprio_std", torch.ones(config.state_dim))
         self.register_buffer("goal_mean", torch.zeros(config.goal_dim))
@@ -268,83 +188,221 @@ class DecisionTransformer(PreTrainedModel):
             image_features: (B, T, D) from ``encode_images``, in place of ``images``.
 
         Returns:
-            (B, T, A): actions in [-1, 1] (``tanh``) or logits (``discrete``). Padded steps are finite, not meaningful.
+            (B, T, A): actions in [-1, 1], or logits where the head is ``discrete``. Padded steps are finite, not
+            meaningful.
         """
+        steps = (states, actions, returns_to_go, goals, timesteps, attention_mask)
+        return self.actions_from(self.outputs(*steps, images=images, image_features=image_features))
+
+    def actions_from(self, outputs: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(..., O) outputs of the head to (..., A) likeliest actions in [-1, 1], or to logits (``discrete``).
+
+        Args:
+            noise: (..., A) standard normal: draws from the distribution of a ``gaussian`` head.
+        """
+        if self.config.head == "tanh":
+            return outputs.tanh()
+        if self.config.head == "gaussian":
+            distribution = SquashedGaussian.of(outputs)
+            return distribution.mode() if noise is None else distribution.sample(noise)
+        if self.config.head == "bins":
+            return from_bins(self._bin_logits(outputs).argmax(-1), self.config.num_bins)
+        return outputs
+
+    def outputs(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        returns_to_go: Tensor,
+        goals: Tensor | None,
+        timesteps: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        images: Mapping[str, Tensor] | None = None,
+        image_features: Tensor | None = None,
+    ) -> Tensor:
+        """The arguments of ``forward`` to the (B, T, O) outputs of the head that its actions are made from."""
+        if image_features is None and images:
+            image_features = self.encode_images(images)
+        sequence, is_key, first = self._sequence(
+            states, actions, returns_to_go, goals, timesteps, attention_mask, image_features
+        )
+        wanted = slice(first, None, self.tokens_per_step)
+        return self.head(self.transformer(sequence, causal_visibility(is_key), read=wanted))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """S: the state, the return and the action where there are such."""
+        return 1 + (self.embed_return is not None) + (self.embed_action is not None)
+
+    def newest(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        returns_to_go: Tensor,
+        goals: Tensor | None,
+        timesteps: Tensor,
+        attention_mask: Tensor,
+        *,
+        image_features: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Read windows of which only the newest action is wanted; for the arguments see ``forward``.
+
+        Returns:
+            (B, O) outputs of the last step, and (num_layers, 2, B, C, D) keys and values of the goal's tokens and of
+            the T steps up to the last state token, which ``extend`` takes.
+        """
+        sequence, is_key, _ = self._sequence(
+            states, actions, returns_to_go, goals, timesteps, attention_mask, image_features
+        )
+        if self.embed_action is not None:
+            sequence, is_key = sequence[:, :-1], is_key[:, :-1]
+        cache = sequence.new_empty(self.config.n_layers, 2, *sequence.shape)
+        hidden = self.transformer(sequence, causal_visibility(is_key), read=slice(-1, None), cache=cache)
+        return self.head(hidden[:, 0]), cache
+
+    def extend(
+        self,
+        cache: Tensor,
+        is_key: Tensor,
+        *,
+        state: Tensor,
+        previous_action: Tensor,
+        return_to_go: Tensor,
+        goals: Tensor | None,
+        timestep: Tensor,
+        num_before: Tensor,
+        image_features: Tensor | None = None,
+    ) -> Tensor:
+        """Read one more step of windows whose earlier steps are in the cache: equal to reading them whole.
+
+        Args:
+            cache: (num_layers, 2, B, C + S, D); the last S places are free and are written.
+            is_key: (B, C) bool, True where there is a token.
+            state: (B, P), raw units.
+            previous_action: (B, A), the executed one of the newest step in the cache.
+            return_to_go: (B,), scaled.
+            goals: (B, G), as when the cache was made.
+            timestep: (B,) int64, of the new step.
+            num_before: (B,) int64, steps in the cache, at least one and fewer than K.
+            image_features: (B, D).
+
+        Returns:
+            (B, O).
+        """
+        batch, size = len(state), self.tokens_per_step
+        at = num_before if self.config.position == "window" else timestep
+        position = self._rows_of_table(at)
+        token = self._state_tokens(state, image_features) + position
+        if self.config.goal_fusion == "add" and goals is not None:
+            token = token + cast(Tensor, self._goal_tokens(goals, batch))[:, 0]
+        tokens = [token]
+        if self.embed_return is not None:
+            tokens.insert(0, self.embed_return(return_to_go[:, None]) + position)
+        if self.embed_action is not None:
+            tokens.insert(0, self.embed_action(previous_action) + self._rows_of_table(at - 1))
+        new = torch.ones(batch, size, size, dtype=torch.bool, device=is_key.device).tril()
+        visible = torch.cat([is_key[:, None].expand(-1, size, -1), new], 2)[:, None]
+        sequence = self.embed_norm(torch.stack(tokens, 1))
+        return self.head(self.transformer(sequence, visible, read=slice(-1, None), cache=cache)[:, 0])
+
+    def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over all valid steps of what the head minimises against ``target_actions``.
+
+        That is the squared error (``tanh``), the cross-entropy (``bins``, ``discrete``), or the negative log likelihood
+        less the entropy times a temperature, which is learnt so that the entropy tends to -A nats (``gaussian``;
+        Zheng et al. 2022, "Online Decision Transformer", section 4). The metrics are detached scalars on the model's
+        device, so that reading them may wait.
+
+        Raises:
+            DataError: the batch is of another robot or another model.
+        """
+        require_batch(batch, self.config)
+        steps = (batch.states, batch.actions, batch.returns_to_go, batch.goals, batch.timesteps, batch.padding_mask)
+        terms, measured = self._terms(self.outputs(*steps, images=batch.images), batch.target_actions)
+        loss = masked_mean(terms, batch.padding_mask, batch.weights)
+        metrics = {name: masked_mean(value.detach(), batch.padding_mask) for name, value in measured.items()}
+        return loss, {"loss": loss.detach(), **metrics}
+
+    def _terms(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, T) terms of the loss and (B, T) things to report, of (B, T, O) outputs and (B, T, A) targets."""
+        if self.config.head == "discrete":
+            choice = target.argmax(-1)
+            terms = cross_entropy(outputs.transpose(1, 2), choice, reduction="none")
+            return terms, {"accuracy": (outputs.argmax(-1) == choice).float()}
+        measured = {"action_error": (self.actions_from(outputs) - target).abs().mean(-1)}
+        if self.config.head == "tanh":
+            return (outputs.tanh() - target).square().mean(-1), measured
+        if self.config.head == "bins":
+            logits, bins = self._bin_logits(outputs), to_bins(target, self.config.num_bins)
+            terms = cross_entropy(logits.movedim(-1, 1), bins, reduction="none").mean(-1)
+            return terms, {**measured, "accuracy": (logits.argmax(-1) == bins).float().mean(-1)}
+        assert self.log_temperature is not None
+        distribution = SquashedGaussian.of(outputs.float())
+        surprise, entropy = -distribution.log_prob(target), distribution.entropy()
+        temperature = self.log_temperature.exp()
+        terms = surprise - temperature.detach() * entropy + temperature * (entropy.detach() + self.config.action_dim)
+        reported = {"surprise": surprise, "entropy": entropy, "temperature": temperature.expand_as(entropy)}
+        return terms, {**measured, **reported}
+
+    def _bin_logits(self, outputs: Tensor) -> Tensor:
+        """(..., O) to (..., A, num_bins)."""
+        return outputs.unflatten(-1, (self.config.action_dim, self.config.num_bins))
+
+    def loss_count(self, batch: TrainBatch) -> Tensor:
+        """() float32: how many terms ``loss`` is the mean of, so that means of parts add up to that of the whole."""
+        return batch.padding_mask.sum().float()
+
+    def _sequence(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        returns_to_go: Tensor,
+        goals: Tensor | None,
+        timesteps: Tensor,
+        attention_mask: Tensor | None,
+        image_features: Tensor | None,
+    ) -> tuple[Tensor, Tensor, int]:
+        """Tokens (B, L, D), whether each may be looked at (B, L), and the index of the first state token."""
         batch, steps = states.shape[:2]
         valid = torch.ones(batch, steps, dtype=torch.bool, device=states.device)
         if attention_mask is not None:
             valid = attention_mask.bool()
         position = self._positions(timesteps, valid)
         goal = self._goal_tokens(goals, batch)
-        if image_features is None and images:
-            image_features = self.encode_images(images)
         state = self._state_tokens(states, image_features)
         if self.config.goal_fusion == "add" and goal is not None:
             state = state + goal
             goal = None
-        tokens, is_key, state_index = [state + position], [valid], 0
+        tokens, is_key, first = [state + position], [valid], 0
         if self.embed_return is not None:
             tokens.insert(0, self.embed_return(returns_to_go.reshape(batch, steps, 1)) + position)
             is_key.insert(0, valid & self._kept((batch, 1), self.config.return_dropout, valid.device))
-            state_index = 1
+            first = 1
         if self.embed_action is not None:
             tokens.append(self.embed_action(actions) + position)
             is_key.append(valid & self._kept((batch, steps), self.config.action_dropout, valid.device))
         sequence = self.embed_norm(torch.stack(tokens, 2).flatten(1, 2))
         keys = torch.stack(is_key, 2).flatten(1, 2)
-        prefix = 0
         if goal is not None:
-            prefix = goal.shape[1]
+            first += goal.shape[1]
             sequence = torch.cat([self.embed_norm(goal), sequence], 1)
-            keys = torch.cat([torch.ones(batch, prefix, dtype=torch.bool, device=keys.device), keys], 1)
-        wanted = slice(prefix + state_index, None, len(tokens))
-        output = self.head(self.transformer(sequence, causal_visibility(keys), read=wanted))
-        return output.tanh() if self.config.head == "tanh" else output
-
-    def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over all valid steps of the squared error or of the cross-entropy against ``target_actions``.
-
-        The metrics are detached scalars on the model's device, so that reading them may wait.
-
-        Raises:
-            DataError: the batch is of another robot or another model.
-        """
-        require_batch(batch, self.config)
-        output = self(
-            batch.states,
-            batch.actions,
-            batch.returns_to_go,
-            batch.goals,
-            batch.timesteps,
-            batch.padding_mask,
-            images=batch.images,
-        )
-        target, valid = batch.target_actions, batch.padding_mask
-        if self.config.head == "discrete":
-            choice = target.argmax(-1)
-            terms = cross_entropy(output.transpose(1, 2), choice, reduction="none")
-            metrics = {"accuracy": masked_mean((output.argmax(-1) == choice).float(), valid)}
-        else:
-            terms = (output - target).square().mean(-1)
-            metrics = {"action_error": masked_mean((output.detach() - target).abs().mean(-1), valid)}
-        loss = masked_mean(terms, valid, batch.weights)
-        return loss, {"loss": loss.detach(), **metrics}
-
-    def loss_count(self, batch: TrainBatch) -> Tensor:
-        """() float32: how many terms ``loss`` is the mean of, so that means of parts add up to that of the whole."""
-        return batch.padding_mask.sum().float()
+            keys = torch.cat([keys.new_ones(batch, goal.shape[1]), keys], 1)
+        return sequence, keys, first
 
     def _positions(self, timesteps: Tensor, valid: Tensor) -> Tensor:
         """(B, T, D). In ``window`` a step's number is how many valid steps precede it: padding shifts nothing."""
-        if self.config.position == "window":
-            if valid.shape[1] > self.config.context_steps:
-                raise DataError(
-                    f"{valid.shape[1]} steps exceed context_steps {self.config.context_steps}; "
-                    "give a shorter window or position='timestep'"
-                )
-            index = valid.long().cumsum(1) - 1
-        else:
-            index = timesteps
+        if self.config.position == "timestep":
+            return self._rows_of_table(timesteps)
+        if valid.shape[1] > self.config.context_steps:
+            raise DataError(
+                f"{valid.shape[1]} steps exceed context_steps {self.config.context_steps}; "
+                "give a shorter window or position='timestep'"
+            )
+        return self._rows_of_table(valid.long().cumsum(1) - 1)
+
+    def _rows_of_table(self, index: Tensor) -> Tensor:
+        """(...) to (..., D); beyond the table: its first or last row."""
         return self.embed_position(index.clamp(0, self.embed_position.num_embeddings - 1))
 
     def _state_tokens(self, states: Tensor, image_features: Tensor | None) -> Tensor:
