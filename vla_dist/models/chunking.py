@@ -1,4 +1,4 @@
-"""Policies of chunks as policies of single steps: which predicted action is executed, and when a new chunk is asked for.
+"""Policies of chunks as policies of single steps: which predicted action is executed, when a new chunk is asked for.
 
 Shapes: H chunk horizon, A action, N chunks in flight. A chunk's row i is the action i steps after its observation.
 """

@@ -12,6 +12,10 @@ from vla_dist.core.protocols import Policy
 from vla_dist.core.specs import EnvSpec
 from vla_dist.models import presets
 from vla_dist.models.decision_transformer import DecisionTransformer, VlaDecisionTransformerConfig
+from vla_dist.models.hierarchical import presets as hierarchical_presets
+from vla_dist.models.hierarchical.config import HierarchicalVLAConfig
+from vla_dist.models.hierarchical.hierarchical_vla import HierarchicalVLA
+from vla_dist.models.hierarchical.policy import HierarchicalPolicy
 from vla_dist.models.member import setting_types
 from vla_dist.models.memory import presets as memory_presets
 from vla_dist.models.memory.memory_vla import MemoryAugmentedVLA, MemoryAugmentedVLAConfig
@@ -64,6 +68,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             policy=DecisionTransformerPolicy,
             presets=presets.PRESETS,
             source="Chen et al. 2021, Decision Transformer, https://arxiv.org/abs/2106.01345",
+        ),
+        Architecture(
+            name="hierarchical",
+            config=HierarchicalVLAConfig,
+            model=HierarchicalVLA,
+            policy=HierarchicalPolicy,
+            presets=hierarchical_presets.PRESETS,
+            source="Gupta et al. 2019, Relay Policy Learning, https://arxiv.org/abs/1910.11956",
         ),
         Architecture(
             name="memory",

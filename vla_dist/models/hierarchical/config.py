@@ -1,0 +1,83 @@
+"""Settings of HierarchicalVLA."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from vla_dist.core.errors import ConfigError
+
+HEADS = ("tanh", "discrete")
+
+
+class HierarchicalVLAConfig(PreTrainedConfig):
+    """Everything the constructor needs, as plain JSON.
+
+    Attributes:
+        high_level_dim: width of what the planner reads: proprio, goal and views, encoded.
+        low_level_dim: width of what the controller reads: proprio and views, encoded by encoders of its own.
+        state_dim: P.
+        action_dim: A; choices where the head is ``discrete``.
+        subgoal_dim: Z, width of a subgoal where the controller reads it.
+        hidden_dim: of both levels' hidden layer; 0: the controller is one linear layer.
+        skills: S names, as tasks or instructions call them; empty: a subgoal is a state to be reached.
+        hold_steps: k, the planner is asked every k steps.
+        learned_termination: it is also asked where the controller finds the skill done; needs skills.
+        controller: None: built in. Else ``{"architecture": name, ...}``: another member of the zoo with its own
+            settings, whose goal is the skill; needs skills and ``goal_dim`` or words in that member.
+        context_steps: K of a training window.
+        horizon: H; 1 unless the controller is a member that chunks.
+        head: ``tanh`` (squared error, actions in [-1, 1]) or ``discrete``; with another member, its own head's name.
+        goal_dim: G of the sentence embedding that the planner reads; 0: no language.
+        cameras: names of the views.
+        visual: settings of the VisualEncoder of each level.
+    """
+
+    model_type = "vla_hierarchical"
+
+    high_level_dim: int = 64
+    low_level_dim: int = 64
+    state_dim: int = 39
+    action_dim: int = 4
+    subgoal_dim: int = 32
+    hidden_dim: int = 64
+    skills: list[str] | None = None
+    hold_steps: int = 5
+    learned_termination: bool = False
+    controller: dict[str, Any] | None = None
+    context_steps: int = 10
+    horizon: int = 1
+    head: str = "tanh"
+    goal_dim: int = 384
+    cameras: list[str] | None = None
+    visual: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.cameras, self.skills = list(self.cameras or []), list(self.skills or [])
+        for name in ("high_level_dim", "low_level_dim", "action_dim", "subgoal_dim", "hold_steps", "context_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"hierarchical {name} {getattr(self, name)} must be at least 1")
+        if min(self.hidden_dim, self.goal_dim, self.state_dim) < 0 or not (self.state_dim or self.cameras):
+            raise ConfigError(
+                "hierarchical hidden_dim, goal_dim and state_dim must not be negative, nor all inputs absent"
+            )
+        if len(set(self.skills)) != len(self.skills):
+            raise ConfigError(f"hierarchical skills {self.skills} must be distinct")
+        if not self.skills:
+            self._require_latent()
+        if self.controller is None and (self.horizon != 1 or self.head not in HEADS):
+            raise ConfigError(
+                f"the built-in controller has horizon 1 and a head of {', '.join(HEADS)}, got {self.horizon} and "
+                f"{self.head!r}; name another controller for more"
+            )
+
+    def _require_latent(self) -> None:
+        if self.learned_termination or self.controller is not None:
+            raise ConfigError("learned_termination and another controller need named skills; give the config skills")
+        if not self.state_dim:
+            raise ConfigError("without skills a subgoal is a state, so state_dim must not be 0; name skills instead")
+        if self.context_steps <= self.hold_steps:
+            raise ConfigError(
+                f"context_steps {self.context_steps} must exceed hold_steps {self.hold_steps}: the window must hold "
+                "the state that a subgoal was to reach"
+            )

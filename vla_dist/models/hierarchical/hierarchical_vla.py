@@ -1,0 +1,344 @@
+"""HierarchicalVLA: a planner that now and then names a subgoal, and a controller that pursues it at every step.
+
+Shapes: B batch, K steps, P proprio, G goal, A action, H chunk horizon, S skills, N skills of a sketch, Z subgoal width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, gelu
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+
+from vla_dist.core.errors import ConfigError, DataError
+from vla_dist.models.batch import TrainBatch
+from vla_dist.models.hierarchical.alignment import Sketches, log_likelihood, posterior
+from vla_dist.models.hierarchical.config import HierarchicalVLAConfig
+from vla_dist.models.member import fill_normaliser, masked_mean, require_batch, setting_types
+from vla_dist.models.step_encoder import StepEncoder
+
+_ACTION_STD = 0.2
+"""Of the Gaussian by which a skill explains a recorded action in [-1, 1]."""
+
+
+class HierarchicalVLA(PreTrainedModel):
+    """Two levels that share no parameter and no gradient: the controller is handed subgoals as plain numbers.
+
+    A subgoal is one of S named skills, or, without names, the state that shall be reached at the end of the hold, as a
+    displacement in normalised units.
+
+    Source: options held until they terminate, Sutton et al. 1999; levels trained apart on relabelled data, Gupta et al.
+    2019, "Relay Policy Learning", section 4.
+    """
+
+    config_class = HierarchicalVLAConfig
+    config: HierarchicalVLAConfig
+    base_model_prefix = "hierarchical_vla"
+    main_input_name = "low_level_state"
+
+    def __init__(
+        self,
+        high_level_dim: int | HierarchicalVLAConfig,
+        low_level_dim: int | None = None,
+        action_dim: int | None = None,
+        **settings: Any,
+    ) -> None:
+        """Build from dimensions, or from a config given in the first place.
+
+        Args:
+            high_level_dim: width of what the planner reads.
+            low_level_dim: width of what the controller reads.
+            settings: any further field of HierarchicalVLAConfig; ``state_dim`` is ``low_level_dim`` unless given.
+        """
+        if isinstance(high_level_dim, HierarchicalVLAConfig):
+            config = high_level_dim
+        else:
+            if low_level_dim is None or action_dim is None:
+                raise ConfigError("HierarchicalVLA needs high_level_dim, low_level_dim and action_dim, or one config")
+            unknown = sorted(set(settings) - set(setting_types(HierarchicalVLAConfig)))
+            if unknown:
+                known = ", ".join(setting_types(HierarchicalVLAConfig))
+                raise ConfigError(f"HierarchicalVLA does not know {unknown}; its settings are {known}")
+            sizes = {"high_level_dim": high_level_dim, "low_level_dim": low_level_dim, "action_dim": action_dim}
+            config = HierarchicalVLAConfig(**{"state_dim": low_level_dim, **sizes, **settings})
+        super().__init__(config)
+        self.planner = _Planner(config)
+        self.controller: Any = _Controller(config) if config.controller is None else _build_member(config)
+        self.embed_skill = nn.Embedding(len(config.skills or ()), config.subgoal_dim) if config.skills else None
+        self.embed_displacement = None if config.skills else nn.Linear(config.state_dim, config.subgoal_dim)
+        self.terminate = None
+        if config.learned_termination:
+            self.terminate = nn.Linear(config.low_level_dim + config.subgoal_dim, 1)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=1.0)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif module is self and self.terminate is not None:
+            # At first a skill goes on for some ten steps.
+            init.constant_(self.terminate.bias, -2.0)
+
+    def set_normaliser(
+        self,
+        *,
+        proprio_mean: Tensor,
+        proprio_std: Tensor,
+        goal_mean: Tensor | None = None,
+        goal_std: Tensor | None = None,
+    ) -> None:
+        """Fill the buffers of both levels. Raises DataError where a shape differs or a number is not finite."""
+        scales = {"proprio_mean": proprio_mean, "proprio_std": proprio_std}
+        fill_normaliser(self.planner.encoder, **scales, goal_mean=goal_mean, goal_std=goal_std)
+        if self.config.controller is None:
+            fill_normaliser(self.controller.encoder, **scales)
+        else:
+            self.controller.set_normaliser(**scales)
+
+    def forward(
+        self, high_level_state: Tensor, low_level_state: Tensor, *, previous_skill: Tensor | None = None
+    ) -> Tensor:
+        """Plan and act once.
+
+        Args:
+            high_level_state: (B, high_level_dim), for example from ``planner.perceive``.
+            low_level_state: (B, low_level_dim), for example from ``controller.perceive``.
+            previous_skill: (B,) int64, the skill that ran before; None: none.
+
+        Returns:
+            (B, A) action in [-1, 1], or logits where the head is ``discrete``.
+
+        Raises:
+            ConfigError: the controller is another member of the zoo, which reads more than a vector; use the policy.
+        """
+        if self.config.controller is not None:
+            raise ConfigError(
+                "forward acts with the built-in controller; this model's is another member: use its policy"
+            )
+        plan = self.planner(high_level_state, previous_skill).detach()
+        subgoal = self.embed_subgoal(plan.argmax(-1) if self.config.skills else plan)
+        return self.controller(low_level_state, subgoal)
+
+    def embed_subgoal(self, subgoal: Tensor) -> Tensor:
+        """(...) int64 skills, or (..., P) normalised displacements, to the (..., Z) that the controller reads."""
+        if self.embed_skill is not None:
+            return self.embed_skill(subgoal)
+        assert self.embed_displacement is not None
+        return self.embed_displacement(subgoal)
+
+    def stop_logits(self, low_level_state: Tensor, subgoal: Tensor) -> Tensor | None:
+        """(..., low_level_dim) and (..., Z) to (...) that the subgoal is done; None where only the clock decides."""
+        if self.terminate is None:
+            return None
+        return self.terminate(torch.cat([low_level_state, subgoal], -1)).squeeze(-1)
+
+    def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What both levels learn from windows of a replay, which stores no subgoals.
+
+        * With skills: a window's ``tasks`` or ``instructions`` name one skill or several in order. One labels all
+          steps. Of several, the changes are latent: the controller and its termination maximise the likelihood of the
+          actions over all alignments, and the planner learns the skills that are most probably running.
+        * Without: the state at the end of each hold within the window is the subgoal of the steps before it. The newest
+          step, whose future is not in the window, teaches nothing.
+        * A controller that is another member learns with each window's skill as its goal and its words; windows of
+          several skills are left out, since only the built-in one can say how well each skill explains an action.
+
+        Raises:
+            DataError: the batch is of another robot or model, or a window names no known skill.
+        """
+        require_batch(batch, self.config)
+        goals = None if batch.goals is None else batch.goals[:, None].expand(*batch.states.shape[:2], -1)
+        high = self.planner.perceive(batch.states, goals, batch.images)
+        if self.config.controller is not None:
+            loss, metrics = self._member_loss(batch, high)
+        elif self.config.skills:
+            loss, metrics = self._skill_loss(batch, high)
+        else:
+            loss, metrics = self._latent_loss(batch, high)
+        return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in metrics.items()}}
+
+    def _latent_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        hold, last = self.config.hold_steps, batch.states.shape[1] - 1
+        low = self.controller.perceive(batch.states, batch.images)
+        state = self.controller.encoder.normalised(batch.states)
+        step = torch.arange(last, device=state.device)
+        ends = last - hold * ((last - 1 - step) // hold)
+        mask = batch.padding_mask[:, :-1]
+        output = self.controller(low[:, :-1], self.embed_subgoal(state[:, ends] - state[:, :-1]))
+        errors, measured = self._action_errors(output, batch.target_actions[:, :-1])
+        planned = self.planner(high, None)[:, : last + 1 - hold]
+        reached = state[:, hold:] - state[:, : last + 1 - hold]
+        plan_errors = (planned - reached).square().mean(-1)
+        plan_loss = masked_mean(plan_errors, batch.padding_mask[:, : last + 1 - hold], batch.weights)
+        metrics = {name: masked_mean(value, mask) for name, value in measured.items()}
+        return masked_mean(errors, mask, batch.weights) + plan_loss, {**metrics, "planner_loss": plan_loss}
+
+    def _skill_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        sketches = Sketches.of(batch.tasks, batch.instructions, self.config.skills or (), batch.states.device)
+        num, steps, count = *batch.states.shape[:2], sketches.skills.shape[1]
+        low = self.controller.perceive(batch.states, batch.images)[:, :, None].expand(-1, -1, count, -1)
+        subgoal = self.embed_subgoal(sketches.skills)[:, None].expand(num, steps, count, -1)
+        targets = batch.target_actions[:, :, None].expand(num, steps, count, -1)
+        output = self.controller(low, subgoal)
+        errors, measured = self._action_errors(output, targets)
+        explained = -errors if self.config.head == "discrete" else -errors * (self.config.action_dim / _ACTION_STD**2)
+        stops = self.stop_logits(low, subgoal)
+        # Where only the clock decides, a change is as likely at one step as at another.
+        stops = torch.full_like(explained, -2.0) if stops is None else stops
+        begins = ~batch.padding_mask[:, 0] | (batch.timesteps[:, 0] == 0)
+        explained = torch.where(batch.padding_mask[..., None], explained, 0.0)
+        arguments = (sketches, batch.padding_mask, begins)
+        num_valid = batch.padding_mask.sum(1).clamp(min=1)
+        surprise = -log_likelihood(explained, stops, *arguments) / num_valid
+        running = posterior(explained, stops, *arguments)
+        controller_loss = masked_mean(surprise, torch.ones_like(begins), batch.weights)
+        plan_loss, accuracy = self._plan_loss(high, sketches, running, batch)
+        metrics = {name: masked_mean((value * running).sum(-1), batch.padding_mask) for name, value in measured.items()}
+        return controller_loss + plan_loss, {**metrics, "planner_loss": plan_loss, "planner_accuracy": accuracy}
+
+    def _plan_loss(self, high: Tensor, sketches: Sketches, running: Tensor, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+        """Cross-entropy against (B, K, N) skills; a step is told the skill before it or, half of the time, none."""
+        num_skills, steps = len(self.config.skills or ()), running.shape[1]
+        index = sketches.skills[:, None].expand(-1, steps, -1)
+        labels = torch.zeros(*running.shape[:2], num_skills, device=running.device, dtype=running.dtype)
+        labels = labels.scatter_add(2, index, running)
+        before = torch.roll(labels.argmax(-1), 1, 1)
+        is_known = torch.roll(batch.padding_mask, 1, 1)
+        is_known[:, 0] = False
+        if self.training:
+            is_known = is_known & (torch.rand(is_known.shape, device=is_known.device) < 0.5)
+        logits = self.planner(high, torch.where(is_known, before, num_skills))
+        errors = cross_entropy(logits.transpose(1, 2), labels.transpose(1, 2), reduction="none")
+        right = (logits.argmax(-1) == labels.argmax(-1)).float()
+        return masked_mean(errors, batch.padding_mask, batch.weights), masked_mean(right, batch.padding_mask)
+
+    def _member_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        skills = self.config.skills or []
+        sketches = Sketches.of(batch.tasks, batch.instructions, skills, batch.states.device)
+        is_single = sketches.lengths == 1
+        given = torch.ones_like(is_single, dtype=torch.float32) if batch.weights is None else batch.weights
+        skill = sketches.skills[:, 0]
+        alone = replace(
+            batch,
+            goals=self.embed_subgoal(skill),
+            instructions=tuple(skills[index] for index in skill.tolist()),
+            weights=given * is_single,
+        )
+        controller_loss, metrics = self.controller.loss(alone)
+        first = torch.nn.functional.one_hot(torch.zeros_like(skill), sketches.skills.shape[1]).float()
+        running = (first[:, None] * batch.padding_mask[..., None]).to(high.dtype)
+        plan_loss, accuracy = self._plan_loss(high, sketches, running, replace(batch, weights=alone.weights))
+        named = {f"controller_{name}": value for name, value in metrics.items()}
+        return controller_loss + plan_loss, {**named, "planner_loss": plan_loss, "planner_accuracy": accuracy}
+
+    def _action_errors(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(..., A) outputs and targets to (...) errors, half the mean square or the cross-entropy, and to reports."""
+        if self.config.head == "discrete":
+            choice = target.argmax(-1)
+            errors = cross_entropy(output.movedim(-1, 1), choice, reduction="none")
+            return errors, {"accuracy": (output.argmax(-1) == choice).float()}
+        difference = output - target
+        return 0.5 * difference.square().mean(-1), {"action_error": difference.abs().mean(-1)}
+
+
+class _Level(nn.Module):
+    """Perception of one level, not shared with the other."""
+
+    def __init__(self, config: HierarchicalVLAConfig, width: int, goal_dim: int) -> None:
+        super().__init__()
+        self.encoder = StepEncoder(
+            state_dim=config.state_dim,
+            goal_dim=goal_dim,
+            output_dim=width,
+            cameras=config.cameras or (),
+            visual=config.visual,
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def _perceive(self, states: Tensor, goals: Tensor | None, images: Mapping[str, Tensor]) -> Tensor:
+        return gelu(self.norm(self.encoder(states, goals, self.encoder.encode_images(images))))
+
+
+class _Planner(_Level):
+    """High-level state and the skill before it to S logits, or to the P normalised displacement of the next hold."""
+
+    def __init__(self, config: HierarchicalVLAConfig) -> None:
+        super().__init__(config, config.high_level_dim, config.goal_dim)
+        num_skills = len(config.skills or ())
+        self.before = nn.Embedding(num_skills + 1, config.high_level_dim) if num_skills else None
+        self.widen = nn.Linear(config.high_level_dim, config.hidden_dim or config.high_level_dim)
+        self.head = nn.Linear(config.hidden_dim or config.high_level_dim, num_skills or config.state_dim)
+
+    def perceive(self, states: Tensor, goals: Tensor | None, images: Mapping[str, Tensor]) -> Tensor:
+        """(..., P), (..., G) and camera name -> (..., 3, H, W) to (..., high_level_dim)."""
+        return self._perceive(states, goals, images)
+
+    def forward(self, high: Tensor, before: Tensor | None) -> Tensor:
+        """``before``: (...) int64, S or None where no skill ran."""
+        if high.shape[-1] != self.widen.in_features:
+            raise DataError(f"high_level_state of shape {tuple(high.shape)} must end in {self.widen.in_features}")
+        if self.before is not None:
+            if before is None:
+                before = torch.full(high.shape[:-1], self.before.num_embeddings - 1, device=high.device)
+            high = high + self.before(before)
+        return self.head(gelu(self.widen(high)))
+
+
+class _Controller(_Level):
+    """Linear(low_level_dim + subgoal_dim), through a hidden layer where there is one."""
+
+    def __init__(self, config: HierarchicalVLAConfig) -> None:
+        super().__init__(config, config.low_level_dim, 0)
+        self.squash = config.head == "tanh"
+        self.low_level_dim = config.low_level_dim
+        joined = config.low_level_dim + config.subgoal_dim
+        self.widen = nn.Linear(joined, config.hidden_dim) if config.hidden_dim else None
+        self.head = nn.Linear(config.hidden_dim or joined, config.action_dim)
+
+    def perceive(self, states: Tensor, images: Mapping[str, Tensor]) -> Tensor:
+        """(..., P) and camera name -> (..., 3, H, W) to (..., low_level_dim)."""
+        return self._perceive(states, None, images)
+
+    def forward(self, low: Tensor, subgoal: Tensor) -> Tensor:
+        if low.shape[-1] != self.low_level_dim:
+            raise DataError(f"low_level_state of shape {tuple(low.shape)} must end in {self.low_level_dim}")
+        joined = torch.cat([low, subgoal], -1)
+        output = self.head(joined if self.widen is None else gelu(self.widen(joined)))
+        return output.tanh() if self.squash else output
+
+
+def _build_member(config: HierarchicalVLAConfig) -> Any:
+    from vla_dist.models.zoo import architecture  # the zoo knows this member too
+
+    settings = dict(cast("dict[str, Any]", config.controller))
+    member = architecture(settings.pop("architecture", ""))
+    # The controller's wiring follows from the whole; a clash is refused by the member's own config.
+    shared = {
+        "state_dim": config.state_dim,
+        "action_dim": config.action_dim,
+        "context_steps": config.context_steps,
+        "horizon": config.horizon,
+        "goal_dim": config.subgoal_dim,
+        "head": config.head,
+        "cameras": config.cameras,
+        "visual": config.visual,
+    }
+    known = setting_types(member.config)
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ConfigError(f"controller {member.name} has no settings {unknown}; it has {', '.join(known)}")
+    fitting = {name: value for name, value in shared.items() if name in known}
+    return member.model(member.config(**{**fitting, **settings}))
+
+
+AutoConfig.register(HierarchicalVLAConfig.model_type, HierarchicalVLAConfig, exist_ok=True)
+AutoModel.register(HierarchicalVLAConfig, HierarchicalVLA, exist_ok=True)

@@ -1,0 +1,263 @@
+"""The hierarchical model as a pure policy: the subgoal and its age travel in the state.
+
+Shapes: B rows, P proprio, A action, H chunk horizon.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from vla_dist.core.errors import ConfigError, NotFound
+from vla_dist.core.specs import EnvSpec
+from vla_dist.core.types import Array, Observation
+from vla_dist.models.actions import ActionCodec
+from vla_dist.models.conditioning import ReturnConditioning
+from vla_dist.models.goals import GoalTable
+from vla_dist.models.hierarchical.hierarchical_vla import HierarchicalVLA
+from vla_dist.models.observations import camera_frames, goal_rows, proprio_rows, require_fit
+
+SubgoalSource = Literal["learned", "random", "oracle"]
+Oracle = Callable[[Observation], Array | str]
+"""What the planner should say: a skill's name, or the raw (P,) state to reach."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HierarchicalState:
+    """One episode's subgoal and how long it has been held."""
+
+    skill: int
+    """Index of the vocabulary; -1: none yet, or the model has no skills."""
+    target: Array
+    """(P,) float32, the state to reach in normalised units; (0,) where the model has skills. Read-only."""
+    age: int
+    """Steps since the planner was asked; -1 before the first time."""
+    timestep: int
+    """Index within the episode of the next observation."""
+    low_level: Any
+    """The state of a controller that is another member; None of the built-in one."""
+
+
+class HierarchicalPolicy:
+    """Asks the planner at every multiple of k steps of the episode, and where the skill says that it is done.
+
+    K observations rebuild the state but for one thing: a planner with skills is told the skill before, which goes back
+    to the episode's beginning.
+    """
+
+    def __init__(
+        self,
+        model: HierarchicalVLA,
+        spec: EnvSpec,
+        *,
+        conditioning: ReturnConditioning,
+        goals: GoalTable | None,
+        subgoals: SubgoalSource = "learned",
+        oracle: Oracle | None = None,
+    ) -> None:
+        """Args:
+            goals: needed where the planner has a goal_dim.
+            subgoals: who names them: the planner, chance, or ``oracle``; the ablations that tell what a hierarchy's
+                levels are worth.
+
+        Raises:
+            ConfigError: the model misses the spec, or an oracle is missing or idle.
+        """
+        config = model.config
+        require_fit(config, spec, has_goals=goals is not None)
+        if subgoals not in get_args(SubgoalSource) or (subgoals == "oracle") != (oracle is not None):
+            raise ConfigError(
+                f"subgoals {subgoals!r} must be one of {', '.join(get_args(SubgoalSource))}, and an oracle is given "
+                "exactly where it is asked for"
+            )
+        self._model = model.eval()
+        self._spec = spec
+        self._goals = goals
+        self._subgoals = subgoals
+        self._oracle = oracle
+        self._codec = ActionCodec.of(spec)
+        self._device = next(model.parameters()).device
+        self._skills = tuple(config.skills or ())
+        self._low_level: Any = None
+        if config.controller is not None:
+            self._low_level = _member_policy(model, spec, conditioning)
+
+    @property
+    def spec(self) -> EnvSpec:
+        return self._spec
+
+    @property
+    def horizon(self) -> int:
+        return self._model.config.horizon
+
+    @property
+    def context_steps(self) -> int:
+        return self._model.config.context_steps
+
+    def initial_state(self, *, timestep: int = 0) -> HierarchicalState:
+        """Nothing planned; the first observation is."""
+        return HierarchicalState(
+            skill=-1,
+            target=_frozen(np.zeros(0 if self._skills else self._spec.proprio_dim, np.float32)),
+            age=-1,
+            timestep=timestep,
+            low_level=None if self._low_level is None else self._low_level.initial_state(timestep=timestep),
+        )
+
+    def act(
+        self,
+        observations: Sequence[Observation],
+        states: Sequence[HierarchicalState],
+        *,
+        generator: np.random.Generator | None = None,
+    ) -> tuple[list[Array], list[HierarchicalState]]:
+        """B observations and states to B chunks (H, A) in raw units and B new states.
+
+        Args:
+            generator: draws random subgoals; None: they follow from the step of the episode.
+
+        Raises:
+            DataError: proprio of the wrong shape or not finite, or a camera is missing.
+        """
+        if not observations:
+            return [], []
+        proprio = proprio_rows(observations, self._spec)
+        frames = camera_frames(observations, self._spec, self._model.config.cameras or ())
+        with torch.inference_mode():
+            reading = self._tensor(proprio if self._model.config.state_dim else proprio[:, :0])
+            views = {name: frame.to(self._device) for name, frame in frames.items()}
+            low = None if self._low_level is not None else self._model.controller.perceive(reading, views)
+            is_done = self._is_done(low, states)
+            is_due = [
+                state.age < 0 or done or state.timestep % self._model.config.hold_steps == 0
+                for state, done in zip(states, is_done, strict=True)
+            ]
+            asked = [row for row, due in enumerate(is_due) if due]
+            planned = list(states)
+            if asked:
+                some = {name: view[asked] for name, view in views.items()}
+                ended = [is_done[row] for row in asked]
+                rows = [(observations[row], states[row]) for row in asked]
+                for row, state in zip(asked, self._plan(rows, reading[asked], some, ended, generator), strict=True):
+                    planned[row] = state
+            if low is None:
+                return self._act_through_member(observations, planned, generator)
+            output = self._model.controller(low, self._subgoal_vectors(planned, reading))
+        actions = self._codec.decode(output.float().cpu().numpy())
+        after = [replace(state, age=state.age + 1, timestep=state.timestep + 1) for state in planned]
+        return list(actions[:, None]), after
+
+    def _is_done(self, low: torch.Tensor | None, states: Sequence[HierarchicalState]) -> list[bool]:
+        if low is None or self._model.terminate is None:
+            return [False] * len(states)
+        skills = torch.tensor([max(0, state.skill) for state in states], device=self._device)
+        logits = self._model.stop_logits(low, self._model.embed_subgoal(skills))
+        assert logits is not None
+        return [bool(logit > 0) and state.skill >= 0 for logit, state in zip(logits.tolist(), states, strict=True)]
+
+    def _plan(
+        self,
+        rows: Sequence[tuple[Observation, HierarchicalState]],
+        reading: torch.Tensor,
+        views: dict[str, torch.Tensor],
+        ended: Sequence[bool],
+        generator: np.random.Generator | None,
+    ) -> list[HierarchicalState]:
+        """The states with a new subgoal, held for no step yet."""
+        if self._subgoals == "learned":
+            plans = self._learned([observation for observation, _ in rows], reading, views, rows, ended)
+        elif self._subgoals == "oracle":
+            assert self._oracle is not None
+            plans = [self._read_oracle(self._oracle(observation)) for observation, _ in rows]
+        else:
+            plans = [self._draw(generator or np.random.default_rng(state.timestep)) for _, state in rows]
+        if self._skills:
+            return [replace(s, skill=int(plan), age=0) for (_, s), plan in zip(rows, plans, strict=True)]
+        return [
+            replace(s, target=_frozen(np.asarray(plan, np.float32)), age=0)
+            for (_, s), plan in zip(rows, plans, strict=True)
+        ]
+
+    def _learned(
+        self,
+        observations: Sequence[Observation],
+        reading: torch.Tensor,
+        views: dict[str, torch.Tensor],
+        rows: Sequence[tuple[Observation, HierarchicalState]],
+        ended: Sequence[bool],
+    ) -> list[Any]:
+        planner = self._model.planner
+        task = None
+        if self._model.config.goal_dim and self._goals is not None:
+            nothing = planner.encoder.goal_mean.cpu().numpy()
+            task = self._tensor(goal_rows([o.instruction for o in observations], self._goals, nothing))
+        before = None
+        if self._skills:
+            none = len(self._skills)
+            before = torch.tensor([s.skill if s.skill >= 0 else none for _, s in rows], device=self._device)
+        plan = planner(planner.perceive(reading, task, views), before)
+        if not self._skills:
+            return list((planner.encoder.normalised(reading) + plan).float().cpu().numpy())
+        if len(self._skills) > 1:
+            for row, ((_, state), is_over) in enumerate(zip(rows, ended, strict=True)):
+                if is_over:  # what has just ended is not begun again
+                    plan[row, state.skill] = -torch.inf
+        return plan.argmax(-1).tolist()
+
+    def _read_oracle(self, said: Array | str) -> Any:
+        if not self._skills:
+            return self._model.planner.encoder.normalised(self._tensor(np.asarray(said, np.float32))).cpu().numpy()
+        if said not in self._skills:
+            raise NotFound(f"the oracle named {said!r}; the skills are {', '.join(self._skills)}")
+        return self._skills.index(str(said))
+
+    def _draw(self, generator: np.random.Generator) -> Any:
+        """Any skill, or any state within the data's spread."""
+        if self._skills:
+            return int(generator.integers(len(self._skills)))
+        return generator.normal(size=self._spec.proprio_dim).astype(np.float32)
+
+    def _subgoal_vectors(self, states: Sequence[HierarchicalState], reading: torch.Tensor) -> torch.Tensor:
+        """(B, Z). A state to reach is told as what is left of the way."""
+        if self._skills:
+            return self._model.embed_subgoal(torch.tensor([s.skill for s in states], device=self._device))
+        targets = self._tensor(np.stack([state.target for state in states]))
+        return self._model.embed_subgoal(targets - self._model.controller.encoder.normalised(reading))
+
+    def _act_through_member(
+        self,
+        observations: Sequence[Observation],
+        states: Sequence[HierarchicalState],
+        generator: np.random.Generator | None,
+    ) -> tuple[list[Array], list[HierarchicalState]]:
+        told = [replace(o, instruction=self._skills[s.skill]) for o, s in zip(observations, states, strict=True)]
+        chunks, low = self._low_level.act(told, [state.low_level for state in states], generator=generator)
+        after = [
+            replace(state, age=state.age + 1, timestep=state.timestep + 1, low_level=inner)
+            for state, inner in zip(states, low, strict=True)
+        ]
+        return chunks, after
+
+    def _tensor(self, array: Array) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def _member_policy(model: HierarchicalVLA, spec: EnvSpec, conditioning: ReturnConditioning) -> Any:
+    """The controller's own policy, whose words are the skills and whose goals are their vectors."""
+    from vla_dist.models.zoo import architecture_of
+
+    assert model.embed_skill is not None
+    vectors = model.embed_skill.weight.detach().float().cpu().numpy()
+    goals = GoalTable(_refuse, instructions=model.config.skills or (), embeddings=vectors)
+    return architecture_of(model.controller).policy(model.controller, spec, conditioning=conditioning, goals=goals)
+
+
+def _refuse(texts: Sequence[str]) -> Array:
+    raise NotFound(f"{list(texts)} are no skills of this hierarchy; its planner names only known ones")
+
+
+def _frozen(array: Array) -> Array:
+    array.flags.writeable = False
+    return array
