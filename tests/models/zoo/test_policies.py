@@ -10,7 +10,8 @@ from transformers import AutoModel
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.core.types import PolicyArtifact
-from vla_dist.models.auto import build_policy, make_artifact
+from vla_dist.models.auto import build_executed_policy, build_policy, make_artifact
+from vla_dist.models.chunking import ChunkExecution
 from vla_dist.models.conditioning import ReturnConditioning
 from vla_dist.models.goals import GoalTable
 
@@ -193,3 +194,21 @@ def test_a_robot_with_other_actions_is_refused(case):
     other = replace(case.spec, action=case.spec.action[:-1])
     with pytest.raises(ConfigError, match="action_dim"):
         case.architecture.policy(model, other, conditioning=ReturnConditioning(), goals=case.goals())
+
+
+def test_chunks_are_executed_by_the_robot_or_one_action_a_step(case):
+    model, horizon = case.build(), case.config.horizon
+    artifact, policy = artifact_of(case, model), case.build_policy(model)
+    steps = episode(case, horizon)
+    executed = build_executed_policy(artifact, execution=ChunkExecution())
+    chunks = run(policy, steps)[0]
+    actions = run(executed, steps)[0]
+    if executed.horizon == horizon:
+        assert horizon == 1 or policy.context_steps == 1
+        assert np.array_equal(actions, chunks)
+    else:
+        assert executed.horizon == 1
+        assert np.array_equal(actions[:, 0], chunks[0])
+    mixed = build_executed_policy(artifact, execution=ChunkExecution(rule="temporal_ensemble"))
+    assert mixed.horizon == 1
+    assert run(mixed, steps)[0].shape == (horizon, 1, case.spec.action_dim)
