@@ -1,0 +1,77 @@
+"""Sketches from words, and alignments summed by recursion against all of them enumerated."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from vla_dist.core.errors import DataError
+from vla_dist.models.hierarchical.alignment import Sketches, log_likelihood, posterior, sketch_of
+
+SKILLS = ("open the drawer", "press the button", "scene/close")
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "expected"),
+    [
+        ("scene/close", "whatever", (2,)),
+        ("scene/close+open the drawer", "", (2, 0)),
+        ("x", "Open a drawer", (0,)),
+        ("x", "open the drawer, then press the button", (0, 1)),
+        ("x", "open the drawer and press the button then open the drawer", (0, 1, 0)),
+        ("x", "open the drawer after you press the button", (1, 0)),
+    ],
+)
+def test_tasks_and_words_name_skills_in_order(task: str, words: str, expected: tuple[int, ...]):
+    assert sketch_of(task, words, SKILLS) == expected
+
+
+def test_unknown_skills_are_refused():
+    with pytest.raises(DataError, match="sing"):
+        sketch_of("x", "open the drawer then sing", SKILLS)
+
+
+def by_enumeration(explained, stops, length: int, *, begins: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log likelihood and posterior of one window, over every monotone path."""
+    steps = len(explained)
+    paths, scores = [], []
+    for path in itertools.product(range(length), repeat=steps):
+        if any(not 0 <= later - now <= 1 for now, later in itertools.pairwise(path)) or (begins and path[0]):
+            continue
+        score = explained[range(steps), path].sum() - (0.0 if begins else torch.tensor(float(length)).log())
+        for step in range(1, steps):
+            logit = stops[step, path[step - 1]]
+            score = score + (logsigmoid(logit) if path[step] != path[step - 1] else logsigmoid(-logit))
+        paths.append(path)
+        scores.append(score)
+    weights = torch.softmax(torch.stack(scores), 0)
+    running = torch.zeros(steps, length)
+    for path, weight in zip(paths, weights, strict=True):
+        running[range(steps), path] += weight
+    return torch.logsumexp(torch.stack(scores), 0), running
+
+
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_the_recursion_sums_all_alignments(begins: bool, length: int):
+    explained, stops = torch.randn(5, 3), torch.randn(5, 3)
+    sketches = Sketches(skills=torch.arange(3)[None], lengths=torch.tensor([length]))
+    junk = torch.full((1, 2, 3), 50.0)
+    arguments = (
+        torch.cat([junk, explained[None]], 1),
+        torch.cat([junk, stops[None]], 1),
+        sketches,
+        torch.tensor([[False] * 2 + [True] * 5]),
+        torch.tensor([begins]),
+    )
+    total, running = by_enumeration(explained, stops, length, begins=begins)
+    torch.testing.assert_close(log_likelihood(*arguments)[0], total)
+    torch.testing.assert_close(posterior(*arguments)[0, 2:, :length], running, atol=1e-5, rtol=1e-4)
+    assert (posterior(*arguments)[0, :2] == 0).all()
+
+
+def test_sketches_of_different_lengths_are_padded():
+    sketches = Sketches.of(("scene/close", "x"), ("", "open drawer, press button"), SKILLS, torch.device("cpu"))
+    assert sketches.skills.tolist() == [[2, 2], [0, 1]]
+    assert sketches.exists.tolist() == [[True, False], [True, True]]
