@@ -7,7 +7,7 @@ import pytest
 from vla_dist.core.errors import ConfigError
 from vla_dist.core.specs import CameraSpec
 from vla_dist.models.member import own_settings
-from vla_dist.models.zoo import architecture
+from vla_dist.models.zoo import ARCHITECTURES
 from vla_dist.run.build import build_model_config, build_spec
 from vla_dist.run.config import ModelSettings
 from vla_dist.run.presets import PRESETS, preset
@@ -51,9 +51,8 @@ def test_a_model_that_cannot_be_built_is_refused_with_the_reason(model, words):
 
 
 def test_every_member_can_take_the_place_of_a_presets_model():
-    for name in ("decision_transformer", "memory"):
-        config = config_of(architecture=name, preset="tiny")
-        assert type(config) is architecture(name).config
+    for name, member in ARCHITECTURES.items():
+        assert type(config_of(architecture=name, preset="tiny")) is member.config
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("demo")])

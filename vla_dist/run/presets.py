@@ -71,9 +71,17 @@ def memory_tiny() -> RunConfig:
     return _missions("memory-tiny", ModelSettings(architecture="memory", preset="tiny", conditioning="none"))
 
 
-def _missions(name: str, model: ModelSettings) -> RunConfig:
-    """The ``babyai`` run with another model."""
-    return dataclasses.replace(babyai(), preset=name, model=model)
+def hierarchical_tiny() -> RunConfig:
+    """BabyAI with a planner of subgoals and a controller."""
+    return _missions(
+        "hierarchical-tiny", ModelSettings(architecture="hierarchical", preset="tiny", conditioning="none")
+    )
+
+
+def _missions(name: str, model: ModelSettings, *, cameras: tuple[CameraSpec, ...] = ()) -> RunConfig:
+    """The ``babyai`` run with another model, and with the agent's view as a camera where the model needs one."""
+    run = babyai()
+    return dataclasses.replace(run, preset=name, model=model, env=dataclasses.replace(run.env, cameras=cameras))
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
@@ -81,6 +89,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "demo-cameras": demo_cameras,
     "babyai": babyai,
     "memory-tiny": memory_tiny,
+    "hierarchical-tiny": hierarchical_tiny,
 }
 
 
