@@ -43,6 +43,8 @@ class DecisionTransformer(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules: ClassVar[list[str]] = ["Block"]
 
+    tokens_per_step: int
+    """S: the state, the return and the action where there are such."""
     proprio_mean: Tensor
     proprio_std: Tensor
     goal_mean: Tensor
@@ -86,6 +88,7 @@ class DecisionTransformer(PreTrainedModel):
         self.embed_state = nn.Linear(config.state_dim, width)
         self.embed_return = nn.Linear(1, width) if config.use_returns else None
         self.embed_action = nn.Linear(config.action_dim, width) if config.use_previous_actions else None
+        self.tokens_per_step = 1 + config.use_returns + config.use_previous_actions
         self.embed_position = nn.Embedding(
             config.context_steps if config.position == "window" else config.max_episode_len, width
         )
@@ -229,11 +232,6 @@ class DecisionTransformer(PreTrainedModel):
         )
         wanted = slice(first, None, self.tokens_per_step)
         return self.head(self.transformer(sequence, causal_visibility(is_key), read=wanted))
-
-    @property
-    def tokens_per_step(self) -> int:
-        """S: the state, the return and the action where there are such."""
-        return 1 + (self.embed_return is not None) + (self.embed_action is not None)
 
     def newest(
         self,

@@ -78,6 +78,14 @@ class DecisionTransformerPolicy:
         self._cameras = tuple(model.config.cameras or ())
         self._device = next(model.parameters()).device
         self._maker = next(_makers)
+        # Read for every robot at every act: attributes of a config cost more than plain ones.
+        config = model.config
+        self._steps = config.context_steps
+        self._hops = config.window == "hop"
+        self._tokens_per_step = model.tokens_per_step
+        self._has_action_tokens = config.use_previous_actions
+        self._goal_dim = config.goal_dim
+        self._num_prefix = config.num_goal_tokens if config.goal_dim and config.goal_fusion == "prefix" else 0
 
     @property
     def spec(self) -> EnvSpec:
@@ -89,7 +97,7 @@ class DecisionTransformerPolicy:
 
     @property
     def context_steps(self) -> int:
-        return self._model.config.context_steps
+        return self._steps
 
     def initial_state(self, *, timestep: int = 0) -> DecisionTransformerState:
         """The state before an episode, or before its step ``timestep`` with nothing remembered."""
@@ -169,8 +177,8 @@ class DecisionTransformerPolicy:
         With ``hop`` the oldest step is a multiple of K / 2 counted from the start of the episode, so that a state
         rebuilt from its last K observations has the same one.
         """
-        steps = self.context_steps
-        if self._model.config.window == "slide":
+        steps = self._steps
+        if not self._hops:
             return min(before.num_steps + 1, steps)
         half = max(1, steps // 2)
         oldest = half * max(0, -((steps - 1 - before.timestep) // half))
@@ -193,7 +201,7 @@ class DecisionTransformerPolicy:
     ) -> tuple[torch.Tensor, list[AttentionCache | None]]:
         """(B, O) outputs for the newest step of each row, and what each row's next act may add to."""
         goals = np.zeros((len(states), 0), np.float32)
-        if self._goals is not None and self._model.config.goal_dim:
+        if self._goals is not None and self._goal_dim:
             goals = self._lookup_goals([observation.instruction for observation in observations])
         growing = [row for row, state in enumerate(states) if self._may_extend(state, goals[row])]
         others = sorted(set(range(len(states))) - set(growing))
@@ -216,12 +224,7 @@ class DecisionTransformerPolicy:
 
     def _num_tokens(self, num_steps: int) -> int:
         """Of the goal and of this many steps up to the last state token."""
-        return self._num_prefix + num_steps * self._model.tokens_per_step - self._model.config.use_previous_actions
-
-    @property
-    def _num_prefix(self) -> int:
-        config = self._model.config
-        return config.num_goal_tokens if config.goal_dim and config.goal_fusion == "prefix" else 0
+        return self._num_prefix + num_steps * self._tokens_per_step - self._has_action_tokens
 
     def _compute(
         self, states: Sequence[DecisionTransformerState], goals: Array
@@ -258,7 +261,7 @@ class DecisionTransformerPolicy:
     def _extend(
         self, states: Sequence[DecisionTransformerState], goals: Array
     ) -> tuple[torch.Tensor, list[AttentionCache | None]]:
-        size = self._model.tokens_per_step
+        size = self._tokens_per_step
         past = [state.cache for state in states if state.cache is not None]
         cache, is_key = gather_caches(past, room=size, device=self._device)
         outputs = self._model.extend(
@@ -278,7 +281,7 @@ class DecisionTransformerPolicy:
         return outputs, kept
 
     def _goal_tensor(self, goals: Array) -> torch.Tensor | None:
-        return self._tensor(goals) if self._model.config.goal_dim else None
+        return self._tensor(goals) if self._goal_dim else None
 
     def _returns(self, values: Array) -> torch.Tensor:
         return self._tensor(values / np.float32(self._conditioning.scale))
