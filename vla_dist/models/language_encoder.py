@@ -127,9 +127,7 @@ class LanguageEncoder(PreTrainedModel):
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self.post_init()
         if pretrained and not isinstance(model_name, LanguageEncoderConfig):
-            source = config.model_name if pretrained is True else pretrained
-            weights = _hub_weights(source) if _is_on_hub(source) else _trunk_weights(language_model_path(source))
-            self.trunk.load_state_dict(weights)
+            self.load_trunk(pretrained)
         self.register_load_state_dict_post_hook(lambda *_: self._kept.clear())
         if config.freeze:
             self.trunk.requires_grad_(False)
@@ -142,6 +140,13 @@ class LanguageEncoder(PreTrainedModel):
             init.zeros_(self.project.bias)
         else:
             super()._init_weights(module)
+
+    def load_trunk(self, pretrained: bool | str) -> None:
+        """Take the trunk's weights, from where the constructor would. Raises ResourceMissing."""
+        source = self.config.model_name if pretrained is True else str(pretrained)
+        weights = _hub_weights(source) if _is_on_hub(source) else _trunk_weights(language_model_path(source))
+        self.trunk.load_state_dict(weights)
+        self._kept.clear()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "LanguageEncoder":

@@ -124,7 +124,7 @@ class VisualEncoder(PreTrainedModel):
         self.register_buffer("pixel_std", torch.full((1, 3, 1, 1), 0.5))
         self.post_init()
         if pretrained:
-            self.load_backbone(HUB_NAMES.get(config.backbone, "") if pretrained is True else str(pretrained))
+            self.load_backbone(pretrained)
         if config.freeze:
             self.backbone.requires_grad_(False)
 
@@ -143,13 +143,14 @@ class VisualEncoder(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
-    def load_backbone(self, source: str) -> None:
-        """Take the backbone's weights, and the pixel statistics beside them, from a directory or the hub.
+    def load_backbone(self, pretrained: bool | str) -> None:
+        """Take the backbone's weights, and the pixel statistics beside them, as the constructor does.
 
         Raises:
             ResourceMissing: nothing there.
             ConfigError: this backbone has no published weights, or those are of another shape.
         """
+        source = HUB_NAMES.get(self.config.backbone, "") if pretrained is True else str(pretrained)
         if not source or not isinstance(self.backbone, PreTrainedModel):
             raise ConfigError(f"backbone {self.config.backbone!r} has no pretrained weights; use pretrained=False")
         kind = type(self.backbone)

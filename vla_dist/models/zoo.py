@@ -21,6 +21,9 @@ from vla_dist.models.memory import presets as memory_presets
 from vla_dist.models.memory.memory_vla import MemoryAugmentedVLA, MemoryAugmentedVLAConfig
 from vla_dist.models.memory.policy import MemoryPolicy
 from vla_dist.models.policy import DecisionTransformerPolicy
+from vla_dist.models.rt1 import presets as rt1_presets
+from vla_dist.models.rt1.rt1 import RT1, RT1Config
+from vla_dist.models.visuomotor_policy import VisuomotorPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +87,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             policy=MemoryPolicy,
             presets=memory_presets.PRESETS,
             source="Graves et al. 2016, Hybrid computing (DNC), https://doi.org/10.1038/nature20101, much simplified",
+        ),
+        Architecture(
+            name="rt1",
+            config=RT1Config,
+            model=RT1,
+            policy=VisuomotorPolicy,
+            presets=rt1_presets.PRESETS,
+            source="Brohan et al. 2022, RT-1, https://arxiv.org/abs/2212.06817",
         ),
     )
 }
