@@ -109,6 +109,19 @@ def test_a_window_without_weight_teaches_nothing(case):
     torch.testing.assert_close(loss_of(model, other)[0], left_out, rtol=1e-4, atol=1e-5)
 
 
+def test_a_batch_in_parts_weighs_as_much_as_in_one(case):
+    model, batch = case.build(), case.batch(num_windows=6)
+    if not hasattr(model, "loss_count"):
+        pytest.skip("its loss is a sum of means over different steps: micro-batches weigh it by windows")
+    if not torch.equal(loss_of(model, batch, seed=1)[0], loss_of(model, batch, seed=2)[0]):
+        pytest.skip("its loss draws noise for each window")
+    parts = [batch.rows(0, 1), batch.rows(1, 6)]
+    counts = [model.loss_count(part) for part in parts]
+    assert sum(counts) == model.loss_count(batch)
+    mean = sum(count * loss_of(model, part)[0] for count, part in zip(counts, parts, strict=True)) / sum(counts)
+    torch.testing.assert_close(mean, loss_of(model, batch)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_equal_seeds_give_equal_models_and_losses(case):
     first, second = case.build(seed=3), case.build(seed=3)
     mine, theirs = first.state_dict(), second.state_dict()
