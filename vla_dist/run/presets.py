@@ -20,6 +20,9 @@ from vla_dist.run.config import (
 SINGLE_SCENE_TASKS = ("drawer-open", "drawer-close", "window-open", "window-close", "button-press-topdown")
 SHARED_SCENE_TASKS = ("scene/drawer-open", "scene/drawer-close", "scene/button-press")
 
+_VIEW = (CameraSpec(name="view", height=56, width=56),)
+"""What BabyAI's agent sees, 8 pixels a tile."""
+
 
 def demo() -> RunConfig:
     """Eight tabletop tasks in words: minutes on two CPU cores."""
@@ -78,6 +81,11 @@ def hierarchical_tiny() -> RunConfig:
     )
 
 
+def rt1_tiny() -> RunConfig:
+    """BabyAI through RT-1's eyes: the agent's view as a camera beside its symbols."""
+    return _missions("rt1-tiny", ModelSettings(architecture="rt1", preset="tiny", conditioning="none"), cameras=_VIEW)
+
+
 def _missions(name: str, model: ModelSettings, *, cameras: tuple[CameraSpec, ...] = ()) -> RunConfig:
     """The ``babyai`` run with another model, and with the agent's view as a camera where the model needs one."""
     run = babyai()
@@ -90,6 +98,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "babyai": babyai,
     "memory-tiny": memory_tiny,
     "hierarchical-tiny": hierarchical_tiny,
+    "rt1-tiny": rt1_tiny,
 }
 
 
