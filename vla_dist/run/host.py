@@ -29,7 +29,7 @@ class WorkerHost:
         self._board = board
         self._stop = threading.Event()
 
-    def run(self, *, max_seconds: float, pause_s: float = 0.0, patience_s: float = 60.0) -> None:
+    def run(self, *, max_seconds: float, pause_s: float = 0.0, patience_s: float = 180.0) -> None:
         """Step every worker until it is done, the host is told to stop, or ``max_seconds`` are over.
 
         Args:
