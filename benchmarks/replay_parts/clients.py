@@ -25,7 +25,6 @@ from vla_dist.replay.wire import Endpoint, pack
 Work = Callable[[], int]
 """Does one insert or one sample, and returns its environment steps."""
 _PREPARED = 24
-_WARM_UP_S = 0.5
 _ANSWER_S = 300.0
 
 
@@ -40,6 +39,8 @@ class Task:
     workload: Workload
     stored_steps: int = 0
     """Steps that a raw reader may read."""
+    warm_up_s: float = 0.5
+    """Work that is not measured."""
 
 
 class Clients:
@@ -78,7 +79,7 @@ def _answer(pipe: Connection) -> float:
 
 def _serve(task: Task, number: int, pipe: Connection) -> None:
     works = (_table_work if task.system == "table" else _raw_work)(task, f"{os.getpid()}-{number}")
-    _rate(works, _WARM_UP_S)
+    _rate(works, task.warm_up_s)
     pipe.send(0.0)
     while (seconds := pipe.recv()) is not None:
         pipe.send(_rate(works, seconds))

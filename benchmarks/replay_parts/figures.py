@@ -18,8 +18,13 @@ def draw(answer: Mapping[str, Any], path: Path) -> None:
         axes[0], ("low_dim", "image"), ("39 + 4 floats a step", "the same and an 84x84x3 frame"), strict=True
     ):
         _bars(axis, answer.get(name), f"{title}: T = 32, K = 20")
-    stored = answer.get("capacity", {})
-    axes[1, 0].plot([int(steps) for steps in stored], list(stored.values()), "o-", color="#1f6f8b")
+    for key, label, colour in (
+        ("capacity", "readers keep all rows", "#1f6f8b"),
+        ("capacity_without_cache", "readers keep none", "#e07a3f"),
+    ):
+        stored = answer.get(key, {})
+        axes[1, 0].plot([int(steps) for steps in stored], list(stored.values()), "o-", color=colour, label=label)
+    axes[1, 0].legend(frameon=False)
     axes[1, 0].set(
         xscale="log", ylim=(0, None), xlabel="stored steps", ylabel="sampled steps/s", title="over capacity (low-dim)"
     )
@@ -31,12 +36,12 @@ def draw(answer: Mapping[str, Any], path: Path) -> None:
     axes[1, 1].margins(0.15)
     axes[1, 1].set(xscale="log", yscale="log", xlabel="bytes a step", ylabel="sampled steps/s", title="over value size")
     for axis in axes.flat:
+        axis.set_visible(axis.has_data())
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
-    axes[1, 0].yaxis.set_major_formatter(EngFormatter())
-    axes[1, 0].xaxis.set_major_formatter(EngFormatter())
-    axes[1, 1].yaxis.set_major_formatter(EngFormatter())
-    axes[1, 1].xaxis.set_major_formatter(EngFormatter())
+    for axis in (one for one in axes[1] if one.has_data()):
+        axis.xaxis.set_major_formatter(EngFormatter())
+        axis.yaxis.set_major_formatter(EngFormatter())
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -24,6 +24,8 @@ class Workload:
     """B of a batch."""
     segments_per_append: int = 56
     prioritised: bool = False
+    cache_bytes: int = BufferConfig().cache_bytes
+    """Memory in which each reader keeps rows."""
 
     @property
     def spec(self) -> EnvSpec:
@@ -45,6 +47,7 @@ class Workload:
             num_steps=T,
             context_steps=K,
             capacity_steps=self.capacity_steps,
+            cache_bytes=self.cache_bytes,
             tables=(TableConfig(sampler=sampler),),
         )
 

@@ -46,11 +46,9 @@ def test_windows_equal_a_step_by_step_copy(num_steps, context_steps, future_step
         zip(*(a.tolist() for a in (pieces.windows, pieces.segments, pieces.firsts, pieces.counts)), strict=True)
     )
     assert found == [(window, *piece) for window, (_, cuts) in enumerate(expected) for piece in cuts]
-    # The steps of all pieces behind one zero, then taken by index: each window with zeros where it is padded.
-    joined = np.array(
-        [0, *(segment * num_steps + first + n for _, segment, first, count in found for n in range(count))]
-    )
-    windows = joined[pieces.step_index()]
+    # The steps of all pieces, arranged: each window with zeros where it is padded.
+    joined = np.array([segment * num_steps + first + n for _, segment, first, count in found for n in range(count)])
+    windows = pieces.arrange(joined)
     for window, (steps, _) in enumerate(expected):
         assert windows[window].tolist() == [step or 0 for step in steps]
         assert pieces.timesteps[window].tolist() == [step or 0 for step in steps]
@@ -69,4 +67,4 @@ def test_a_batch_of_no_windows_has_no_pieces():
     none = np.zeros(0, np.int64)
     pieces = WindowPieces.around(none, none, context_steps=4, num_steps=3)
     assert len(pieces.windows) == len(pieces.counts) == 0
-    assert pieces.step_index().shape == (0, 4)
+    assert pieces.arrange(none).shape == (0, 4)

@@ -70,8 +70,8 @@ def stage(make_server, tmp_path):
 def connect(stage):
     clients = []
 
-    def open_client(table):
-        clients.append(stage[1].connect(table, seed=len(clients)))
+    def open_client(table, **options):
+        clients.append(stage[1].connect(table, seed=len(clients), **options))
         return clients[-1]
 
     yield open_client
@@ -131,7 +131,7 @@ def test_a_stalled_server_is_reported_in_time_and_everything_goes_on_after(stage
 
 def test_a_reader_survives_constant_eviction(connect):
     """Between its draw and its fetch the episodes leave: those windows are drawn anew, none is torn."""
-    reader, writer = connect("scored"), connect("uniform")
+    reader, writer = connect("scored", cache_bytes=0), connect("uniform")
     writer.override_limiter(LimiterConfig())
     connect("queue").override_limiter(LimiterConfig())
     append_episodes(writer, 0, 10)
@@ -173,14 +173,14 @@ def test_a_reader_survives_constant_eviction(connect):
 
 def test_windows_that_left_before_they_were_read_raise_no_warning(connect):
     """Their returns were summed from whatever lay in that memory: infinity less infinity, now and then."""
-    reader, writer = connect("scored"), connect("uniform")
+    reader, writer = connect("scored", cache_bytes=0), connect("uniform")
     append_episodes(writer, 0, 3)
     fetcher, layout = reader._fetcher, reader.codec.layout
-    fetch, fetch_steps = fetcher.fetch, fetcher._fetch_steps
+    fetch, bulks = fetcher.fetch, reader.link.bulks
     evicted = []
 
-    def fetch_worst(*args):
-        received, starts = fetch_steps(*args)
+    def receive_worst(*args, **options):
+        received, starts = bulks(*args, **options)
         if (starts < 0).all():
             step = received[: 4 * layout.num_columns].view(np.float32)
             step[layout.segment_return], step[layout.segment_return + 1] = np.inf, -np.inf
@@ -193,7 +193,7 @@ def test_windows_that_left_before_they_were_read_raise_no_warning(connect):
         evicted.append(gone.all())
         return batch, gone
 
-    fetcher.fetch, fetcher._fetch_steps = fetch_late, fetch_worst
+    fetcher.fetch, reader.link.bulks = fetch_late, receive_worst
     batch = reader.sample(1, timeout_s=PATIENCE_S)
     assert evicted == [True, False]
     require_true_window(batch, 0, true_episode(batch.instructions[0]), num_steps=T)

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from chaos.ground_truth import (
     require_true_window,
     true_episode,
 )
+from chaos.stage import CACHE_BYTES
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -97,7 +99,8 @@ class BufferMachine(RuleBasedStateMachine):
 
     def connect(self, table: str | None) -> RedisReplayTable:
         self.seed += 1
-        return RedisReplayTable(self.server.url, SPEC, self.config, table=table, seed=self.seed)
+        config = replace(self.config, cache_bytes=CACHE_BYTES[self.seed % len(CACHE_BYTES)])
+        return RedisReplayTable(self.server.url, SPEC, config, table=table, seed=self.seed)
 
     def segment(self, back: int, index: int) -> Segment:
         """Of the newest episode, or one that began before it; 0 begins a new one."""

@@ -98,6 +98,11 @@ class SegmentCodec:
     def row_bytes(self) -> int:
         return len(self._template)
 
+    @property
+    def largest_bytes(self) -> int:
+        """Of a row and all its frames, unless compression makes them more."""
+        return self.row_bytes + self.num_steps * sum(codec.frame_bytes for codec in self.image_codecs.values())
+
     def encode(self, segment: Segment) -> EncodedSegment:
         """Raises DataError where the segment does not fit the spec or holds a number that is not finite."""
         return self.encode_all([segment])[0]
@@ -112,11 +117,17 @@ class SegmentCodec:
             frames: of each segment, packed before by ``image_codecs`` like this codec's and in their order; then
                 ``Segment.images`` are not looked at. Packing JPEG a second time would lose a little more.
         """
+        return self.check(segments, frames).encode(0, len(segments))
+
+    def check(
+        self, segments: Sequence[Segment], frames: Sequence[Mapping[str, bytes | memoryview]] | None = None
+    ) -> "CheckedSegments":
+        """Everything that ``encode_all`` may refuse is refused here; what takes long is done when it is asked for."""
         if not segments:
-            return []
-        num, layout, size = len(segments), self.layout, self.row_bytes
+            return CheckedSegments(self, (), None, bytearray(), (), ())
+        num, layout = len(segments), self.layout
         buffer = bytearray(self._template * num)
-        strides = (size, self.step_bytes, 4)
+        strides = (self.row_bytes, self.step_bytes, 4)
         steps = np.ndarray((num, self.num_steps, layout.num_columns), "<f4", buffer, self.steps_offset, strides)
         # What float32 cannot hold becomes infinite and is refused below.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -135,31 +146,42 @@ class SegmentCodec:
             steps[..., layout.segment_return + 1] = to_end - steps[..., layout.segment_return]
         if not np.isfinite(steps).all():
             raise DataError(_not_finite(segments, steps, layout))
-        returns = to_end[:, 0].tolist()
-        view = memoryview(buffer).toreadonly()
-        encoded = []
-        for number, segment in enumerate(segments):
-            images = self._pack_images(segment) if frames is None else frames[number]
-            checksums = [xxhash.xxh3_64_intdigest(data) for data in images.values()]
-            texts = [_text_bytes(name, getattr(segment, name), capacity) for name, capacity in TEXT_BYTES.items()]
-            start = number * size
-            self._fields.pack_into(
-                buffer,
-                start + self._fields_offset,
-                *texts,
-                segment.segment_index,
-                segment.policy_version,
-                segment.length,
-                SOURCES.index(segment.source),
-                segment.is_last,
-                segment.success,
-                0,
-                *checksums,
-            )
-            row = view[start : start + size]
-            _CHECKSUM.pack_into(buffer, start + self.checksum_offset, xxhash.xxh3_64_intdigest(row, self._seed))
-            encoded.append(EncodedSegment(row=row, images=images, segment_return=returns[number]))
-        return encoded
+        texts = [
+            [_text_bytes(name, getattr(segment, name), capacity) for name, capacity in TEXT_BYTES.items()]
+            for segment in segments
+        ]
+        return CheckedSegments(self, segments, frames, buffer, texts, to_end[:, 0].tolist())
+
+    def finish_row(
+        self,
+        buffer: bytearray,
+        start: int,
+        segment: Segment,
+        texts: Sequence[bytes],
+        images: Mapping[str, bytes | memoryview],
+    ) -> memoryview:
+        """The row at ``start``, with all that goes into it beside the steps."""
+        checksums = [xxhash.xxh3_64_intdigest(data) for data in images.values()]
+        self._fields.pack_into(
+            buffer,
+            start + self._fields_offset,
+            *texts,
+            segment.segment_index,
+            segment.policy_version,
+            segment.length,
+            SOURCES.index(segment.source),
+            segment.is_last,
+            segment.success,
+            0,
+            *checksums,
+        )
+        row = memoryview(buffer)[start : start + self.row_bytes].toreadonly()
+        _CHECKSUM.pack_into(buffer, start + self.checksum_offset, xxhash.xxh3_64_intdigest(row, self._seed))
+        return row
+
+    def pack_images(self, segment: Segment) -> dict[str, bytes | memoryview]:
+        """camera name -> the valid frames as they are stored."""
+        return {name: codec.pack(segment.images[name][: segment.length]) for name, codec in self.image_codecs.items()}
 
     def decode(self, row: bytes | memoryview, images: Mapping[str, bytes | memoryview] | None = None) -> Segment:
         """Inverse of ``encode``; arrays are read-only views of ``row``, the images are copies.
@@ -271,9 +293,6 @@ class SegmentCodec:
                     f"{frames.dtype} frames of shape {frames.shape}, expected uint8 of {shape}"
                 )
 
-    def _pack_images(self, segment: Segment) -> dict[str, bytes | memoryview]:
-        return {name: codec.pack(segment.images[name][: segment.length]) for name, codec in self.image_codecs.items()}
-
     def _unpack_images(
         self, record: np.void, images: Mapping[str, bytes | memoryview], length: int
     ) -> dict[str, Array]:
@@ -286,6 +305,37 @@ class SegmentCodec:
             padded[:length] = frames
             unpacked[name] = padded
         return unpacked
+
+
+class CheckedSegments:
+    """Segments that fit, encoded some at a time: so that a server can store the first while the next are encoded."""
+
+    def __init__(
+        self,
+        codec: SegmentCodec,
+        segments: Sequence[Segment],
+        frames: Sequence[Mapping[str, bytes | memoryview]] | None,
+        buffer: bytearray,
+        texts: Sequence[Sequence[bytes]],
+        returns: Sequence[float],
+    ) -> None:
+        """Made by ``SegmentCodec.check``: ``buffer`` holds the rows, of which the steps are filled in."""
+        self._codec = codec
+        self._segments = segments
+        self._frames = frames
+        self._buffer = buffer
+        self._texts = texts
+        self._returns = returns
+
+    def encode(self, start: int, stop: int) -> list[EncodedSegment]:
+        """The segments from ``start`` to before ``stop``; each is to be asked for once."""
+        codec, encoded = self._codec, []
+        for number in range(start, stop):
+            segment = self._segments[number]
+            images = codec.pack_images(segment) if self._frames is None else self._frames[number]
+            row = codec.finish_row(self._buffer, number * codec.row_bytes, segment, self._texts[number], images)
+            encoded.append(EncodedSegment(row=row, images=images, segment_return=self._returns[number]))
+        return encoded
 
 
 def _require_same_frames(camera: str, data: bytes | memoryview, record: np.void, number: int) -> None:

@@ -76,10 +76,15 @@ class WindowPieces:
             padding_mask=mask,
         )
 
-    def step_index(self) -> Array:
-        """(B, W) int64 position of each step among the steps of all pieces, counted from 1; 0 where padded.
+    @property
+    def is_full(self) -> bool:
+        """Whether no step is padding."""
+        return int(self.counts.sum()) == self.padding_mask.size
 
-        So ``concatenate([zeros, all pieces])[index]`` are the windows, zero where padded.
-        """
-        index = np.cumsum(self.padding_mask.ravel()).reshape(self.padding_mask.shape)
-        return np.where(self.padding_mask, index, 0)
+    def arrange(self, values: Array) -> Array:
+        """(B, W) of one value for each real step, given in the order of the pieces; 0 where padded."""
+        if self.is_full:
+            return values.reshape(self.padding_mask.shape)
+        arranged = np.zeros(self.padding_mask.shape, values.dtype)
+        arranged[self.padding_mask] = values
+        return arranged

@@ -150,6 +150,9 @@ class BufferConfig:
     them. A reader's own choice as well."""
     capacity_steps: int = 1_000_000
     """Valid steps kept; the episode that began first is evicted first, whole."""
+    cache_bytes: int = 1 << 29
+    """Memory in which a reader keeps rows that it fetched, so that each crosses the socket about once; frames are not
+    kept. It is taken as rows come. A reader's own choice; 0: none."""
     remembered_episodes: int = 100_000
     """Evicted episodes whose late retries are still recognised as duplicates."""
     image_encodings: Mapping[str, ImageEncoding] = field(default_factory=dict[str, ImageEncoding])
@@ -161,8 +164,9 @@ class BufferConfig:
         for name in ("num_steps", "context_steps", "capacity_steps", "remembered_episodes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"buffer {self.name!r}: {name} {getattr(self, name)} must be at least 1")
-        if self.future_steps < 0:
-            raise ConfigError(f"buffer {self.name!r}: future_steps {self.future_steps} must not be negative")
+        for name in ("future_steps", "cache_bytes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"buffer {self.name!r}: {name} {getattr(self, name)} must not be negative")
         names = [table.name for table in self.tables]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"buffer {self.name!r}: tables {names} must be at least one, each with its own name")
@@ -194,6 +198,7 @@ class BufferConfig:
         return replace(
             self,
             capacity_steps=self.capacity_steps // num_shards,
+            cache_bytes=self.cache_bytes // num_shards,
             remembered_episodes=math.ceil(self.remembered_episodes / num_shards),
             tables=tuple(_split_recency(table, num_shards) for table in self.tables),
         )

@@ -34,9 +34,10 @@ local HEAD_BYTES, TABLE_BYTES = 136, 112
 local EPISODE = '<di4I4I4BBBBc16I2'
 local OPEN, COMPLETE, EVICTED = 0, 1, 2
 local SEGMENT = '<dd' -- sum of rewards (NaN: not seen), policy version
--- digest, index, length, is last, success, source, intervened, policy version, sum of rewards, checksum of the row,
--- bytes of the id and task
-local ARRIVAL = '<c16I4I4BBBBddc8I2I2'
+-- what segments of one episode have in common: digest, source, how many there are, bytes of the id, task, instruction;
+-- and of each segment: index, length, is last, success, intervened, policy version, sum of rewards, checksum of the row
+local RUN, ARRIVAL = '<c16BI2I2I2I2', '<I4I4BBBddc8'
+local ARRIVAL_BYTES = 35
 -- completion, first row, length, segments, source, success, intervened, unused, completed at, digest, bytes of the id,
 -- task and instruction
 local LIVE = '<ddI4I4BBBBdc16I2I2I2'
@@ -297,15 +298,18 @@ local function insert_waits(b, t) return t.ratio >= 0 and has_least(b, t) and t.
 
 -- Takes the expiry off; false where a payload is not there, and then all expire as before. What an earlier attempt left
 -- under these names may be another segment: a writer that died and acted anew. It goes, and the payload must come again.
-local function keep_payload(b, a)
-  local names = payload_names(b, a.digest, a.index, a.index)
-  local stored = redis.call('GETRANGE', names[1], b.checksum_at, b.checksum_at + 7)
-  if stored ~= '' and stored ~= a.checksum then
-    redis.call('UNLINK', unpack(names))
+local function keep_payload(b, digest, a)
+  local row = b.prefix .. 'row:' .. digest .. ':' .. a.index
+  local stored = redis.call('GETRANGE', row, b.checksum_at, b.checksum_to)
+  if stored ~= a.checksum then
+    if stored ~= '' then redis.call('UNLINK', unpack(payload_names(b, digest, a.index, a.index))) end
     return false
   end
-  for i, name in ipairs(names) do
-    if redis.call('PERSIST', name) == 0 then
+  if redis.call('PERSIST', row) == 0 then return false end
+  if b.s.cameras_here == 0 then return true end
+  local names = payload_names(b, digest, a.index, a.index)
+  for i = 2, #names do
+    if redis.call('PERSIST', names[i]) == 0 then
       for j = 1, i - 1 do redis.call('PEXPIRE', names[j], STAGE_MS) end
       return false
     end
@@ -326,84 +330,102 @@ local function outstayed(b, a, e)
   return redis.call('HGET', b.prefix .. 'completed', number(completion))
 end
 
--- One segment: OK or DUP, with 1 if its episode is evicted; CLOSED with the last index, MISSING where its payload is gone, or WAIT ...
-local function take_in(b, a, first_try)
-  local s, e = b.s, read_episode(b, a.id)
-  if e and is_seen(e, a.index) then
-    s.duplicates = s.duplicates + 1
-    return {'DUP', e.status == EVICTED and '1' or '0'}
-  end
-  if e and ((e.last_index >= 0 and a.index > e.last_index) or (a.is_last == 1 and a.index < num_segments(e) - 1)) then
-    -- What was staged contradicts the episode: the right segment of this name must not find it there.
-    redis.call('UNLINK', unpack(payload_names(b, a.digest, a.index, a.index)))
-    return {'CLOSED', number(e.last_index >= 0 and e.last_index or num_segments(e) - 1)}
-  end
-  for _, t in ipairs(b.tables) do
-    if insert_waits(b, t) then
-      if first_try then t.inserts_waited = t.inserts_waited + 1 end
-      return wait_reply(b, t, 'limiter')
+-- One segment of a run. Answers a letter: o taken in, d a duplicate, either as a capital if its episode is evicted;
+-- c contradicts its episode, with the last index of that; m its payload is gone; w must wait, with the reason.
+local function take_in(b, r, a)
+  local s, e = b.s, read_episode(b, r.id)
+  if e then
+    if is_seen(e, a.index) then
+      s.duplicates = s.duplicates + 1
+      return e.status == EVICTED and 'D' or 'd'
+    end
+    if (e.last_index >= 0 and a.index > e.last_index) or (a.is_last == 1 and a.index < num_segments(e) - 1) then
+      -- What was staged contradicts the episode: the right segment of this name must not find it there.
+      redis.call('UNLINK', unpack(payload_names(b, r.digest, a.index, a.index)))
+      return 'c', e.last_index >= 0 and e.last_index or num_segments(e) - 1
     end
   end
-  local made_room = false
-  if s.steps > 0 and s.steps + a.length > s.capacity then close_episode(b) end
-  while s.steps > 0 and s.steps + a.length > s.capacity do
-    if not evict_oldest(b) then return wait_reply(b, b.tables[1], 'archive') end
-    made_room = true
+  for i = 1, #b.tables do
+    local t = b.tables[i]
+    if insert_waits(b, t) then
+      if b.first_try then t.inserts_waited = t.inserts_waited + 1 end
+      return 'w', wait_reply(b, t, 'limiter')
+    end
   end
-  -- Making room may have evicted this very episode.
-  if made_room then e = read_episode(b, a.id) end
-  local late = outstayed(b, a, e)
+  if s.steps > 0 and s.steps + a.length > s.capacity then
+    close_episode(b)
+    repeat
+      if not evict_oldest(b) then return 'w', wait_reply(b, b.tables[1], 'archive') end
+    until s.steps == 0 or s.steps + a.length <= s.capacity
+    -- Making room may have evicted this very episode.
+    e = read_episode(b, r.id)
+  end
+  local late = b.has_rings and outstayed(b, a, e)
   while late do
     close_episode(b)
     local old = read_episode(b, late)
-    if b.s.archiving == 1 and old.completion > b.s.archived then return wait_reply(b, b.tables[1], 'archive') end
+    if s.archiving == 1 and old.completion > s.archived then return 'w', wait_reply(b, b.tables[1], 'archive') end
     evict_out_of_turn(b, late, old)
     late = outstayed(b, a, e)
   end
   if not e then
-    e = {completion = 0, last_index = -1, seen = 0, steps = 0, status = OPEN, success = 0, source = a.source,
-      intervened = 0, digest = a.digest, task = a.task, segments = ''}
-    if not keep_payload(b, a) then return {'MISSING'} end
-    redis.call('RPUSH', b.prefix .. 'order', a.id)
-  elseif e.status == OPEN and not keep_payload(b, a) then
-    return {'MISSING'}
+    e = {completion = 0, last_index = -1, seen = 0, steps = 0, status = OPEN, success = 0, source = r.source,
+      intervened = 0, digest = r.digest, task = r.task, segments = ''}
+    if not keep_payload(b, r.digest, a) then return 'm' end
+    redis.call('RPUSH', b.prefix .. 'order', r.id)
+  elseif e.status == OPEN and not keep_payload(b, r.digest, a) then
+    return 'm'
   end
   s.inserted = s.inserted + a.length
-  for _, t in ipairs(b.tables) do
+  for i = 1, #b.tables do
+    local t = b.tables[i]
     if counts_inserts(b, t) then t.balance = t.balance + a.length * t.ratio end
   end
   e.seen = e.seen + 1
   if a.is_last == 1 then e.last_index, e.success = a.index, a.success end
   if a.intervened == 1 then e.intervened = 1 end
   set_segment(e, a.index, a.sum, a.version)
+  keep_open(b, r.id, e)
   if e.status == EVICTED then
     -- It outlived the capacity while open, so it can never be drawn: accepted, and gone at once.
     s.evicted_steps = s.evicted_steps + a.length
-    for _, t in ipairs(b.tables) do owe_no_more(t, a.length) end
-  else
-    e.steps, s.steps = e.steps + a.length, s.steps + a.length
-    if e.seen == e.last_index + 1 then complete(b, a.id, e, a.instruction) end
+    for i = 1, #b.tables do owe_no_more(b.tables[i], a.length) end
+    return 'O'
   end
-  keep_open(b, a.id, e)
-  return {'OK', e.status == EVICTED and '1' or '0'}
+  e.steps, s.steps = e.steps + a.length, s.steps + a.length
+  if e.seen == e.last_index + 1 then complete(b, r.id, e, r.instruction) end
+  return 'o'
 end
 
--- args: 1 at the first try of this append, where in a row its checksum stands, then each segment as packed ARRIVAL with
--- id, task and instruction
--- Answers one reply for each segment up to the first WAIT or MISSING, then the oldest of images_gone.
+-- args: 1 at the first try of this append, where in a row its checksum stands, then runs of segments: packed RUN, id,
+-- task, instruction, and each segment as packed ARRIVAL.
+-- Answers a letter for each segment up to the first that must wait or is missing, see take_in; for each c its last index;
+-- why it must wait; and the oldest of images_gone.
 local function commit(keys, args)
-  local b, out = open_buffer(keys), {}
-  b.checksum_at = tonumber(args[2])
+  local b, letters, last_indices, why = open_buffer(keys), {}, {}, {}
+  b.first_try, b.checksum_at = args[1] == '1', tonumber(args[2])
+  b.checksum_to = b.checksum_at + 7
   for i = 3, #args do
-    local a, id_bytes, task_bytes, after = {}, nil, nil, nil
-    a.digest, a.index, a.length, a.is_last, a.success, a.source, a.intervened, a.version, a.sum, a.checksum, id_bytes,
-      task_bytes, after = struct.unpack(ARRIVAL, args[i])
-    a.id = string.sub(args[i], after, after + id_bytes - 1)
-    a.task = string.sub(args[i], after + id_bytes, after + id_bytes + task_bytes - 1)
-    a.instruction = string.sub(args[i], after + id_bytes + task_bytes)
-    out[i - 2] = take_in(b, a, args[1] == '1')
-    local answer = out[i - 2][1]
-    if answer == 'WAIT' or answer == 'MISSING' then break end
+    local packed, r, a = args[i], {}, {}
+    local num, id_bytes, task_bytes, instruction_bytes, at
+    r.digest, r.source, num, id_bytes, task_bytes, instruction_bytes, at = struct.unpack(RUN, packed)
+    r.id = string.sub(packed, at, at + id_bytes - 1)
+    at = at + id_bytes
+    r.task = string.sub(packed, at, at + task_bytes - 1)
+    at = at + task_bytes
+    r.instruction = string.sub(packed, at, at + instruction_bytes - 1)
+    at = at + instruction_bytes
+    for _ = 1, num do
+      a.index, a.length, a.is_last, a.success, a.intervened, a.version, a.sum, a.checksum =
+        struct.unpack(ARRIVAL, packed, at)
+      at = at + ARRIVAL_BYTES
+      local letter, more = take_in(b, r, a)
+      letters[#letters + 1] = letter
+      if letter == 'c' then last_indices[#last_indices + 1] = more end
+      if letter == 'w' then why = more end
+      if letter == 'w' or letter == 'm' then break end
+    end
+    if letters[#letters] == 'w' or letters[#letters] == 'm' then break end
   end
   close_episode(b)
   save(b)
@@ -411,7 +433,7 @@ local function commit(keys, args)
   if b.s.cameras_apart > 0 then
     images_gone = redis.call('LRANGE', b.prefix .. 'images_gone', 0, MOST_IMAGES_GONE - 1)
   end
-  return {out, table.concat(images_gone)}
+  return {table.concat(letters), last_indices, why, table.concat(images_gone)}
 end
 
 -- args: index of the table, windows, 1 at the first try. Answers WAIT ..., or OK and the server's time.

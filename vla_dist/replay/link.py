@@ -97,27 +97,39 @@ class RedisLink:
         """Connections that broke: the server may have restarted, perhaps without its newest data."""
         self._lock = threading.Lock()
 
-    def call(self, commands: Sequence[Command], *, timeout_s: float) -> list[Any]:
+    def call(
+        self, commands: Sequence[Command], *, timeout_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> list[Any]:
         """Replies of all commands, tried again while the server does not answer; so they must bear repetition.
 
         Blocking: at most ``timeout_s``, and 1 s more so that even an impatient caller gets one honest try.
+
+        Args:
+            commands: sent together.
+            timeout_s: see above.
+            meanwhile: done once, while the server works on what was sent.
 
         Raises:
             Unreachable: no answer within that time.
             ServerFull, Unauthorised, NotFound, DataError: what the first error among the replies means.
         """
-        replies = self.exchange(commands, timeout_s=timeout_s)
+        replies = self.exchange(commands, timeout_s=timeout_s, meanwhile=meanwhile)
         for reply in replies:
             if isinstance(reply, ReplyError):
                 raise self.meaning(reply)
         return replies
 
-    def exchange(self, commands: Sequence[Command], *, timeout_s: float) -> list[Any]:
+    def exchange(
+        self, commands: Sequence[Command], *, timeout_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> list[Any]:
         """As ``call``, with error replies left among the others for the caller to judge by ``meaning``."""
         buffers = pack(commands)
+        waiting = [] if meanwhile is None else [meanwhile]
 
         def send_and_read(wire: Wire, end: float) -> list[Any]:
             wire.send(buffers, end)
+            if waiting:
+                waiting.pop()()
             return _read_ready(wire, len(commands), end)
 
         return self._patiently(send_and_read, timeout_s)

@@ -27,7 +27,7 @@ from vla_dist.replay.config import (
     require_same_identity,
 )
 from vla_dist.replay.episodes import Entry, EpisodeReader, PayloadMissing
-from vla_dist.replay.fetching import WindowFetcher, WindowPlan
+from vla_dist.replay.fetching import WindowFetcher
 from vla_dist.replay.following import IndexFollower
 from vla_dist.replay.index import EpisodeIndex
 from vla_dist.replay.keys import Keys
@@ -37,6 +37,7 @@ from vla_dist.replay.losses import LossCheck
 from vla_dist.replay.samplers import Drawn, make_sampler
 from vla_dist.replay.state import BufferState
 from vla_dist.replay.sweeping import ImagesGone
+from vla_dist.replay.window_plan import WindowPlan
 from vla_dist.replay.wire import Command
 from vla_dist.replay.writing import SegmentWriter, wait_reason
 
@@ -97,7 +98,12 @@ class RedisReplayTable:
             self.close()
             raise
         self._fetcher = WindowFetcher(
-            self.link, self.images_link, self.codec, self.keys, context_steps=config.context_steps
+            self.link,
+            self.images_link,
+            self.codec,
+            self.keys,
+            context_steps=config.context_steps,
+            cache_bytes=config.cache_bytes,
         )
         self.reader = EpisodeReader(self.link, self.images_link, self.codec, self.keys)
         cameras = len(spec.cameras)

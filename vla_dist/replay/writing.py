@@ -4,9 +4,10 @@ consumes: segments. waits for: the limiters, room, the archive. unblocked by: sa
 """
 
 import contextlib
+import itertools
 import struct
 import threading
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +25,13 @@ _IMAGE_STAGE_MS = b"50000"
 """Images go first: what is left of an earlier attempt shows by the checksum of its row."""
 _APART_STAGE_MS = b"3600000"
 """Of images on a server of their own: between commit and the removal of the expiry lies another connection."""
-_MOST_SEGMENTS = 64
-_MOST_BYTES = 16 << 20
+_MOST_SEGMENTS = 16
+_MOST_BYTES = 2 << 20
+"""Stored in one exchange; the next ones are encoded meanwhile."""
 MOST_SEGMENTS_PER_EPISODE = 1 << 16
-# See ARRIVAL in functions.lua.
-_ARRIVAL = struct.Struct("<16sIIBBBBdd8sHH")
+# See functions.lua.
+_RUN = struct.Struct("<16sBHHHH")
+_ARRIVAL = struct.Struct("<IIBBBdd8s")
 
 
 @dataclass(slots=True)
@@ -37,10 +40,26 @@ class _Item:
     encoded: EncodedSegment
     digest: str
     arrival: bytes
-    num_bytes: int
     result: AppendResult | None = None
     inserted: bool = False
     """By this call, even if its images had to be brought again."""
+
+
+class _Batches:
+    """Batches in order, of which one may be made before it is asked for."""
+
+    def __init__(self, batches: Iterator[list[_Item]]) -> None:
+        self._batches = batches
+        self._made: list[_Item] = []
+
+    def make_next(self) -> None:
+        self._made = self._made or next(self._batches, [])
+
+    def take(self) -> list[_Item]:
+        """The next one, empty after the last."""
+        self.make_next()
+        made, self._made = self._made, []
+        return made
 
 
 class SegmentWriter:
@@ -74,63 +93,64 @@ class SegmentWriter:
     ) -> list[AppendResult]:
         """Store each once; see ``RedisReplayTable.append_all``."""
         # All are checked before the first byte of any is sent.
-        items = self._prepare(segments, frames)
+        batches = _Batches(self._prepare(segments, frames))
         deadline = Deadline(timeout_s)
         refused: DataError | None = None
-        start = 0
-        while start < len(items):
-            stop, size = start + 1, items[start].num_bytes
-            while stop < min(len(items), start + _MOST_SEGMENTS) and size + items[stop].num_bytes <= _MOST_BYTES:
-                size += items[stop].num_bytes
-                stop += 1
-            refused = self._store(items[start:stop], deadline, timeout_s) or refused
-            start = stop
+        results: list[AppendResult] = []
+        while items := batches.take():
+            refused = self._store(items, deadline, timeout_s, batches.make_next) or refused
+            results.extend(item.result for item in items if item.result is not None)
         if refused is not None:
             raise refused
-        return [item.result for item in items if item.result is not None]
+        return results
 
     def _prepare(
         self, segments: Sequence[Segment], frames: Sequence[Mapping[str, bytes | memoryview]] | None
-    ) -> list[_Item]:
+    ) -> Iterator[list[_Item]]:
         for segment in segments:
             if segment.segment_index >= MOST_SEGMENTS_PER_EPISODE:
                 raise DataError(
                     f"segment_index {segment.segment_index} must be below {MOST_SEGMENTS_PER_EPISODE}; end the "
                     "episode earlier"
                 )
-        return [
-            _Item(segment, encoded, digest, self._arrival(segment, encoded, digest), _num_bytes(encoded))
-            for segment, encoded in zip(segments, self._codec.encode_all(segments, frames), strict=True)
-            for digest in (episode_digest(segment.episode_id),)
-        ]
+        checked = self._codec.check(segments, frames)
+        count = max(1, min(_MOST_SEGMENTS, _MOST_BYTES // self._codec.largest_bytes))
+        return (
+            [
+                _Item(segment, encoded, digest, self._arrival(segment, encoded))
+                for segment, encoded in zip(segments[start:stop], checked.encode(start, stop), strict=True)
+                for digest in (episode_digest(segment.episode_id),)
+            ]
+            for start in range(0, len(segments), count)
+            for stop in (min(start + count, len(segments)),)
+        )
 
-    def _arrival(self, segment: Segment, encoded: EncodedSegment, digest: str) -> bytes:
-        """What the commit must know."""
-        episode_id, task = segment.episode_id.encode(), segment.task.encode()
+    def _arrival(self, segment: Segment, encoded: EncodedSegment) -> bytes:
+        """What the commit must know of one segment."""
         at = self._codec.checksum_offset
-        packed = _ARRIVAL.pack(
-            digest.encode(),
+        return _ARRIVAL.pack(
             segment.segment_index,
             segment.length,
             segment.is_last,
             segment.is_last and segment.success,
-            SOURCES.index(segment.source),
             bool(segment.interventions[: segment.length].any()),
             segment.policy_version,
             encoded.segment_return,
             bytes(encoded.row[at : at + 8]),
-            len(episode_id),
-            len(task),
         )
-        return b"".join((packed, episode_id, task, segment.instruction.encode()))
 
-    def _store(self, items: list[_Item], deadline: Deadline, timeout_s: float) -> DataError | None:
-        """Commit all of ``items``; the first one that contradicts its episode comes back as an error."""
+    def _store(
+        self, items: list[_Item], deadline: Deadline, timeout_s: float, meanwhile: Callable[[], None]
+    ) -> DataError | None:
+        """Commit all of ``items``; the first one that contradicts its episode comes back as an error.
+
+        ``meanwhile`` is done, perhaps more than once, while a server works.
+        """
         refused: DataError | None = None
         staged = False
         while items:
             try:
-                upload = [] if staged else self._upload(items, deadline)
+                upload = [] if staged else self._upload(items, deadline, meanwhile)
                 commit = (
                     "FCALL",
                     function_name("commit"),
@@ -138,9 +158,10 @@ class SegmentWriter:
                     self._keys.state,
                     int(deadline.first),
                     self._codec.checksum_offset,
-                    *(item.arrival for item in items),
+                    *_runs(items),
                 )
-                replies = self._link.exchange([*upload, *self._forget_unlinked(), commit], timeout_s=deadline.left_s)
+                commands = [*upload, *self._forget_unlinked(), commit]
+                replies = self._link.exchange(commands, timeout_s=deadline.left_s, meanwhile=meanwhile)
                 answer = replies[-1]
                 if isinstance(answer, ReplyError):
                     raise self._link.meaning(answer)
@@ -150,18 +171,18 @@ class SegmentWriter:
                 full = next((reply for reply in replies if isinstance(reply, ReplyError)), None)
                 expired = "the payload expired before it was committed"
                 staged, reason = False, expired if full is None else str(self._link.meaning(full))
-                answers, images_gone = answer
+                letters, last_indices, why, images_gone = answer
+                answers, last_indices = letters.decode(), iter(last_indices)
                 lost = self._settle_images(items, answers, images_gone, deadline)
-                for item, reply in zip(items, answers, strict=False):
-                    kind = reply[0]
-                    if kind == b"CLOSED":
-                        refused = refused or _contradiction(item.segment, int(reply[1]))
+                for item, letter in zip(items, answers, strict=False):
+                    if letter == "c":
+                        refused = refused or _contradiction(item.segment, next(last_indices))
                         item.result = "duplicate"
-                    elif kind == b"WAIT":
-                        staged, reason = True, wait_reason("inserts", reply)
+                    elif letter == "w":
+                        staged, reason = True, wait_reason("inserts", why)
                         self.on_wait()
-                    elif kind != b"MISSING":
-                        item.inserted |= kind == b"OK"
+                    elif letter != "m":
+                        item.inserted |= letter in "oO"
                         if item.digest in lost:
                             reason = "the server of the images forgot them"
                         else:
@@ -194,7 +215,7 @@ class SegmentWriter:
             unlinked, self._unlinked = self._unlinked, []
         return self._images_gone.forget(unlinked)
 
-    def _upload(self, items: list[_Item], deadline: Deadline) -> list[Command]:
+    def _upload(self, items: list[_Item], deadline: Deadline, meanwhile: Callable[[], None]) -> list[Command]:
         """Commands that put the payloads on the server of the rows; images of another server are sent at once."""
         commands: list[Command] = []
         for item in items:
@@ -204,14 +225,17 @@ class SegmentWriter:
             if self._images is None:
                 commands += self._image_commands(item, b"NX", b"PX", _IMAGE_STAGE_MS)
         if self._images is not None:
-            self._upload_apart(self._images, items, deadline)
+            self._upload_apart(self._images, items, deadline, meanwhile)
         return commands
 
-    def _upload_apart(self, images: RedisLink, items: list[_Item], deadline: Deadline) -> None:
+    def _upload_apart(
+        self, images: RedisLink, items: list[_Item], deadline: Deadline, meanwhile: Callable[[], None]
+    ) -> None:
         """Frames that are there and still expire are those of an earlier attempt, perhaps of another segment."""
         names = [name for item in items for name in self._image_names(item)]
         commands = [command for item in items for command in self._image_commands(item, b"PX", _APART_STAGE_MS)]
-        answers = images.call([(*command, b"NX") for command in commands], timeout_s=deadline.left_s)
+        staging = [(*command, b"NX") for command in commands]
+        answers = images.call(staging, timeout_s=deadline.left_s, meanwhile=meanwhile)
         there = [place for place, answer in enumerate(answers) if answer is None]
         if there:
             left_ms = images.call([("PTTL", names[place]) for place in there], timeout_s=deadline.left_s)
@@ -230,9 +254,7 @@ class SegmentWriter:
             self._keys.image(item.digest, item.segment.segment_index, number) for number in range(len(self._cameras))
         ]
 
-    def _settle_images(
-        self, items: list[_Item], answers: list[Any], images_gone: bytes, deadline: Deadline
-    ) -> Set[str]:
+    def _settle_images(self, items: list[_Item], answers: str, images_gone: bytes, deadline: Deadline) -> Set[str]:
         """On a server of their own, images outlive their expiry once the row is committed, and leave with it.
 
         Returns the digests of episodes whose images vanished between upload and commit: they must come again, and be
@@ -243,19 +265,19 @@ class SegmentWriter:
         commands: list[Command] = []
         stored: list[tuple[str, str]] = []
         gone = ImagesGone.split(images_gone)
-        for item, reply in zip(items, answers, strict=False):
+        for item, letter in zip(items, answers, strict=False):
             names = self._image_names(item)
-            if reply[0] == b"CLOSED" or (reply[0] in (b"OK", b"DUP") and reply[1] == b"1"):
+            if letter in "cOD":
                 commands.append(("UNLINK", *names))
-            elif reply[0] in (b"OK", b"DUP"):
+            elif letter in "od":
                 stored += [(item.digest, name) for name in names]
         persist: list[Command] = [("PERSIST", name) for _, name in stored]
         commands = [*persist, *commands, *self._images_gone.unlink(gone)]
-        answers = self._images.call(commands, timeout_s=deadline.left_s) if commands else []
+        replies = self._images.call(commands, timeout_s=deadline.left_s) if commands else []
         with self._lock:
             self._unlinked += gone
         # Without an expiry before, or not there at all?
-        doubtful = [pair for pair, kept in zip(stored, answers, strict=False) if not kept]
+        doubtful = [pair for pair, kept in zip(stored, replies, strict=False) if not kept]
         if not doubtful:
             return frozenset()
         present = self._images.call([("EXISTS", name) for _, name in doubtful], timeout_s=deadline.left_s)
@@ -266,8 +288,18 @@ def _nothing() -> None:
     return
 
 
-def _num_bytes(encoded: EncodedSegment) -> int:
-    return len(encoded.row) + sum(memoryview(data).nbytes for data in encoded.images.values())
+def _runs(items: Sequence[_Item]) -> Iterator[bytes]:
+    """Packed for the commit: what neighbours of one episode have in common is said once."""
+
+    def common(item: _Item) -> tuple[str, str, str, str]:
+        segment = item.segment
+        return item.digest, segment.source, segment.task, segment.instruction
+
+    for (digest, source, task, instruction), run in itertools.groupby(items, common):
+        arrivals = list(run)
+        texts = (arrivals[0].segment.episode_id.encode(), task.encode(), instruction.encode())
+        head = _RUN.pack(digest.encode(), SOURCES.index(source), len(arrivals), *map(len, texts))
+        yield b"".join((head, *texts, *(item.arrival for item in arrivals)))
 
 
 def wait_reason(side: str, reply: Sequence[bytes]) -> str:

@@ -14,6 +14,8 @@ from vla_dist.replay.table import RedisReplayTable
 T, K = 4, 6
 PATIENCE_S = 60.0
 """More than any outage of a storm: who has to give up found a bug."""
+CACHE_BYTES = (0, 4096, 1 << 29)
+"""What readers keep of rows that they fetched: none, a few, all."""
 TABLES = (
     TableConfig(name="uniform", limiter=LimiterConfig(samples_per_insert=1.0, error_buffer_steps=400)),
     TableConfig(name="scored", sampler=Prioritised()),
@@ -36,12 +38,13 @@ class Stage:
     def write(self, folder: Path) -> None:
         (folder / "stage.json").write_text(json.dumps(asdict(self)))
 
-    def connect(self, table: str, *, seed: int = 0) -> RedisReplayTable:
+    def connect(self, table: str, *, seed: int = 0, cache_bytes: int | None = None) -> RedisReplayTable:
         config = BufferConfig(
             name="storm",
             num_steps=T,
             context_steps=K,
             capacity_steps=self.capacity_steps,
+            cache_bytes=CACHE_BYTES[seed % len(CACHE_BYTES)] if cache_bytes is None else cache_bytes,
             image_encodings=IMAGE_ENCODINGS,
             tables=TABLES,
         )

@@ -1,0 +1,81 @@
+"""What must be fetched for a draw, and where it goes.
+
+Dimensions: B windows, K context steps, F future steps, N pieces.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from vla_dist.core.types import Array
+from vla_dist.data.windows import WindowPieces
+from vla_dist.replay.index import EpisodeIndex
+from vla_dist.replay.samplers import Drawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WindowPlan:
+    """All that is needed to fetch and assemble a batch, copied from the index so that it may change meanwhile."""
+
+    pieces: WindowPieces
+    """Of K + F steps."""
+    frame_pieces: WindowPieces
+    """Of the K steps whose frames are wanted; the same where F is 0."""
+    digests: Array
+    """(B,) S16, of the episodes."""
+    tail_returns: Array
+    """(N,) float64, reward that the episode still collects after each piece's segment."""
+    piece_numbers: Array
+    """(N,) int64, of the rows in which the pieces lie."""
+    oldest: int
+    """No stored row has a smaller number."""
+    newest: int
+    """None has a larger one."""
+    numbers: Array
+    """(B,) int64, of the rows in which the windows end."""
+    completions: Array
+    """(B,) int64, of the episodes."""
+    row_lengths: Array
+    """(B,) int64, of those rows."""
+    episode_lengths: Array
+    success: Array
+    policy_versions: Array
+    completed_at_s: Array
+    sources: list[int]
+    tasks: list[str]
+    instructions: list[str]
+    weights: Array | None
+
+    @classmethod
+    def of(cls, index: EpisodeIndex, drawn: Drawn, *, context_steps: int, future_steps: int) -> "WindowPlan":
+        rows, episodes = index.rows, index.episodes
+        segments = rows["segment"][drawn.rows].astype(np.int64)
+        of_window = rows["episode"][drawn.rows]
+        lengths = episodes["length"][of_window].astype(np.int64)
+        around = partial(
+            WindowPieces.around, segments, drawn.offsets, context_steps=context_steps, num_steps=index.num_steps
+        )
+        pieces = around(future_steps=future_steps, episode_lengths=lengths)
+        # The rows of an episode stand side by side, so another segment is found by its distance.
+        piece_rows = drawn.rows[pieces.windows] - (segments[pieces.windows] - pieces.segments)
+        return cls(
+            pieces=pieces,
+            frame_pieces=around() if future_steps else pieces,
+            digests=episodes["digest"][of_window],
+            tail_returns=rows["tail_return"][piece_rows],
+            piece_numbers=rows["number"][piece_rows],
+            oldest=int(rows["number"][0]),
+            newest=int(rows["number"][-1]),
+            numbers=rows["number"][drawn.rows],
+            completions=episodes["completion"][of_window],
+            row_lengths=rows["length"][drawn.rows].astype(np.int64),
+            episode_lengths=lengths,
+            success=episodes["success"][of_window].astype(bool),
+            policy_versions=rows["policy_version"][drawn.rows],
+            completed_at_s=episodes["completed_at_s"][of_window],
+            sources=episodes["source"][of_window].tolist(),
+            tasks=[index.tasks.by_number[n] for n in episodes["task"][of_window].tolist()],
+            instructions=[index.instructions.by_number[n] for n in episodes["instruction"][of_window].tolist()],
+            weights=drawn.weights,
+        )
