@@ -11,37 +11,17 @@ def draw(answer: Mapping[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import EngFormatter
 
     figure, axes = plt.subplots(2, 2, figsize=(12, 9.5), constrained_layout=True)
     for axis, name, title in zip(
         axes[0], ("low_dim", "image"), ("39 + 4 floats a step", "the same and an 84x84x3 frame"), strict=True
     ):
         _bars(axis, answer.get(name), f"{title}: T = 32, K = 20")
-    for key, label, colour in (
-        ("capacity", "readers keep all rows", "#1f6f8b"),
-        ("capacity_without_cache", "readers keep none", "#e07a3f"),
-    ):
-        stored = answer.get(key, {})
-        axes[1, 0].plot([int(steps) for steps in stored], list(stored.values()), "o-", color=colour, label=label)
-    axes[1, 0].legend(frameon=False)
-    axes[1, 0].set(
-        xscale="log", ylim=(0, None), xlabel="stored steps", ylabel="sampled steps/s", title="over capacity (low-dim)"
-    )
-    sizes = answer.get("value_size", {})
-    bytes_a_step = [_step_bytes(name) for name in sizes]
-    axes[1, 1].plot(bytes_a_step, list(sizes.values()), "o", color="#1f6f8b")
-    for size, (name, rate) in zip(bytes_a_step, sizes.items(), strict=True):
-        axes[1, 1].annotate(name, (size, rate), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axes[1, 1].margins(0.15)
-    axes[1, 1].set(xscale="log", yscale="log", xlabel="bytes a step", ylabel="sampled steps/s", title="over value size")
+    _over_capacity(axes[1, 0], answer)
+    _over_value_size(axes[1, 1], answer.get("value_size"))
     for axis in axes.flat:
-        axis.set_visible(axis.has_data())
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
-    for axis in (one for one in axes[1] if one.has_data()):
-        axis.xaxis.set_major_formatter(EngFormatter())
-        axis.yaxis.set_major_formatter(EngFormatter())
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -72,6 +52,39 @@ def _bars(axis: Any, found: Mapping[str, Any] | None, title: str) -> None:
     axis.set(xscale="log", xlabel="steps/s", xlim=(max(left, 3000), 3 * right))
     axis.xaxis.set_major_formatter(EngFormatter())
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.26), ncols=2, frameon=False)
+
+
+def _over_capacity(axis: Any, answer: Mapping[str, Any]) -> None:
+    axis.set_title("over capacity (low-dim)")
+    for key, label, colour in (
+        ("capacity", "readers keep all rows", "#1f6f8b"),
+        ("capacity_without_cache", "readers keep none", "#e07a3f"),
+    ):
+        if stored := answer.get(key):
+            axis.plot([int(steps) for steps in stored], list(stored.values()), "o-", color=colour, label=label)
+            axis.set(xscale="log", ylim=(0, None), xlabel="stored steps", ylabel="sampled steps/s")
+            _in_thousands(axis)
+            axis.legend(frameon=False)
+
+
+def _over_value_size(axis: Any, sizes: Mapping[str, float] | None) -> None:
+    axis.set_title("over value size")
+    if not sizes:
+        return
+    bytes_a_step = [_step_bytes(name) for name in sizes]
+    axis.plot(bytes_a_step, list(sizes.values()), "o", color="#1f6f8b")
+    for size, (name, rate) in zip(bytes_a_step, sizes.items(), strict=True):
+        axis.annotate(name, (size, rate), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axis.margins(0.15)
+    axis.set(xscale="log", yscale="log", xlabel="bytes a step", ylabel="sampled steps/s")
+    _in_thousands(axis)
+
+
+def _in_thousands(axis: Any) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axis.xaxis.set_major_formatter(EngFormatter())
+    axis.yaxis.set_major_formatter(EngFormatter())
 
 
 def _step_bytes(name: str) -> int:
