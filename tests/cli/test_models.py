@@ -5,6 +5,7 @@ import pytest
 from vla_dist.cli.main import main
 from vla_dist.models.catalogue import catalogue, reference_spec
 from vla_dist.models.zoo import ARCHITECTURES, architecture
+from vla_dist.run.serve_app import free_ports
 
 
 def test_every_member_and_size_is_listed_with_what_it_needs(capsys):
@@ -35,3 +36,22 @@ def test_the_table_names_one_member_alone_and_unknown_ones_get_the_nearest(capsy
         main(["models", "decision_transfomer"])
     assert ended.value.code == 1
     assert "did you mean 'decision_transformer'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--model.changes", "n_layers=3", "n_layer=3"), "did you mean 'n_layers'"),
+        (("--model.architecture", "rt2", "--model.preset", "tiny"), "did you mean 'rt1'"),
+        (("--model.execution.rule", "real_time", "--model.n-heads", "7"), "7 heads"),
+    ],
+)
+def test_a_run_of_a_model_that_cannot_be_built_is_refused_in_one_sentence(capsys, tmp_path, words, named):
+    (port,) = free_ports(1)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "babyai", "--runs-dir", str(tmp_path), "--serving.port", str(port), "--min-memory-gib=0", *words])
+    err = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert named in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
