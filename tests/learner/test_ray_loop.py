@@ -102,11 +102,11 @@ def make_build(log, *, dies_at=None, damages=None, pause_s=0.0):
     return build
 
 
-def fit(build, tmp_path, *, num_workers, parallelism="ddp"):
-    return fit_to_the_end(lambda: make_trainer(build, tmp_path, num_workers, parallelism))
+def fit(build, tmp_path, *, num_workers, parallelism="ddp", num_cpus=1):
+    return fit_to_the_end(lambda: make_trainer(build, tmp_path, num_workers, parallelism, num_cpus))
 
 
-def make_trainer(build, tmp_path, num_workers, parallelism):
+def make_trainer(build, tmp_path, num_workers, parallelism, num_cpus):
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -115,7 +115,7 @@ def make_trainer(build, tmp_path, num_workers, parallelism):
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"build": build, "parallelism": parallelism},
-        scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": 1}),
+        scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": num_cpus}),
         run_config=RunConfig(
             name="run",
             storage_path=str(tmp_path / "storage"),
@@ -169,7 +169,8 @@ def test_a_killed_trainer_is_replaced_and_goes_on(ray_cluster, tmp_path):
 
     killer = threading.Thread(target=kill_controller)
     killer.start()
-    result = fit(make_build(str(log), pause_s=0.5), tmp_path, num_workers=1)
+    # All CPUs there are: what the dead one had reserved must be free again.
+    result = fit(make_build(str(log), pause_s=0.5), tmp_path, num_workers=1, num_cpus=2)
     killer.join()
     assert len(killed) == 1
     assert result.metrics["updates"] == 40

@@ -1,17 +1,21 @@
 import hashlib
 import threading
 
+import fsspec
 import pytest
+from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 
-from vla_dist.core.errors import ConfigError, DataError, IntegrityError, NotFound, ResourceMissing
+from vla_dist.core.errors import ConfigError, DataError, IntegrityError, NotFound, ResourceMissing, Unreachable
 from vla_dist.registry import blobs as blobs_module
-from vla_dist.registry.blobs import DirectoryBlobs, RedisBlobs
+from vla_dist.registry.blobs import ArrowBlobs, DirectoryBlobs, RedisBlobs, open_blobs
 from vla_dist.replay.server import EmbeddedServer
 
 
-@pytest.fixture(params=["redis", "directory"])
+@pytest.fixture(params=["redis", "directory", "arrow"])
 def blobs(request, url, tmp_path):
-    return RedisBlobs(url) if request.param == "redis" else DirectoryBlobs(tmp_path / "blobs")
+    if request.param == "arrow":
+        return ArrowBlobs(LocalFileSystem(), str(tmp_path / "bucket" / "blobs"))
+    return open_blobs(url if request.param == "redis" else str(tmp_path / "blobs"))
 
 
 def test_bytes_lie_under_their_hash(blobs):
@@ -22,6 +26,40 @@ def test_bytes_lie_under_their_hash(blobs):
     assert blobs.put(data) == digest
     with pytest.raises(NotFound, match="publish the version again"):
         blobs.get("0" * 64)
+    assert blobs.delete(digest)
+    assert not blobs.delete(digest)
+    with pytest.raises(NotFound):
+        blobs.get(digest)
+
+
+def test_objects_are_refused_when_damaged_and_appear_whole(tmp_path):
+    blobs = ArrowBlobs(LocalFileSystem(), str(tmp_path))
+    digest = blobs.put(b"good")
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"evil")
+    with pytest.raises(IntegrityError, match="damaged or tampered with"):
+        blobs.put(b"good")
+    with pytest.raises(IntegrityError):
+        blobs.get(digest)
+
+    class FullDisk(FSSpecHandler):
+        def open_output_stream(self, path, metadata):
+            assert ".writing-" in path, "not under its hash before it is whole"
+            raise OSError("no space left on device")
+
+    full = ArrowBlobs(PyFileSystem(FullDisk(fsspec.filesystem("file"))), str(tmp_path))
+    with pytest.raises(Unreachable, match="no space left"):
+        full.put(b"other")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_place_is_found_by_its_scheme(url, tmp_path):
+    assert isinstance(open_blobs(url), RedisBlobs)
+    assert isinstance(open_blobs(f"file://{tmp_path}/here"), DirectoryBlobs)
+    assert isinstance(open_blobs("mock:///bucket"), ArrowBlobs)
+    for nowhere in ("", "gopher://x/y"):
+        with pytest.raises(ConfigError):
+            open_blobs(nowhere)
 
 
 def test_a_file_is_never_overwritten(tmp_path):

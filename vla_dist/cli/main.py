@@ -15,8 +15,10 @@ VERBS = {
     "serve": "serve the policies of a run to robots over gRPC",
     "evaluate": "success of a version of a run on unseen seeds",
     "inspect": "what a run holds: config, versions, replay",
+    "attention": "what a model looked at in a recorded episode, as pictures and as a video",
     "replay": "what a replay holds and how it is doing; whether it is whole; to files and back",
     "models": "the policies that can be trained: sizes, parameters, what they need",
+    "registry": "versions of policies: what they are, what differs, which may go",
     "doctor": "what this machine has and what is missing",
     "bench": "benchmarks, each against a peer or a limit in the same run",
 }

@@ -3,19 +3,27 @@
 Keys, all under one hash tag: ``{registry}:manifests:NAME`` (hash, version -> JSON), ``{registry}:channels:NAME`` (hash,
 channel -> version), ``{registry}:history:NAME`` (list of JSON, oldest first), ``{registry}:names`` (set), and the
 pub/sub channel ``{registry}:moves:NAME``. A version is visible only after its tensors are stored, and is never changed.
+
+For ``collection``: ``{registry}:held:NAME`` (hash, version -> when its last follower's lease ends),
+``{registry}:collected:NAME`` (hash, version -> when its tensors were given up), ``{registry}:publishing`` (hash, digest
+and publisher -> when to forget it) and ``{registry}:gc`` (there while tensors are being removed).
 """
 
 import difflib
+import hashlib
 import json
 import re
 import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
 import redis
 from redis.client import Pipeline
 
-from vla_dist.core.errors import ConfigError, NotFound, Unreachable
+from vla_dist.core.errors import ConfigError, NotFound, Unreachable, WaitTimeout
 from vla_dist.core.types import PolicyArtifact, PolicyManifest
 from vla_dist.registry.blobs import BlobStore
 from vla_dist.registry.connection import connect, named_errors
@@ -32,6 +40,13 @@ _PUBLISH_TIMEOUT_S = 30.0
 _RECHECK_S = 1.0
 """A follower looks again this often even if no message came: pub/sub promises no delivery."""
 _RETRY_PAUSE_S = 0.1
+_LEASE_S = 600.0
+"""Of what a follower holds; it renews it long before, and clocks of machines may differ by minutes."""
+_RENEW_S = 60.0
+_COLLECTION = "{registry}:gc"
+COLLECTION_S = 20.0
+"""How long tensors may be removed while publishers wait."""
+_PUBLISHING = "{registry}:publishing"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -57,6 +72,12 @@ class RedisPolicyRegistry:
         """
         self._client = connect(url, socket_timeout_s=_SOCKET_TIMEOUT_S)
         self._blobs = blobs
+        self._leased: dict[tuple[str, int], float] = {}
+
+    @property
+    def blobs(self) -> BlobStore:
+        """Where the tensors lie."""
+        return self._blobs
 
     def publish(self, artifact: PolicyArtifact, *, channel: str | None = None) -> int:
         """Store as the next version of its name and, with a channel, point that at it; both or neither.
@@ -72,21 +93,25 @@ class RedisPolicyRegistry:
         data = tensors_to_bytes(artifact.tensors)
         manifest = replace(
             artifact.manifest,
-            tensors_sha256=self._blobs.put(data),
+            tensors_sha256=hashlib.sha256(data).hexdigest(),
             num_bytes=len(data),
             created_unix_s=artifact.manifest.created_unix_s or time.time(),
         )
         manifest_to_json(manifest)
         deadline = time.monotonic() + _PUBLISH_TIMEOUT_S
+        mark = f"{manifest.tensors_sha256}:{uuid.uuid4().hex}"
         base: int | None = None
         while True:
             try:
                 with named_errors():
+                    self._announce(mark, deadline)
+                    self._blobs.put(data)
                     if base is None:
                         base = self._count(name)
                     version = self._try_publish(manifest, channel, base)
-                if version:
-                    return version
+                    if version:
+                        self._client.hdel(_PUBLISHING, mark)
+                        return version
             except Unreachable:
                 if time.monotonic() > deadline:
                     raise
@@ -117,8 +142,14 @@ class RedisPolicyRegistry:
             raise NotFound(self._nearest(name, str(version)))
         assert isinstance(text, bytes)
         manifest = manifest_from_json(text)
-        tensors = tensors_from_bytes(self._blobs.get(manifest.tensors_sha256))
-        return PolicyArtifact(manifest=manifest, tensors=tensors)
+        self._lease(name, version)
+        try:
+            data = self._blobs.get(manifest.tensors_sha256)
+        except NotFound as error:
+            if version in self.collected(name):
+                raise NotFound(_given_up(name, version)) from error
+            raise
+        return PolicyArtifact(manifest=manifest, tensors=tensors_from_bytes(data))
 
     def follow(self, reference: str, *, after: int, timeout_s: float) -> int:
         """Block until the reference resolves to a version other than ``after``; return ``after`` on timeout.
@@ -135,6 +166,7 @@ class RedisPolicyRegistry:
         while True:
             try:
                 with named_errors():
+                    self._lease(name, after)
                     return self._follow_once(name, reference, after, deadline)
             except Unreachable:
                 if time.monotonic() > deadline:
@@ -142,14 +174,17 @@ class RedisPolicyRegistry:
                 time.sleep(min(_RETRY_PAUSE_S, timeout_s))
 
     def set_channel(self, name: str, channel: str, version: int) -> None:
-        """Point a channel at a version; the move goes into the history. Raises NotFound where it does not exist."""
+        """Point a channel at a version; the move goes into the history. Raises NotFound where it does not exist, or
+        where its tensors were given up."""
         _require_channel(channel)
         self.resolve(f"{name}@{version}")
         with named_errors():
             while True:
                 try:
                     with self._client.pipeline() as pipe:
-                        pipe.watch(_channels(name))
+                        pipe.watch(_channels(name), _collected(name))
+                        if pipe.hexists(_collected(name), str(version)):
+                            raise NotFound(_given_up(name, version))
                         previous = int(pipe.hget(_channels(name), channel) or 0)
                         pipe.multi()
                         _queue_move(pipe, name, channel, version, previous)
@@ -185,8 +220,76 @@ class RedisPolicyRegistry:
         assert isinstance(found, list)
         return sorted((manifest_from_json(text) for text in found), key=lambda manifest: manifest.version)
 
+    def held(self, name: str) -> set[int]:
+        """Versions that a follower has in use, or had within the last minutes."""
+        with named_errors():
+            return self._unexpired(_held(name))
+
+    def collected(self, name: str) -> set[int]:
+        """Versions whose tensors were given up; their manifests stay."""
+        with named_errors():
+            found = cast("dict[bytes, bytes]", self._client.hgetall(_collected(name)))
+        return {int(version) for version in found}
+
+    def retire(self, name: str, versions: Sequence[int]) -> list[int]:
+        """Give up the tensors of those that no channel points at and no follower holds at this moment: which."""
+        with named_errors(), self._client.pipeline() as pipe:
+            while True:
+                try:
+                    pipe.watch(_channels(name), _held(name), _collected(name))
+                    needed = set(self.channels(name).values()) | self.held(name)
+                    chosen = [version for version in versions if version not in needed]
+                    pipe.multi()
+                    for version in chosen:
+                        pipe.hset(_collected(name), str(version), str(time.time()))
+                    pipe.execute()
+                    return chosen
+                except redis.WatchError:
+                    continue
+
+    @contextmanager
+    def collecting(self) -> Iterator[set[str]]:
+        """Digests that publishers are storing right now; others wait with it for as long as the block runs.
+
+        Raises:
+            ConfigError: somebody else is collecting.
+        """
+        mark = uuid.uuid4().hex
+        with named_errors():
+            if not self._client.set(_COLLECTION, mark, nx=True, px=int(1000 * COLLECTION_S)):
+                raise ConfigError("somebody else is removing tensors of this registry; try again in a minute")
+        try:
+            with named_errors():
+                fields = cast("dict[bytes, bytes]", self._client.hgetall(_PUBLISHING))
+            yield {key.decode().partition(":")[0] for key, end in fields.items() if float(end) > time.time()}
+        finally:
+            with named_errors():
+                self._client.delete(_COLLECTION)
+
     def close(self) -> None:
         self._client.close()
+
+    def _announce(self, mark: str, deadline: float) -> None:
+        """A collection that begins later spares the digest; one that runs already is waited for."""
+        self._client.hset(_PUBLISHING, mark, str(time.time() + 2 * _PUBLISH_TIMEOUT_S))
+        while self._client.get(_COLLECTION):
+            if time.monotonic() > deadline:
+                raise WaitTimeout(
+                    f"tensors of this registry have been removed for {_PUBLISH_TIMEOUT_S:.0f} s; publish again"
+                )
+            time.sleep(_RETRY_PAUSE_S)
+
+    def _lease(self, name: str, version: int) -> None:
+        """Whoever has a version in use keeps its tensors from being collected."""
+        now = time.time()
+        if version and self._leased.get((name, version), 0.0) < now - _RENEW_S:
+            with named_errors():
+                self._client.hset(_held(name), str(version), str(now + _LEASE_S))
+            self._leased[name, version] = now
+
+    def _unexpired(self, key: str) -> set[int]:
+        fields = cast("dict[bytes, bytes]", self._client.hgetall(key))
+        return {int(version) for version, end in fields.items() if float(end) > time.time()}
 
     def _count(self, name: str) -> int:
         count = self._client.hlen(_manifests(name))
@@ -262,12 +365,27 @@ def _channels(name: str) -> str:
     return f"{{registry}}:channels:{name}"
 
 
+def _held(name: str) -> str:
+    return f"{{registry}}:held:{name}"
+
+
+def _collected(name: str) -> str:
+    return f"{{registry}}:collected:{name}"
+
+
 def _history(name: str) -> str:
     return f"{{registry}}:history:{name}"
 
 
 def _moves(name: str) -> str:
     return f"{{registry}}:moves:{name}"
+
+
+def _given_up(name: str, version: int) -> str:
+    return (
+        f"the tensors of {name} version {version} were removed to free space; use a newer version, or publish it again "
+        "from its checkpoint"
+    )
 
 
 def _parse(reference: str) -> tuple[str, str]:

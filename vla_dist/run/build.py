@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from vla_dist.core.protocols import PolicyLoader, ReplayTable, RobotEnv
 from vla_dist.core.specs import EnvSpec
-from vla_dist.registry.blobs import RedisBlobs
+from vla_dist.registry.blobs import open_blobs
 from vla_dist.registry.store import RedisPolicyRegistry
 from vla_dist.replay.config import BufferConfig, TableConfig
 from vla_dist.replay.limiter import LimiterConfig
@@ -140,7 +140,14 @@ def build_archivers(place: Place) -> list[Archiver]:
 
 
 def build_registry(place: Place) -> RedisPolicyRegistry:
-    return RedisPolicyRegistry(place.redis_url, RedisBlobs(place.redis_url))
+    location = blobs_location(place.config, place.run_dir, place.redis_url)
+    return RedisPolicyRegistry(place.redis_url, open_blobs(location))
+
+
+def blobs_location(config: RunConfig, run_dir: Path, redis_url: str) -> str:
+    """Where the tensors of a run's versions lie, as ``open_blobs`` takes it."""
+    place = config.registry.blobs
+    return place if "://" in place else str(run_dir / place) if place else redis_url
 
 
 def build_rollout_worker(place: Place, worker_index: int) -> list[RolloutWorker]:

@@ -62,6 +62,15 @@ class ReplaySettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrySettings:
+    """Versions of policies."""
+
+    blobs: str = ""
+    """Where their tensors lie: a path, relative to the run's folder, or a URI such as redis://host:6379 or
+    s3://bucket/policies. Empty: in the Redis of the run, which takes up to 512 MB each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSettings:
     """Scripted experts that fill the replay, and the policy itself beside them."""
 
@@ -183,6 +192,7 @@ class RunConfig:
     """Ray's shared memory. Neither episodes nor weights travel through it, so it may be small."""
     env: EnvSettings = field(default_factory=EnvSettings)
     replay: ReplaySettings = field(default_factory=ReplaySettings)
+    registry: RegistrySettings = field(default_factory=RegistrySettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     learner: LearnerSettings = field(default_factory=LearnerSettings)

@@ -15,6 +15,7 @@ from vla_dist.core.errors import WorkerFailed
 from vla_dist.core.types import Metrics
 from vla_dist.run.build import Place, build_learner
 from vla_dist.run.files import CHECKPOINTS
+from vla_dist.run.orphans import free_orphaned_reservations
 
 _KEEP_CHECKPOINTS = 3
 _MAX_FAILURES = 5
@@ -89,6 +90,7 @@ def fit_to_the_end(make_trainer: Callable[[], TorchTrainer]) -> ray.train.Result
             return make_trainer().fit()
         except RayActorError:
             time.sleep(_PAUSE_S)
+            free_orphaned_reservations()
     return make_trainer().fit()
 
 
