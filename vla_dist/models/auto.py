@@ -23,7 +23,16 @@ GOAL_EMBEDDINGS = "goal_embeddings"
 
 
 def build_policy(artifact: PolicyArtifact, *, embed: Embed | None = None, device: str = "cpu") -> Policy[Any]:
-    """A ready policy.
+    """A ready policy; arguments and errors are those of ``build_model``."""
+    model, conditioning, goals = build_model(artifact, embed=embed, device=device)
+    member = architecture(artifact.manifest.architecture)
+    return member.policy(model, artifact.manifest.spec, conditioning=conditioning, goals=goals)
+
+
+def build_model(
+    artifact: PolicyArtifact, *, embed: Embed | None = None, device: str = "cpu"
+) -> tuple[PolicyModel, ReturnConditioning, GoalTable | None]:
+    """The model of an artifact and what its policy needs beside it; no goal table where it reads no goals.
 
     Args:
         embed: for instructions outside the artifact's table; None: the language model named in the artifact, loaded
@@ -57,7 +66,7 @@ def build_policy(artifact: PolicyArtifact, *, embed: Embed | None = None, device
     if goal_dim:
         known = instructions if table is not None else []
         goals = GoalTable(embed or shared_embedder(language_model).embed, instructions=known, embeddings=table)
-    return member.policy(model, manifest.spec, conditioning=conditioning, goals=goals)
+    return model, conditioning, goals
 
 
 def build_executed_policy(artifact: PolicyArtifact, *, execution: ChunkExecution) -> Policy[Any]:
