@@ -178,10 +178,10 @@ def test_a_policy_of_chunks_is_asked_when_its_chunk_is_used_up_and_anew_in_each_
 
     behaviour = FollowedPolicy(registry, "demo@stable", load)
     lengths = []
-    for seed in range(2):
+    for seed in range(4):
         segments = run_episode(
             FakeEnv(SPEC), behaviour, task="go", seed=seed, episode_id=f"e{seed}", robot_id="r", segment_steps=8
         )
         lengths.append(sum(segment.length for segment in segments))
     assert len(asked) == sum(-(-length // 4) for length in lengths)
-    assert any(length % 4 for length in lengths)
+    assert len(asked) > -(-sum(lengths) // 4)  # what is left of a chunk would have saved a call
