@@ -168,6 +168,11 @@ class LanguageEncoder(PreTrainedModel):
         self.tokenizer.save_pretrained(save_directory)
 
     @property
+    def output_dim(self) -> int:
+        """D."""
+        return self.config.output_dim
+
+    @property
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
             name = MINILM if self.config.model_name == BERT_BASE else self.config.model_name

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -102,6 +102,24 @@ class Words:
         )
 
 
+class Reader(Protocol):
+    """A module that turns texts into tokens, such as LanguageEncoder."""
+
+    @property
+    def output_dim(self) -> int: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def encode_tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """B texts to (B, L, W) and their (B, L) mask, 1 = real."""
+        ...
+
+    def restore(self, directory: Path) -> None:
+        """Take the tokenizer that lies beside a checkpoint."""
+        ...
+
+
 class VisuomotorModel(PreTrainedModel, ABC):
     """Encodes each frame once, then decides from the features of the last K steps.
 
@@ -112,6 +130,7 @@ class VisuomotorModel(PreTrainedModel, ABC):
     main_input_name = "images"
     _supports_sdpa = True
 
+    language: Reader | None
     proprio_mean: Tensor
     proprio_std: Tensor
     goal_mean: Tensor
@@ -130,7 +149,7 @@ class VisuomotorModel(PreTrainedModel, ABC):
     @property
     def words_dim(self) -> int:
         """W; 0 for a model that takes no words."""
-        return self.config.goal_dim if self.language is None else self.language.config.output_dim
+        return self.config.goal_dim if self.language is None else self.language.output_dim
 
     @property
     @abstractmethod

@@ -11,6 +11,8 @@ from vla_dist.core.errors import ConfigError
 from vla_dist.core.protocols import Policy
 from vla_dist.core.specs import EnvSpec
 from vla_dist.models import presets
+from vla_dist.models.bcz import presets as bcz_presets
+from vla_dist.models.bcz.bcz import BCZ, BCZConfig
 from vla_dist.models.decision_transformer import DecisionTransformer, VlaDecisionTransformerConfig
 from vla_dist.models.hierarchical import presets as hierarchical_presets
 from vla_dist.models.hierarchical.config import HierarchicalVLAConfig
@@ -95,6 +97,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             policy=VisuomotorPolicy,
             presets=rt1_presets.PRESETS,
             source="Brohan et al. 2022, RT-1, https://arxiv.org/abs/2212.06817",
+        ),
+        Architecture(
+            name="bcz",
+            config=BCZConfig,
+            model=BCZ,
+            policy=VisuomotorPolicy,
+            presets=bcz_presets.PRESETS,
+            source="Jang et al. 2021, BC-Z, https://arxiv.org/abs/2202.02005",
         ),
     )
 }

@@ -19,7 +19,7 @@ from vla_dist.models.batch import TrainBatch
 from vla_dist.models.film import FiLM
 from vla_dist.models.fusion import FusionType, MultimodalFusion
 from vla_dist.models.heads import bins_loss, discrete_loss, from_bins
-from vla_dist.models.language_encoder import MINILM
+from vla_dist.models.language_encoder import MINILM, LanguageEncoder
 from vla_dist.models.rt1.token_learner import TokenLearner
 from vla_dist.models.rt1.transformer import DecoderLayer
 from vla_dist.models.visual_encoder import VisualEncoder, VisualEncoderConfig
@@ -135,7 +135,7 @@ class RT1(VisuomotorModel):
         self.post_init()
         if visual_weights:
             self.visual.load_backbone(visual_weights)
-        if language_weights and self.language is not None:
+        if language_weights and isinstance(self.language, LanguageEncoder):
             self.language.load_trunk(language_weights)
 
     @torch.no_grad()
