@@ -63,8 +63,8 @@ def overlay(image: Array, grid: Array) -> Array:
     size = (image.shape[1] * scale, image.shape[0] * scale)
     spread = float(grid.max() - grid.min())
     level = (grid - grid.min()) / spread if spread > 1e-9 else np.zeros_like(grid)
-    soft = Image.fromarray((level * 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    heat = np.asarray(soft, np.float32) / 255.0
+    patches = Image.fromarray((level * 255).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    heat = np.asarray(patches, np.float32) / 255.0
     colours = _HEAT(heat)[..., :3] * 255.0
     opacity = _MOST_OPAQUE * heat[..., None]
     picture = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.NEAREST), np.float32)
