@@ -37,11 +37,12 @@ def call(url, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*words, status=0):
-        try:
+        if status:
+            with pytest.raises(SystemExit) as end:
+                main(["registry", *words, "--redis-url", url])
+            assert end.value.code == status
+        else:
             main(["registry", *words, "--redis-url", url])
-            assert status == 0
-        except SystemExit as end:
-            assert end.code == status
         out, err = capsys.readouterr()
         return err if status else out
 

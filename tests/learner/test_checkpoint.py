@@ -12,6 +12,7 @@ from vla_dist.learner.checkpoint import (
     checkpoint_name,
     earlier_checkpoints,
     read_checkpoint,
+    updates_of,
     upload_checkpoint,
 )
 
@@ -124,3 +125,4 @@ def test_earlier_uploads_are_found_latest_first_and_never_later_ones(tmp_path):
     found = earlier_checkpoints(LocalFileSystem(), str(tmp_path / names[20]))
     assert found == [str(tmp_path / name) for name in (again, names[10], names[5])]
     assert earlier_checkpoints(LocalFileSystem(), str(tmp_path / "nowhere" / names[20])) == []
+    assert [updates_of(f"/a/{name}") for name in (names[30], "checkpoint_x")] == [30, 0]

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo.utils
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.learner.train_step import LossModule, OptimiserConfig, TrainStep
@@ -111,16 +112,19 @@ def test_half_precision_keeps_weights_and_loss_whole_and_learns_the_same(make_mo
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step_is_the_same_step(make_model, batch):
     weights = {}
+    torch._dynamo.utils.counters.clear()
     for compiled in (False, True):
         model = make_model(dropout=0.0, action_dropout=0.0, return_dropout=0.0)
         step = make_step(model, compile=compiled)
         for update in range(3):
             step(batch, update)
         weights[compiled] = step.weights()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert not torch._dynamo.utils.counters["graph_break"]
     assert weights[True].keys() == weights[False].keys()
     for name, value in weights[False].items():
         if not name.endswith("qkv.bias"):  # softmax cancels the bias of keys: Adam steps by rounding noise

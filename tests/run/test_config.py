@@ -65,3 +65,11 @@ def test_a_damaged_config_names_its_file(text, tmp_path):
 def test_a_missing_config_names_its_file(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing\.json"):
         load_config(tmp_path / "nothing.json")
+
+
+def test_strata_are_shares_by_name():
+    config = dataclasses.replace(preset("babyai").replay, strata=("demo=0.5", "failure=0.5"))
+    assert config.stratum_shares == {"demo": 0.5, "failure": 0.5}
+    for words, match in ((("experts=1",), "STRATUM=SHARE"), (("demo=much",), "not a number"), (("demo=-1",), "shares")):
+        with pytest.raises(ConfigError, match=match):
+            dataclasses.replace(preset("babyai"), replay=dataclasses.replace(config, strata=words))

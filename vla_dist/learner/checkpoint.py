@@ -74,6 +74,12 @@ def checkpoint_name(updates: int) -> str:
     return f"{_PREFIX}{updates:010d}-{uuid.uuid4().hex[:8]}"
 
 
+def updates_of(path: str) -> int:
+    """Inverse of ``checkpoint_name``, for a whole path; 0 for another name."""
+    digits = path.rpartition("/")[2].removeprefix(_PREFIX).partition("-")[0]
+    return int(digits) if digits.isdigit() else 0
+
+
 def upload_checkpoint(directory: Path, filesystem: FileSystem, path: str) -> None:
     """Copy what ``write_checkpoint`` wrote; under ``path`` it appears whole or not at all, or is refused when read.
 

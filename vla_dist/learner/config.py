@@ -85,6 +85,8 @@ class Rank:
 
     index: int = 0
     """Rank 0 publishes, and its data statistics hold for all."""
+    first_update: int = 0
+    """Where the checkpoint that it goes on from ends, so that a rank started again does not repeat its draws."""
     device: str = "cpu"
     parallel: Parallel = field(default_factory=OneRank)
     """How the ranks train one model."""

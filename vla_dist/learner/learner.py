@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_dist.core.errors import ConfigError, ReplayWait
+from vla_dist.core.errors import ConfigError, ReplayWait, Unreachable
 from vla_dist.core.protocols import PolicyRegistry, ReplayTable
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Metrics
 from vla_dist.learner.checkpoint import Checkpoint, CheckpointStore
 from vla_dist.learner.config import LearnerConfig, Rank
+from vla_dist.learner.freshness import Freshness
 from vla_dist.learner.loader import Collator, Loader
 from vla_dist.learner.statistics import ReplayStatistics
 from vla_dist.learner.train_step import TrainStep
@@ -25,6 +26,7 @@ from vla_dist.models.goals import Embed, GoalTable
 from vla_dist.models.member import PolicyModel, as_module, own_settings, setting_changes
 
 _POLL_S = 0.2
+_RATIO_EVERY_S = 5.0
 
 
 @dataclass(slots=True)
@@ -82,6 +84,9 @@ class Learner:
         self._published: set[int] = set()
         self._resumed: Checkpoint | None = None
         self._prepared: _Prepared | None = None
+        self._freshness = Freshness()
+        self._ratio: dict[str, float] = {}
+        self._ratio_at = float("-inf")
         self._publishable: dict[str, Tensor] | None = None
         self._metrics: dict[str, float] = {}
         # Updates are done whose publication or checkpoint is not: a repeated step() finishes those first, so that
@@ -190,7 +195,18 @@ class Learner:
         means["updates_per_s"] = len(metrics) / seconds
         means["data_wait_s"] = ready.loader.waited_s - waited
         means["data_wait_share"] = means["data_wait_s"] / seconds
-        return means
+        return {**means, **self._freshness.drain(self._parent), **self._replay_ratio()}
+
+    def _replay_ratio(self) -> dict[str, float]:
+        """Windows sampled for each inserted step, by all ranks; asked on one of them, and not too often."""
+        now = time.monotonic()
+        if self._rank.index == 0 and now - self._ratio_at > _RATIO_EVERY_S:
+            try:
+                self._ratio = {"samples_per_insert": self._table.stats().samples_per_insert}
+            except Unreachable:
+                self._ratio = {}
+            self._ratio_at = now
+        return self._ratio
 
     def _prepare(self) -> _Prepared:
         if self._prepared is not None:
@@ -222,6 +238,8 @@ class Learner:
             goals=self._goals,
             phrases=self._phrases,
             seed=(config.seed, self._rank.index),
+            freshness=self._freshness,
+            is_pinned=self._rank.device.startswith("cuda"),
         )
         loader = Loader(
             self._table,

@@ -19,6 +19,7 @@ from vla_dist.core.errors import ConfigError, ReplayWait, WaitTimeout
 from vla_dist.core.protocols import ReplayTable
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Batch
+from vla_dist.learner.freshness import Freshness
 from vla_dist.models.actions import ActionCodec
 from vla_dist.models.batch import TrainBatch, to_train_batch
 from vla_dist.models.conditioning import ReturnConditioning
@@ -40,9 +41,13 @@ class Collator:
         goals: GoalTable,
         phrases: Mapping[str, Sequence[str]],
         seed: tuple[int, ...],
+        freshness: Freshness | None = None,
+        is_pinned: bool = False,
     ) -> None:
         """Args:
         phrases: task -> wordings; a window of such a task takes one of them at random instead of its own.
+        freshness: is told of each batch.
+        is_pinned: whether batches shall lie in memory that a GPU reads by itself.
         """
         self._model = model
         self._spec = spec
@@ -51,14 +56,18 @@ class Collator:
         self._goals = goals
         self._phrases = phrases
         self._seed = seed
+        self._freshness = freshness
+        self._is_pinned = is_pinned
 
     def __call__(self, batch: Batch, index: int) -> TrainBatch:
+        if self._freshness is not None:
+            self._freshness.note(batch)
         goals = None
         texts = self._wordings(batch, np.random.default_rng((*self._seed, index)))
         if self._model.goal_dim:
             self._goals.remember(texts)
             goals = self._goals.lookup(texts)
-        return to_train_batch(
+        collated = to_train_batch(
             batch,
             codec=self._codec,
             conditioning=self._conditioning,
@@ -69,6 +78,7 @@ class Collator:
             cameras=tuple(self._model.cameras or ()),
             instructions=texts,
         )
+        return collated.pinned() if self._is_pinned else collated
 
     def _wordings(self, batch: Batch, rng: np.random.Generator) -> list[str]:
         texts = []

@@ -82,7 +82,7 @@ class OneRank:
 
     def prepare(self, loss: nn.Module, *, compiled: bool) -> nn.Module:
         if compiled:
-            _model_of(loss).compile()
+            loss.compile()
         return loss
 
     def accumulating(self, prepared: nn.Module) -> AbstractContextManager[None]:
@@ -107,7 +107,7 @@ class ReplicatedRanks(OneRank):
 
     def prepare(self, loss: nn.Module, *, compiled: bool) -> nn.Module:
         if compiled:
-            _model_of(loss).compile()
+            loss.compile()
         devices = [self._device] if self._device.type == "cuda" else None
         # Buffers hold what set_normaliser filled in, on every rank the same: no need to send them with each batch.
         return DistributedDataParallel(loss, device_ids=devices, broadcast_buffers=False)

@@ -24,6 +24,7 @@ from vla_dist.learner.checkpoint import (
     checkpoint_name,
     earlier_checkpoints,
     read_checkpoint,
+    updates_of,
     upload_checkpoint,
     write_checkpoint,
 )
@@ -66,11 +67,13 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 def _this_rank(parallelism: Parallelism) -> Rank:
     context = ray.train.get_context()
     device = str(ray.train.torch.get_device())
-    num_ranks = context.get_world_size()
+    num_ranks, newest = context.get_world_size(), ray.train.get_checkpoint()
+    first_update = 0 if newest is None else updates_of(newest.path)
     if num_ranks == 1:
-        return Rank(device=device)
+        return Rank(device=device, first_update=first_update)
     return Rank(
         index=context.get_world_rank(),
+        first_update=first_update,
         device=device,
         parallel=make_parallel(parallelism, num_ranks=num_ranks, device=device),
         share=broadcast_from_rank_zero,

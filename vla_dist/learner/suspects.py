@@ -15,7 +15,8 @@ def describe_suspects(loss: nn.Module, batch: TrainBatch) -> str:
     Args:
         loss: from a batch to (loss, metrics). It is called once for each window, on every rank as often.
     """
-    losses = torch.stack([loss(batch.rows(row, row + 1))[0].cpu() for row in range(batch.num_windows)])
+    with torch.compiler.set_stance("force_eager"):  # One window is another shape: not worth a compilation.
+        losses = torch.stack([loss(batch.rows(row, row + 1))[0].cpu() for row in range(batch.num_windows)])
     spoilt = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if spoilt:
         shown = "; ".join(_describe(batch, row) for row in spoilt[:_MOST])

@@ -51,7 +51,6 @@ class TrainBatch:
     """(B, G) float32 sentence embeddings."""
     images: Mapping[str, Tensor] = field(default_factory=dict)
     """camera name -> (B, K, 3, H, W) uint8."""
-
     items: tuple[int, ...] = ()
     """B identities of the replay's segments in which the windows end; empty where unknown."""
 
@@ -76,6 +75,16 @@ class TrainBatch:
                 value = {name: image.to(device, non_blocking=True) for name, image in value.items()}
             moved[one.name] = value
         return TrainBatch(**moved)
+
+    def pinned(self) -> "TrainBatch":
+        """The same batch in memory that a GPU reads by itself, so that ``to`` need not wait."""
+
+        def pin(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: pin(image) for name, image in value.items()}
+            return value.pin_memory() if isinstance(value, Tensor) else value
+
+        return TrainBatch(**{one.name: pin(getattr(self, one.name)) for one in fields(self)})
 
     @property
     def num_windows(self) -> int:

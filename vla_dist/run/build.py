@@ -19,7 +19,7 @@ from vla_dist.core.protocols import PolicyLoader, ReplayTable, RobotEnv
 from vla_dist.core.specs import EnvSpec
 from vla_dist.registry.blobs import open_blobs
 from vla_dist.registry.store import RedisPolicyRegistry
-from vla_dist.replay.config import BufferConfig, TableConfig
+from vla_dist.replay.config import BufferConfig, Stratified, TableConfig, Uniform
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.shards import ShardedReplayTable, refuse_shards
 from vla_dist.replay.table import RedisReplayTable
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from vla_dist.serving.ingest import FleetIngest
     from vla_dist.serving.service import PolicyService
 
+_LEARNER_LANE = 10_000
+"""First seed of draws by learner ranks: each rank, and each start of it, draws by a seed of its own."""
 _ROBOT_LANE = 512
 """First seed lane of robots: rollout workers own those below."""
 
@@ -120,11 +122,12 @@ def _buffer_config(place: Place) -> BufferConfig:
         image_encodings={camera.name: replay.image_encoding(camera.name) for camera in place.spec.cameras},
         tables=(
             TableConfig(
+                sampler=Stratified(shares=replay.stratum_shares) if replay.strata else Uniform(),
                 limiter=LimiterConfig(
                     min_steps=replay.min_steps,
                     samples_per_insert=replay.samples_per_insert,
                     error_buffer_steps=replay.error_buffer_steps,
-                )
+                ),
             ),
         ),
     )
@@ -242,7 +245,7 @@ def build_learner(place: Place, rank: Rank) -> Learner:
         spec=spec,
         table=build_table(
             place,
-            seed=1000 + rank.index,
+            seed=_LEARNER_LANE + rank.index + config.learner.num_workers * rank.first_update,
             context_steps=model_config.context_steps,
             future_steps=model_config.horizon - 1,
         ),

@@ -12,6 +12,7 @@ from vla_dist.core.errors import ConfigError
 from vla_dist.core.specs import CameraSpec
 from vla_dist.data.image_codec import ImageEncoding
 from vla_dist.models.chunking import ChunkExecution
+from vla_dist.replay.config import STRATA, Stratified, Stratum
 from vla_dist.replay.external import split_urls
 
 
@@ -54,6 +55,24 @@ class ReplaySettings:
     """Windows sampled for each inserted step: whoever is ahead by more than the buffer waits. When the learner is
     done, inserts are free."""
     error_buffer_steps: float = 60_000.0
+    strata: tuple[str, ...] = ()
+    """What part of a batch comes from ``demo`` (experts and persons), ``intervention`` (policies that a person
+    corrected), ``success`` and ``failure`` (policies), as in ``demo=0.5 success=0.3 failure=0.2``; what is not there
+    yet leaves its part to the others. Empty: each step is as likely as any other. One server only."""
+
+    @property
+    def stratum_shares(self) -> dict[Stratum, float]:
+        """Raises ConfigError."""
+        shares: dict[Stratum, float] = {}
+        for word in self.strata:
+            name, _, share = word.partition("=")
+            if name not in STRATA:
+                raise ConfigError(f"replay.strata {word!r} must be STRATUM=SHARE with one of {', '.join(STRATA)}")
+            try:
+                shares[name] = float(share)
+            except ValueError as error:
+                raise ConfigError(f"replay.strata {word!r}: {share!r} is not a number, as in {name}=0.5") from error
+        return shares
 
     def image_encoding(self, camera: str) -> ImageEncoding:
         """Of one camera; what names it goes before what names none. Raises ConfigError."""
@@ -228,6 +247,7 @@ class RunConfig:
         self._require_enough_inserts()
         self._require_servers()
         self._require_encodings()
+        self._require_strata()
 
     def _require_servers(self) -> None:
         shards, images = len(split_urls(self.replay.redis_url)), len(split_urls(self.replay.images_redis_url))
@@ -236,6 +256,13 @@ class RunConfig:
                 f"replay.images_redis_url names {images} servers, expected one, or {max(1, shards)} as "
                 "replay.redis_url does"
             )
+
+    def _require_strata(self) -> None:
+        if not self.replay.strata:
+            return
+        if len(split_urls(self.replay.redis_url)) > 1:
+            raise ConfigError("replay.strata needs one server; leave it out, or give one replay.redis_url")
+        Stratified(shares=self.replay.stratum_shares)
 
     def _require_encodings(self) -> None:
         cameras = [camera.name for camera in self.env.cameras]
