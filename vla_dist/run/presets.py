@@ -76,14 +76,22 @@ def memory_tiny() -> RunConfig:
 
 def hierarchical_tiny() -> RunConfig:
     """BabyAI with a planner of subgoals and a controller."""
-    return _missions(
-        "hierarchical-tiny", ModelSettings(architecture="hierarchical", preset="tiny", conditioning="none")
-    )
+    model = ModelSettings(architecture="hierarchical", preset="tiny", conditioning="none")
+    run = _missions("hierarchical-tiny", model)
+    # Subgoals are states to be reached: harder to learn than actions, so it is given three times the updates.
+    learner = dataclasses.replace(run.learner, total_updates=900, publish_updates=(0, 300, 600, 900))
+    return dataclasses.replace(run, learner=learner)
 
 
 def rt1_tiny() -> RunConfig:
     """BabyAI through RT-1's eyes: the agent's view as a camera beside its symbols."""
     return _missions("rt1-tiny", ModelSettings(architecture="rt1", preset="tiny", conditioning="none"), cameras=_VIEW)
+
+
+def bcz_tiny() -> RunConfig:
+    """BabyAI with BC-Z, which sends the robot four actions at a time."""
+    model = ModelSettings(architecture="bcz", preset="tiny", changes=("horizon=4",), conditioning="none")
+    return _missions("bcz-tiny", model, cameras=_VIEW)
 
 
 def _missions(name: str, model: ModelSettings, *, cameras: tuple[CameraSpec, ...] = ()) -> RunConfig:
@@ -99,6 +107,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "memory-tiny": memory_tiny,
     "hierarchical-tiny": hierarchical_tiny,
     "rt1-tiny": rt1_tiny,
+    "bcz-tiny": bcz_tiny,
 }
 
 
