@@ -62,7 +62,8 @@ def _over_capacity(axis: Any, answer: Mapping[str, Any]) -> None:
     ):
         if stored := answer.get(key):
             axis.plot([int(steps) for steps in stored], list(stored.values()), "o-", color=colour, label=label)
-            axis.set(xscale="log", ylim=(0, None), xlabel="stored steps", ylabel="sampled steps/s")
+            axis.set(xscale="log", xlabel="stored steps", ylabel="sampled steps/s")
+            axis.set_ylim(0, 1.1 * max(axis.get_ylim()[1], *stored.values()))
             _in_thousands(axis)
             axis.legend(frameon=False)
 

@@ -200,8 +200,8 @@ def test_a_row_that_nobody_draws_leaves_before_its_count_is_another_s(make_table
 
 @pytest.mark.parametrize("sampler", [*SAMPLERS, Fifo()], ids=lambda sampler: type(sampler).__name__)
 def test_a_buffer_can_be_opened_by_its_name_alone(make_table, make_episode, server, sampler):
-    limiter = LimiterConfig(min_steps=3, samples_per_insert=2.5, error_buffer_steps=50.0)
-    draws = None if isinstance(sampler, Fifo) else 7
+    ratio, draws = (1.0, None) if isinstance(sampler, Fifo) else (2.5, 7)
+    limiter = LimiterConfig(min_steps=3, samples_per_insert=ratio, error_buffer_steps=50.0)
     config = TableConfig(name="t", sampler=sampler, limiter=limiter, max_draws=draws)
     table = make_table(tables=(TableConfig(name="first"), config), remembered_episodes=11)
     table.append_all(make_episode("e", 10), timeout_s=5.0)
@@ -256,6 +256,10 @@ def test_a_restored_table_waits_as_before_and_not_for_ever(make_server, make_tab
         (lambda: TableConfig(name=""), "must be 1 to 64 letters"),
         (lambda: TableConfig(max_draws=0), "max_draws 0 must be at least 1, or None"),
         (lambda: TableConfig(sampler=Fifo(), max_draws=2), "a FIFO table gives each episode once"),
+        (
+            lambda: TableConfig(sampler=Fifo(), limiter=LimiterConfig(samples_per_insert=2.0)),
+            r"samples_per_insert 2\.0 would sooner or later make one side wait for ever; use 1, or None",
+        ),
         (lambda: Recency(half_life_steps=0), "half_life_steps 0 must be above 0"),
         (lambda: Recency(half_life_steps=float("nan")), "half_life_steps nan"),
         (lambda: Stratified(shares={"demos": 1.0}), r"strata \['demos'\] must be among demo, intervention"),
@@ -269,6 +273,7 @@ def test_a_restored_table_waits_as_before_and_not_for_ever(make_server, make_tab
         (lambda: BufferConfig(num_steps=0), "num_steps 0 must be at least 1"),
         (lambda: BufferConfig(context_steps=0), "context_steps 0"),
         (lambda: BufferConfig(future_steps=-1), "future_steps -1"),
+        (lambda: BufferConfig(cache_bytes=-1), "cache_bytes -1"),
         (lambda: BufferConfig(capacity_steps=0), "capacity_steps 0"),
         (lambda: BufferConfig(remembered_episodes=0), "remembered_episodes 0"),
         (lambda: BufferConfig(tables=()), r"tables \[\] must be at least one"),

@@ -112,6 +112,11 @@ class TableConfig:
             raise ConfigError(f"table {self.name!r}: max_draws {self.max_draws} must be at least 1, or None")
         if self.max_draws is not None and isinstance(self.sampler, Fifo):
             raise ConfigError(f"table {self.name!r}: a FIFO table gives each episode once; leave max_draws out")
+        if isinstance(self.sampler, Fifo) and self.limiter.samples_per_insert not in (None, 1):
+            raise ConfigError(
+                f"table {self.name!r}: a FIFO table gives each step once, so samples_per_insert "
+                f"{self.limiter.samples_per_insert} would sooner or later make one side wait for ever; use 1, or None"
+            )
 
     @property
     def kind(self) -> str:

@@ -264,7 +264,7 @@ class RedisReplayTable:
         one it was created with.
 
         Raises:
-            ConfigError: ``min_steps`` that the capacity can never hold.
+            ConfigError: ``min_steps`` that the capacity can never hold, a ratio that a FIFO table cannot have.
         """
         table = dataclasses.replace(self.table, limiter=limiter)
         dataclasses.replace(self.config, tables=(table,)).require_capacity(self.spec, num_shards=self._num_shards)
