@@ -83,7 +83,7 @@ class ZooCase:
 
 
 def zoo_cases() -> list[ZooCase]:
-    """Each member: continuous with each of its heads, discrete, and with a camera; those that can be built."""
+    """Each member: continuous with each of its heads, discrete, of chunks and with a camera; what can be built."""
     cases = []
     for member in ARCHITECTURES.values():
         plain = make_spec(action_dim=4)
@@ -97,6 +97,9 @@ def zoo_cases() -> list[ZooCase]:
         discrete = replace(plain, action_kind="discrete")
         if _can_build(member, discrete):
             variants["discrete"] = (discrete, {})
+        chunks = {"horizon": 3, "context_steps": 3}
+        if _can_build(member, plain, **chunks):
+            variants["chunks"] = (plain, chunks)
         if not plain.cameras and _can_build(member, replace(plain, cameras=(_CAMERA,))):
             variants["camera"] = (replace(plain, cameras=(_CAMERA,)), {})
         cases += [
