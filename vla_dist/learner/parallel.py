@@ -110,7 +110,7 @@ class ReplicatedRanks(OneRank):
             loss.compile()
         devices = [self._device] if self._device.type == "cuda" else None
         # Buffers hold what set_normaliser filled in, on every rank the same: no need to send them with each batch.
-        return DistributedDataParallel(loss, device_ids=devices, broadcast_buffers=False)
+        return DistributedDataParallel(loss, device_ids=devices, forward_sync_buffers=False)
 
     def accumulating(self, prepared: nn.Module) -> AbstractContextManager[None]:
         return cast(DistributedDataParallel, prepared).no_sync()
