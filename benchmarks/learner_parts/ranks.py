@@ -74,7 +74,7 @@ def _by_update(found: list[dict[str, Any]]) -> list[tuple[list[float], list[floa
     return [([loss * count for loss, count in ranks], [count for _, count in ranks]) for ranks in updates]
 
 
-def main(
+def train_rank(
     model: str, rank: int, num_ranks: int, batch_size: int, num_updates: int, seconds: float, folder: Path
 ) -> None:
     import torch
