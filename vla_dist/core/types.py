@@ -175,7 +175,7 @@ class Batch:
     items: Array | None = None
     """(B,) int64, identity of the segment in which each window ends, for ``update_priorities``."""
     future_target_actions: Array | None = None
-    """(B, F, A) float32, to imitate in the F steps after each window; 0 after the episode. None: none were asked for."""
+    """(B, F, A) float32, to imitate in the F steps after each window; 0 after the episode. None: none asked for."""
     future_mask: Array | None = None
     """(B, F) bool, True where the step is real."""
     weights: Array | None = None
