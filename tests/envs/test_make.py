@@ -37,7 +37,7 @@ def test_experts_are_built_for_their_environment() -> None:
 
 @pytest.mark.parametrize(("wrong", "near"), [("metawrld", "metaworld"), ("babyAI", "babyai"), ("gym:Ant-v5", "")])
 def test_an_unknown_name_gets_the_nearest_ones(wrong: str, near: str) -> None:
-    with pytest.raises(ConfigError, match=f"{near}.*The families are metaworld, babyai, gymnasium:<id>"):
+    with pytest.raises(ConfigError, match=f"{near}.*The families are metaworld, babyai, .*gymnasium:<id>"):
         make_env(wrong, tasks=("reach",))
 
 

@@ -9,8 +9,10 @@ from vla_dist.core.errors import ConfigError, ResourceMissing
 from vla_dist.core.protocols import Expert, RobotEnv
 from vla_dist.core.specs import CameraSpec
 from vla_dist.envs.instructions import Split
+from vla_dist.envs.key_to_door import KeyToDoorEnv, KeyToDoorExpert
+from vla_dist.envs.t_maze import TMazeEnv, TMazeExpert
 
-FAMILIES = ("metaworld", "babyai", "gymnasium:<id>")
+FAMILIES = ("metaworld", "babyai", "t-maze", "key-to-door", "gymnasium:<id>")
 _GYMNASIUM = "gymnasium:"
 _SIMULATOR_PACKAGES = frozenset({"gymnasium", "metaworld", "minigrid", "mujoco", "imageio", "glfw", "OpenGL"})
 
@@ -26,7 +28,8 @@ def make_env(
     """Build an environment.
 
     Args:
-        name: its family: ``metaworld``, ``babyai`` or ``gymnasium:<id>``, for example ``gymnasium:Pendulum-v1``.
+        name: its family: ``metaworld``, ``babyai``, ``t-maze``, ``key-to-door``, or ``gymnasium:<id>``, for example
+            ``gymnasium:Pendulum-v1``.
         tasks: those that ``reset`` will accept; a Gymnasium id is its own only task and needs none.
         cameras: images in each observation; none means state alone, which needs no graphics library.
         max_episode_steps: None takes the family's own (200 for ``metaworld``).
@@ -48,6 +51,10 @@ def make_env(
             from vla_dist.envs.babyai import BabyAIEnv
 
             return BabyAIEnv(tuple(tasks), **options)
+        if name == "t-maze":
+            return TMazeEnv(tuple(tasks), **options)
+        if name == "key-to-door":
+            return KeyToDoorEnv(tuple(tasks), **options)
         if name.startswith(_GYMNASIUM):
             from vla_dist.envs.gymnasium_env import GymnasiumEnv
 
@@ -70,6 +77,10 @@ def make_expert(env: RobotEnv) -> Expert:
     Raises:
         ConfigError: the environment has none.
     """
+    if isinstance(env, TMazeEnv):
+        return TMazeExpert(env)
+    if isinstance(env, KeyToDoorEnv):
+        return KeyToDoorExpert(env)
     # An environment's class is only looked for where its module, and with it its simulator, is loaded already.
     simulated: Any = env
     metaworld, babyai = (sys.modules.get(f"vla_dist.envs.{module}") for module in ("metaworld", "babyai"))
@@ -79,4 +90,6 @@ def make_expert(env: RobotEnv) -> Expert:
         return MetaWorldExpert(simulated)
     if babyai is not None and isinstance(env, babyai.BabyAIEnv):
         return babyai.BabyAIExpert(simulated)
-    raise ConfigError(f"{type(env).__name__} has no scripted expert; MetaWorldEnv and BabyAIEnv have one")
+    raise ConfigError(
+        f"{type(env).__name__} has no scripted expert; MetaWorldEnv, BabyAIEnv, TMazeEnv and KeyToDoorEnv have one"
+    )
