@@ -21,6 +21,7 @@ from vla_dist.models.language_encoder import (
     MINILM,
     LanguageEncoder,
     LanguageEncoderConfig,
+    language_model_path,
     masked_mean,
     shared_embedder,
 )
@@ -43,7 +44,9 @@ class VisuomotorConfig(PreTrainedConfig):
         horizon: H, actions predicted at once.
         goal_dim: G of the frozen sentence embedding; 0: no such vectors.
         language_model: the sentence model that makes goal vectors of texts given in their place.
-        language: settings of a LanguageEncoder that is part of the model and learns with it, in place of goal vectors.
+        language: settings of a LanguageEncoder that is part of the model, in place of goal vectors. With ``freeze``
+            (its default) the trunk has the weights of its ``model_name``, which must be on this machine; without, it
+            starts from noise and learns, unless it is given weights.
         cameras: names of the views it looks at.
         head: ``discrete`` for one-hot actions, else the continuous head's name.
         visual: settings of the VisualEncoder that all cameras share.
@@ -141,6 +144,9 @@ class VisuomotorModel(PreTrainedModel, ABC):
         self.language = None
         if config.language is not None:
             self.language = LanguageEncoder(LanguageEncoderConfig(**config.language))
+            # A frozen trunk of noise could never be told anything.
+            if self.language.config.freeze and self.language.device.type != "meta":
+                self.language.load_trunk(str(language_model_path(self.language.config.model_name)))
         self.register_buffer("proprio_mean", torch.zeros(config.state_dim))
         self.register_buffer("proprio_std", torch.ones(config.state_dim))
         self.register_buffer("goal_mean", torch.zeros(config.goal_dim))
@@ -190,14 +196,15 @@ class VisuomotorModel(PreTrainedModel, ABC):
 
     def forward(
         self,
-        images: Images,
+        images: Images | None,
         text_commands: str | Sequence[str] | Tensor | None,
         states: Tensor | None = None,
     ) -> Tensor:
         """The first action of the chunk.
 
         Args:
-            images: (B, 3, H, W) or (B, T, 3, H, W), uint8 or float in [0, 1]; by camera name where there are several.
+            images: (B, 3, H, W) or (B, T, 3, H, W), uint8 or float in [0, 1]; by camera name where there are several,
+                None where there is none.
             text_commands: B texts, one for all, or (B, G) goal vectors.
             states: (B, P) or (B, T, P), where the model looks at proprio.
 
@@ -207,14 +214,25 @@ class VisuomotorModel(PreTrainedModel, ABC):
         Raises:
             DataError: inputs of another shape or kind than the config asks for.
         """
-        views = self._views(images)
-        batch, steps = next(iter(views.values())).shape[:2]
+        if states is not None and states.ndim == 2:
+            states = states[:, None]
+        views = self._views({} if images is None else images)
+        first = next(iter(views.values()), states)
+        if first is None:
+            raise DataError("this model has no cameras; give states")
+        batch, steps = first.shape[:2]
         if states is None:
             states = self.proprio_mean.new_zeros(batch, steps, 0)
-        states = states[:, None] if states.ndim == 2 else states
         words = self.understand(text_commands, batch)
         valid = torch.ones(batch, steps, dtype=torch.bool, device=self.proprio_mean.device)
-        return self.decide(states, self.encode_frames(views, words), words, valid)[:, 0]
+        features = self.features_of(views, words, (batch, steps))
+        return self.decide(states, features, words, valid)[:, 0]
+
+    def features_of(self, images: Mapping[str, Tensor], words: Words | None, shape: tuple[int, int]) -> Tensor:
+        """As ``encode_frames``; without cameras (B, T, *feature_shape) of nothing, for ``shape`` (B, T)."""
+        if self.config.cameras:
+            return self.encode_frames(images, words)
+        return self.proprio_mean.new_zeros(*shape, *self.feature_shape)
 
     def understand(self, said: str | Sequence[str] | Tensor | None, num_rows: int) -> Words | None:
         """Texts, one text for all rows, or (B, G) goal vectors, to what the model reads; None where it reads nothing.
@@ -310,7 +328,7 @@ class VisuomotorModel(PreTrainedModel, ABC):
         views = {name: frames[:, None] if frames.ndim == 4 else frames for name, frames in views.items()}
         shapes = {tuple(frames.shape[:2]) for frames in views.values()}
         steps = self.config.context_steps
-        if len(shapes) != 1 or not all(0 < shape[-1] <= steps for shape in shapes):
+        if len(shapes) > 1 or not all(0 < shape[-1] <= steps for shape in shapes):
             raise DataError(
                 f"images of {sorted(shapes)} rows and steps; all cameras need the same, and at most {steps} steps"
             )

@@ -106,7 +106,8 @@ class VisuomotorPolicy:
         with torch.inference_mode():
             words = self._understand(observations)
             frames = {name: view[:, None].to(self._device) for name, view in views.items()}
-            features = self._model.encode_frames(frames, words)[:, 0].float().cpu().numpy()
+            encoded = self._model.features_of(frames, words, (len(observations), 1))
+            features = encoded[:, 0].float().cpu().numpy()
             after = [
                 self._observed(state, reading, feature)
                 for state, reading, feature in zip(states, readings, features, strict=True)

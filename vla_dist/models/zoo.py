@@ -13,6 +13,8 @@ from vla_dist.core.specs import EnvSpec
 from vla_dist.models import presets
 from vla_dist.models.bcz import presets as bcz_presets
 from vla_dist.models.bcz.bcz import BCZ, BCZConfig
+from vla_dist.models.composed import presets as composed_presets
+from vla_dist.models.composed.vla import ComposedVLA, ComposedVLAConfig
 from vla_dist.models.decision_transformer import DecisionTransformer, VlaDecisionTransformerConfig
 from vla_dist.models.hierarchical import presets as hierarchical_presets
 from vla_dist.models.hierarchical.config import HierarchicalVLAConfig
@@ -105,6 +107,15 @@ ARCHITECTURES: dict[str, Architecture] = {
             policy=VisuomotorPolicy,
             presets=bcz_presets.PRESETS,
             source="Jang et al. 2021, BC-Z, https://arxiv.org/abs/2202.02005",
+        ),
+        Architecture(
+            name="vla",
+            config=ComposedVLAConfig,
+            model=ComposedVLA,
+            policy=VisuomotorPolicy,
+            presets=composed_presets.PRESETS,
+            source="Any encoders with any fusion and any head; the flow head is that of Black et al. 2024, "
+            "https://arxiv.org/abs/2410.24164",
         ),
     )
 }

@@ -14,7 +14,7 @@ from vla_dist.models.heads import from_bins
 from vla_dist.models.language_encoder import BERT_BASE
 from vla_dist.models.rt1.presets import PRESETS, tiny
 from vla_dist.models.rt1.rt1 import RT1, token_by_token
-from vla_dist.models.rt1.token_learner import TokenLearner
+from vla_dist.models.token_learner import TokenLearner
 from vla_dist.models.visuomotor_policy import VisuomotorPolicy
 from vla_dist.testing.fakes import make_spec
 from vla_dist.testing.windows import make_train_batch

@@ -20,8 +20,8 @@ from vla_dist.models.film import FiLM
 from vla_dist.models.fusion import FusionType, MultimodalFusion
 from vla_dist.models.heads import bins_loss, discrete_loss, from_bins
 from vla_dist.models.language_encoder import MINILM, LanguageEncoder
-from vla_dist.models.rt1.token_learner import TokenLearner
 from vla_dist.models.rt1.transformer import DecoderLayer
+from vla_dist.models.token_learner import TokenLearner
 from vla_dist.models.visual_encoder import VisualEncoder, VisualEncoderConfig
 from vla_dist.models.visuomotor import ONE_CAMERA, VisuomotorConfig, VisuomotorModel, Words
 
@@ -144,7 +144,8 @@ class RT1(VisuomotorModel):
             module.reset_parameters()
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.1)
         elif isinstance(module, nn.LayerNorm):

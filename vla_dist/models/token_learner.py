@@ -18,7 +18,8 @@ class TokenLearner(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.narrow = nn.Linear(dim, bottleneck)
-        self.choose = nn.Linear(bottleneck, num_tokens)
+        # Without a bias: added to every place alike it cancels in the softmax.
+        self.choose = nn.Linear(bottleneck, num_tokens, bias=False)
 
     def weights(self, tokens: Tensor) -> Tensor:
         """(B, N, D) to (B, M, N): where each learned token looks; rows sum to one."""

@@ -1,0 +1,64 @@
+"""Named sizes of the composed VLA, each a function of the robot's spec."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vla_dist.core.specs import EnvSpec
+from vla_dist.models.composed.vla import ComposedVLAConfig
+
+
+def _for_spec(spec: EnvSpec, size: dict[str, Any], changes: dict[str, Any]) -> ComposedVLAConfig:
+    settings: dict[str, Any] = {
+        "state_dim": spec.proprio_dim,
+        "action_dim": spec.action_dim,
+        "cameras": [camera.name for camera in spec.cameras],
+        **size,
+    }
+    if spec.action_kind == "discrete":
+        settings["head"] = "discrete"
+    return ComposedVLAConfig(**{**settings, **changes})
+
+
+def tiny(spec: EnvSpec, **changes: Any) -> ComposedVLAConfig:
+    """Seconds on a CPU: four convolutions where there is a camera, gated fusion, chunks of 4 actions."""
+    size = {
+        "head": "mse",
+        "horizon": 4,
+        "hidden_dim": 64,
+        "fusion_type": "gated_fusion",
+        "fusion_heads": 4,
+        "tokens_per_frame": 4,
+        "visual": {"backbone": "conv_small", "width": 16},
+    }
+    return _for_spec(spec, size, changes)
+
+
+def small(spec: EnvSpec, **changes: Any) -> ComposedVLAConfig:
+    """Minutes on a CPU: a ResNet-18 of a quarter of the width, cross-attention, flow, chunks of 8, two frames."""
+    trunk = {"embedding_size": 32, "hidden_sizes": [32, 32, 64, 128]}
+    size = {
+        "head": "flow",
+        "horizon": 8,
+        "context_steps": 2,
+        "hidden_dim": 128,
+        "fusion_heads": 4,
+        "visual": {"backbone": "resnet18", "trunk": trunk},
+    }
+    return _for_spec(spec, size, changes)
+
+
+def full(spec: EnvSpec, **changes: Any) -> ComposedVLAConfig:
+    """For a GPU: ResNet-50, a MiniLM that learns, cross-attention over its words, flow, chunks of 16, two frames."""
+    size = {
+        "head": "flow",
+        "horizon": 16,
+        "context_steps": 2,
+        "goal_dim": 0,
+        "language": {"output_dim": 512, "freeze": False},
+        "tokens_per_frame": 16,
+        "visual": {"backbone": "resnet50", "image_size": 224, "resize": True},
+    }
+    return _for_spec(spec, size, changes)
+
+
+PRESETS: dict[str, Callable[..., ComposedVLAConfig]] = {"tiny": tiny, "small": small, "full": full}
