@@ -19,6 +19,7 @@ VERBS = {
     "replay": "what a replay holds and how it is doing; whether it is whole; to files and back",
     "models": "the policies that can be trained: sizes, parameters, what they need",
     "analyze": "what policies cost in memory, arithmetic and time, and whether they keep up with a robot",
+    "tune": "search settings of a preset on the data of a run, with Ray Tune",
     "registry": "versions of policies: what they are, what differs, which may go",
     "doctor": "what this machine has and what is missing",
     "bench": "benchmarks, each against a peer or a limit in the same run",

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vla_dist.core.protocols import PolicyLoader, ReplayTable, RobotEnv
+from vla_dist.core.protocols import PolicyLoader, PolicyRegistry, ReplayTable, RobotEnv
 from vla_dist.core.specs import EnvSpec
 from vla_dist.registry.blobs import open_blobs
 from vla_dist.registry.store import RedisPolicyRegistry
@@ -207,7 +207,10 @@ def build_policy_loader(config: RunConfig) -> PolicyLoader:
     return partial(build_executed_policy, execution=config.model.execution)
 
 
-def build_learner(place: Place, rank: Rank) -> Learner:
+def build_learner(place: Place, rank: Rank, *, registry: PolicyRegistry | None = None) -> Learner:
+    """Args:
+    registry: that versions go to; None: the run's.
+    """
     from vla_dist.learner.config import LearnerConfig
     from vla_dist.learner.learner import Learner
     from vla_dist.learner.train_step import OptimiserConfig
@@ -249,7 +252,7 @@ def build_learner(place: Place, rank: Rank) -> Learner:
             context_steps=model_config.context_steps,
             future_steps=model_config.horizon - 1,
         ),
-        registry=build_registry(place),
+        registry=registry or build_registry(place),
         embed=shared_embedder().embed,
         phrases=training_phrases(config),
         git_revision=git_revision(),

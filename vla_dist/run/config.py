@@ -1,9 +1,11 @@
 """The settings of a run: one tree, of which each component is handed only its own branch."""
 
 import dataclasses
+import difflib
 import json
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -334,6 +336,38 @@ class RunConfig:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def require_setting(config: RunConfig, path: str) -> None:
+    """Raises ConfigError with the nearest ones where no field has that path, such as ``learner.learning_rate``."""
+    known = list(_paths("", json.loads(config.to_json())))
+    if path not in known:
+        near = difflib.get_close_matches(path, known, n=2)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ConfigError(f"no setting {path!r}; {hint}'vla-dist run PRESET --help' lists them")
+
+
+def with_setting(config: RunConfig, path: str, value: Any) -> RunConfig:
+    """The config with one field changed, for example ``learner.learning_rate``.
+
+    Raises:
+        ConfigError: no such field, with the nearest one; or a value that cannot work.
+    """
+    require_setting(config, path)
+    fields = json.loads(config.to_json())
+    branch, (*parents, name) = fields, path.split(".")
+    for parent in parents:
+        branch = branch[parent]
+    branch[name] = value
+    return _build(RunConfig, fields)
+
+
+def _paths(prefix: str, value: Any) -> Iterator[str]:
+    for name, one in value.items():
+        if isinstance(one, dict):
+            yield from _paths(f"{prefix}{name}.", one)
+        else:
+            yield f"{prefix}{name}"
 
 
 def load_config(path: Path) -> RunConfig:

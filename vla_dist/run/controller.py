@@ -36,10 +36,11 @@ from vla_dist.run.build import (
     build_table,
 )
 from vla_dist.run.evaluations import EvaluationBoard
-from vla_dist.run.files import EVALUATIONS, FILM
+from vla_dist.run.files import EVALUATIONS, EVENTS, FILM
 from vla_dist.run.host import JudgeHost
 from vla_dist.run.hosts import HostedWorker
 from vla_dist.run.memory import MemoryWatch
+from vla_dist.run.metrics_log import MetricsLog
 from vla_dist.run.serve_app import ServingHandle, start_serving
 from vla_dist.run.serving_start import ServingStart
 from vla_dist.run.status import RunStatus
@@ -93,7 +94,9 @@ class RunController:
             stack.callback(self._close_hosts)
             self._start_archiver(board, stack)
             self._start_rollouts(board)
-            self._training = Training(self._place, partial(board.post, "learner"))
+            self._training = Training(
+                self._place, MetricsLog(board, self._place.run_dir / EVENTS, run_id=self._place.run_id)
+            )
             self._enter("collecting")
             # Serve takes as long to start as the learner to publish version 1: both at once.
             starting = stack.enter_context(contextlib.closing(ServingStart(self._start_serving)))

@@ -1,0 +1,220 @@
+"""A search over settings: every trial trains on the replay of one run, and is judged on seeds of its own.
+
+Nothing is published and the run stays as it is. Ray Tune writes progress.csv and TensorBoard's events of each trial.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.search import BasicVariantGenerator
+
+from vla_dist.core.errors import ConfigError, NotFound
+from vla_dist.core.types import PolicyArtifact, PolicyManifest
+from vla_dist.replay.limiter import LimiterConfig
+from vla_dist.run.build import Place, build_env, build_learner, build_policy_loader, build_table, phrase_source
+from vla_dist.run.config import RunConfig, require_setting, with_setting
+
+_SEARCHABLE = ("learner.", "model.")
+_OWN = ("learner.publish_updates", "learner.num_workers", "learner.use_gpu")
+_RANGES = ("log", "uniform", "int")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One point of the search and what came of it."""
+
+    settings: Mapping[str, Any]
+    success: float
+    """On unseen seeds, over all tasks; NaN where it did not end."""
+    loss: float
+    error: str = ""
+
+
+def parse_space(words: Sequence[str], config: RunConfig) -> dict[str, Any]:
+    """``path=a,b,c``, ``path=log:LOW:HIGH``, ``path=uniform:LOW:HIGH`` or ``path=int:LOW:HIGH`` to Ray Tune's domains.
+
+    Raises:
+        ConfigError: naming the word, where it is of another form or its setting cannot be searched.
+    """
+    space: dict[str, Any] = {}
+    for word in words:
+        path, separator, text = word.partition("=")
+        if not separator or not text:
+            raise ConfigError(f"--over {word!r} must be SETTING=a,b,c or SETTING=log:LOW:HIGH (or uniform, int)")
+        require_setting(config, path)
+        if not path.startswith(_SEARCHABLE) or path in _OWN:
+            raise ConfigError(
+                f"{path} cannot be searched: trials share the data, the seeds and the machine of one run. Search "
+                f"settings of {' and '.join(name.rstrip('.') for name in _SEARCHABLE)}"
+            )
+        kind, _, bounds = text.partition(":")
+        if kind in _RANGES:
+            low, high = _bounds(word, kind, bounds)
+            tried: list[Any] = [low, high]
+            space[path] = _domain(kind, low, high)
+        else:
+            tried = [_value(choice) for choice in text.split(",")]
+            space[path] = tune.choice(tried)
+        for value in tried:
+            _with_settings(config, {path: value})
+    if not space:
+        raise ConfigError("nothing to search: give --over SETTING=a,b,c")
+    return space
+
+
+def search(
+    place: Place, space: Mapping[str, Any], *, num_trials: int, num_parallel: int, folder: Path, seed: int = 0
+) -> list[Trial]:
+    """Train and judge ``num_trials`` random points on a Ray that is initialised; the best one first.
+
+    Args:
+        place: the run whose replay answers; its config is what the points change.
+        folder: for Ray Tune's files, and ``trials.json``.
+    """
+    if num_trials < 1 or num_parallel < 1:
+        raise ConfigError(f"num_trials {num_trials} and num_parallel {num_parallel} must be at least 1")
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_run_trial, place=place), {"CPU": 1}),
+        param_space=dict(space),
+        tune_config=tune.TuneConfig(
+            num_samples=num_trials,
+            max_concurrent_trials=num_parallel,
+            search_alg=BasicVariantGenerator(random_state=seed),
+        ),
+        run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),
+    )
+    trials = [_outcome(result) for result in tuner.fit()]
+    # NaN, of a trial that failed, is worse than everything.
+    trials.sort(key=lambda trial: (math.isnan(trial.success), -trial.success, trial.loss))
+    rows = [{"settings": dict(t.settings), "success": t.success, "loss": t.loss, "error": t.error} for t in trials]
+    (folder / "trials.json").write_text(json.dumps(rows, indent=2) + "\n")
+    return trials
+
+
+class _Unpublished:
+    """Takes the versions of a trial and keeps the newest, for its judge."""
+
+    def __init__(self) -> None:
+        self.newest: PolicyArtifact | None = None
+        self._counter = itertools.count(1)
+
+    def publish(self, artifact: PolicyArtifact, *, channel: str | None = None) -> int:
+        version = next(self._counter)
+        self.newest = replace(artifact, manifest=replace(artifact.manifest, version=version))
+        return version
+
+    def manifests(self, name: str) -> list[PolicyManifest]:
+        return []
+
+    def resolve(self, reference: str) -> int:
+        raise NotFound(f"a trial has no {reference!r}; it publishes nothing")
+
+    def fetch(self, name: str, version: int) -> PolicyArtifact:
+        raise NotFound(f"a trial has no {name}@{version}; it publishes nothing")
+
+    def follow(self, reference: str, *, after: int, timeout_s: float) -> int:
+        return after
+
+    def set_channel(self, name: str, channel: str, version: int) -> None:
+        raise NotFound(f"a trial has no {name}@{version}; it publishes nothing")
+
+
+def _run_trial(settings: dict[str, Any], *, place: Place) -> None:
+    import torch
+
+    from vla_dist.evaluation.suite import Evaluator, SuiteConfig
+    from vla_dist.learner.config import Rank
+
+    torch.set_num_threads(1)
+    config = _with_settings(place.config, settings)
+    trial, registry = replace(place, config=config), _Unpublished()
+    learner = build_learner(trial, Rank(), registry=registry)
+    loss = math.nan
+    try:
+        while not learner.done:
+            metrics = learner.step()
+            loss = metrics.get("loss", loss)
+            if not learner.done:
+                tune.report(dict(metrics))
+    finally:
+        learner.close()
+    assert registry.newest is not None
+    judged = config.evaluation
+    envs = [build_env(config) for _ in range(judged.num_envs)]
+    try:
+        suite = SuiteConfig(tasks=config.env.tasks, episodes_per_task=judged.episodes_per_task, seed=judged.seed)
+        policy = build_policy_loader(config)(registry.newest)
+        outcomes = Evaluator(envs, phrase_source(config, "training")).evaluate(policy, suite)
+    finally:
+        for env in envs:
+            env.close()
+    success = sum(outcome.success for outcome in outcomes) / len(outcomes)
+    tune.report({"updates": float(learner.updates), "loss": loss, "success": success})
+
+
+@contextlib.contextmanager
+def free_readers(place: Place) -> Iterator[None]:
+    """Readers of a run that has ended: its ratio would make them wait for inserts that never come."""
+    replay = place.config.replay
+    free = LimiterConfig(min_steps=replay.min_steps, samples_per_insert=None)
+    limiter = LimiterConfig(
+        min_steps=replay.min_steps,
+        samples_per_insert=replay.samples_per_insert,
+        error_buffer_steps=replay.error_buffer_steps,
+    )
+    with contextlib.closing(build_table(place)) as table:
+        table.override_limiter(free)
+        try:
+            yield
+        finally:
+            table.override_limiter(limiter)
+
+
+def _outcome(result: Any) -> Trial:
+    metrics = result.metrics or {}
+    return Trial(
+        settings=dict(result.config or {}),
+        success=float(metrics.get("success", math.nan)),
+        loss=float(metrics.get("loss", math.nan)),
+        error="" if result.error is None else str(result.error).strip().splitlines()[-1],
+    )
+
+
+def _with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """A trial publishes its last version only, and as many updates as asked for end where it ends."""
+    total = int(settings.get("learner.total_updates", config.learner.total_updates))
+    learner = replace(config.learner, total_updates=total, publish_updates=(0, total), num_workers=1)
+    changed = replace(config, learner=learner)
+    for path, value in settings.items():
+        changed = with_setting(changed, path, value)
+    return changed
+
+
+def _bounds(word: str, kind: str, text: str) -> tuple[float, float]:
+    try:
+        low, high = (int(bound) if kind == "int" else float(bound) for bound in text.split(":"))
+    except ValueError as error:
+        raise ConfigError(f"--over {word!r}: expected {kind}:LOW:HIGH with two numbers") from error
+    if not low < high or (kind == "log" and low <= 0):
+        raise ConfigError(f"--over {word!r}: LOW must be below HIGH{', and above 0' if kind == 'log' else ''}")
+    return low, high
+
+
+def _domain(kind: str, low: float, high: float) -> Any:
+    if kind == "int":
+        return tune.randint(int(low), int(high) + 1)
+    return tune.loguniform(low, high) if kind == "log" else tune.uniform(low, high)
+
+
+def _value(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
