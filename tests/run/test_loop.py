@@ -55,7 +55,7 @@ def interrupt(child, *, within_s):
     everything = child.descendants()
     stopped_at = time.monotonic()
     child.process.send_signal(signal.SIGINT)
-    assert child.process.wait(timeout=60) == 130
+    assert child.process.wait(timeout=60) == 130, child.log
     assert time.monotonic() - stopped_at < within_s
     _, alive = psutil.wait_procs(everything, timeout=5)
     assert alive == []
