@@ -94,6 +94,9 @@ def apply_serving_environment(*, drain_s: float = 2.0) -> Path:
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_port + _PORTS_CLAIMED - 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(drain_s),
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": str(drain_s),
+        # 5 and 10 s by default: on a machine whose cores are busy a healthy proxy is then killed while it starts.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
         "RAY_USAGE_STATS_ENABLED": "0",
         # A late call, after this process has shut Ray down, must fail: it would start another Ray.
         "RAY_ENABLE_AUTO_CONNECT": "0",
