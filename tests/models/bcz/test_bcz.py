@@ -61,6 +61,15 @@ def test_the_loss_is_the_papers_by_hand_and_stops_where_the_episode_does():
     torch.testing.assert_close(head.loss(features, spoiled, mask)[0], loss)
 
 
+def test_a_command_between_open_and_closed_can_be_met_without_loss():
+    head = WaypointHead(8, 1, {"gripper": [0]}, 16)
+    features, mask = torch.randn(1, 8), torch.ones(1, 1, dtype=torch.bool)
+    met, _ = head.loss(features, head.decode(features).detach(), mask)
+    assert met.item() == pytest.approx(0.0, abs=1e-6)
+    missed, _ = head.loss(features, head.decode(features).detach() + 0.2, mask)
+    assert missed > 1e-3
+
+
 def test_dimensions_come_back_in_the_robots_order():
     head = WaypointHead(8, 2, {"xyz": [1, 3], "rotation": [2], "gripper": [0]}, 16)
     features, targets = torch.randn(1, 8), torch.tensor([[[1.0, 0.2, -0.5, 0.7], [-1.0, 0.1, 0.6, -0.3]]])

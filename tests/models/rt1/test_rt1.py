@@ -136,16 +136,18 @@ def test_each_frame_is_encoded_once_and_the_answer_is_that_of_the_whole_window()
     policy = VisuomotorPolicy(model, SPEC, conditioning=ReturnConditioning(), goals=GoalTable(fake_embed))
     encoded = []
     model.visual.register_forward_hook(lambda _, arguments, __: encoded.append(arguments[0].shape[1]))
-    state, observations = policy.initial_state(), [observe(i) for i in range(5)]
+    state, observations, chunks = policy.initial_state(), [observe(i) for i in range(5)], []
     for observation in observations:
         (chunk,), (state,) = policy.act([observation], [state])
+        chunks.append(chunk)
     assert encoded == [1] * 5
-    window = observations[-K:]
-    images = torch.from_numpy(np.stack([o.images["top"] for o in window])).permute(0, 3, 1, 2)[None]
-    states = torch.from_numpy(np.stack([o.proprio for o in window]))[None]
-    with torch.inference_mode():
-        whole = model(images, torch.from_numpy(fake_embed(["go"])), states)
-    np.testing.assert_allclose(chunk, whole.numpy(), atol=1e-6)
+    for step, chunk in enumerate(chunks):
+        window = observations[max(0, step - K + 1) : step + 1]
+        images = torch.from_numpy(np.stack([o.images["top"] for o in window])).permute(0, 3, 1, 2)[None]
+        states = torch.from_numpy(np.stack([o.proprio for o in window]))[None]
+        with torch.inference_mode():
+            whole = model(images, torch.from_numpy(fake_embed(["go"])), states)
+        np.testing.assert_allclose(chunk, whole.numpy(), atol=1e-6)
     assert state.num_steps == K
 
 
