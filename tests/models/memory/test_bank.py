@@ -41,9 +41,23 @@ def test_among_equally_weak_slots_the_oldest_goes():
 def test_a_firm_memory_outlives_a_thousand_weak_ones():
     memory = write(empty(), 7.0, 0.99)
     for value in range(1000):
-        memory = write(memory, float(value), 0.2)
+        memory = write(memory, 20.0 + 50.0 * (value % 9), 0.2)
     assert memory.contents[0, 0, 0] == 7.0
     assert memory.ages[0, 0] == 1001
+
+
+def test_what_is_already_known_is_renewed_instead_of_written_twice():
+    memory = write(empty(), 7.0)
+    for _ in range(50):
+        memory = write(memory, 1.0)
+    assert memory.contents[0, :, 0].tolist() == [7, 1, 0]
+    assert memory.ages[0].tolist() == [51, 1, 0]
+
+
+def test_renewal_never_weakens():
+    memory = write(write(empty(), 7.0, 0.9), 7.0, 0.2)
+    assert memory.strengths[0, 0].item() == pytest.approx(0.9)
+    assert write(memory, 7.0, 1.0).strengths[0, 0] == 1.0
 
 
 def test_padding_neither_writes_nor_ages():

@@ -64,6 +64,7 @@ def recall_batch(count: int, generator: torch.Generator, *, steps: int = STEPS, 
 
 def small_model(**changes) -> MemoryAugmentedVLA:
     settings = {"head": "discrete", "goal_dim": 0, "num_heads": 2, "context_steps": STEPS, "burn_in_steps": 0}
+    settings["write_cost"] = 0.002  # every filler step is another number, so it must not be written
     return MemoryAugmentedVLA(CUES + 2, 12, 32, action_dim=CUES + 1, **{**settings, **changes})
 
 

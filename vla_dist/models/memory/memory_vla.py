@@ -49,7 +49,8 @@ class MemoryAugmentedVLAConfig(PreTrainedConfig):
         burn_in_steps: in a window that begins within an episode without its memory, this many steps only fill the
             memory and are not imitated.
         write_cost: weight in the loss of the expected share of steps that are written: what nobody will read shall not
-            push out what matters when the bank is full.
+            push out what matters when the bank is full. With too much of it nothing is written before reading is
+            learnt.
         horizon: H, always 1.
         head: ``tanh`` (squared error, actions in [-1, 1]) or ``discrete`` (cross-entropy over A choices).
         goal_dim: G of the sentence embedding; 0: no language.
@@ -66,7 +67,7 @@ class MemoryAugmentedVLAConfig(PreTrainedConfig):
     num_heads: int = 4
     context_steps: int = 16
     burn_in_steps: int = 4
-    write_cost: float = 0.002
+    write_cost: float = 1e-4
     horizon: int = 1
     head: str = "tanh"
     goal_dim: int = 384
