@@ -402,3 +402,14 @@ def test_tensors_keep_the_names_and_shapes_that_published_policies_have():
         "head.weight": (A, 32),
         "head.bias": (A,),
     }
+
+
+def test_residual_branches_and_the_head_start_small():
+    """Initialisation of modules without parameters of their own is passed over: it had no effect there."""
+    torch.manual_seed(0)
+    model = DecisionTransformer(state_dim=4, action_dim=2, hidden_dim=128, n_layers=8, n_heads=2, goal_dim=0)
+    for block in model.transformer.blocks:
+        assert 0.23 < block.attention.out.weight.std() * 128**0.5 < 0.27
+        assert 0.23 < block.narrow.weight.std() * 512**0.5 < 0.27
+        assert 0.97 < block.widen.weight.std() * 128**0.5 < 1.03
+    assert 0.015 < model.head.weight.std() < 0.025

@@ -22,7 +22,7 @@ from vla_dist.models.decision_transformer_config import VlaDecisionTransformerCo
 from vla_dist.models.heads import from_bins, to_bins
 from vla_dist.models.member import fill_normaliser, masked_mean, require_batch
 from vla_dist.models.squashed_gaussian import SquashedGaussian
-from vla_dist.models.transformer import Transformer, causal_visibility, residual_gain
+from vla_dist.models.transformer import ResidualLinear, Transformer, causal_visibility, residual_gain
 from vla_dist.models.visual_encoder import VisualEncoder, VisualEncoderConfig
 
 _LARGEST_NORMALISED = 10.0
@@ -122,21 +122,16 @@ class DecisionTransformer(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Unit-variance embeddings, shrunk residual branches, and a head that starts near zero."""
+        # Only modules with parameters of their own come here.
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
+            gain = residual_gain(self.config.n_layers) if isinstance(module, ResidualLinear) else 1.0
+            init.normal_(module.weight, std=0.02 if module is self.head else gain * module.in_features**-0.5)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.1)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, Transformer):
-            gain = residual_gain(self.config.n_layers)
-            for name, weight in module.named_parameters():
-                if name.endswith(("out.weight", "narrow.weight")):
-                    init.normal_(weight, std=gain * weight.shape[1] ** -0.5)
-        elif module is self:
-            init.normal_(self.head.weight, std=0.02)
 
     def set_normaliser(
         self,

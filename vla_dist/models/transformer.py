@@ -27,7 +27,7 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.dropout = dropout
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.out = ResidualLinear(dim, dim)
 
     def forward(
         self, tokens: Tensor, visible: Tensor, *, read: slice | None = None, cache: Tensor | None = None
@@ -67,6 +67,10 @@ class SelfAttention(nn.Module):
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
+class ResidualLinear(nn.Linear):
+    """Its output is added to the residual stream; see ``residual_gain``."""
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x))."""
 
@@ -76,7 +80,7 @@ class Block(nn.Module):
         self.attention = SelfAttention(dim, num_heads, dropout)
         self.mlp_norm = nn.LayerNorm(dim, eps=eps)
         self.widen = nn.Linear(dim, inner_dim)
-        self.narrow = nn.Linear(inner_dim, dim)
+        self.narrow = ResidualLinear(inner_dim, dim)
         self.activation = ACTIVATIONS[activation]
         self.dropout = Dropout(dropout)
 
