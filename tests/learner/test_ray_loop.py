@@ -13,6 +13,9 @@ import psutil
 import pytest
 
 from vla_dist.learner.checkpoint import read_checkpoint
+from vla_dist.registry.blobs import RedisBlobs
+from vla_dist.registry.store import RedisPolicyRegistry
+from vla_dist.replay.server import EmbeddedServer
 from vla_dist.run.training import fit_to_the_end
 
 ray = pytest.importorskip("ray")
@@ -35,7 +38,7 @@ def ray_cluster(tmp_path_factory):
     del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
 
 
-def make_build(log, *, dies_at=None, damages=None, pause_s=0.0):
+def make_build(log, *, dies_at=None, damages=None, pause_s=0.0, registry_url=None, total_updates=40):
     """A build function that is sent by value, so everything it needs is imported inside."""
 
     def build(rank):
@@ -46,6 +49,8 @@ def make_build(log, *, dies_at=None, damages=None, pause_s=0.0):
         from vla_dist.learner.train_step import OptimiserConfig
         from vla_dist.models.decision_transformer import DecisionTransformer
         from vla_dist.models.presets import preset
+        from vla_dist.registry.blobs import RedisBlobs
+        from vla_dist.registry.store import RedisPolicyRegistry
         from vla_dist.testing.episodes import EpisodeTable, fill
         from vla_dist.testing.fakes import make_spec
         from vla_dist.testing.registry import InMemoryRegistry
@@ -79,10 +84,13 @@ def make_build(log, *, dies_at=None, damages=None, pause_s=0.0):
         # Each rank sees other episodes and draws, so that equal results prove shared gradients and statistics.
         table = EpisodeTable(spec, context_steps=4, seed=rank.index)
         fill(table, num_episodes=5 + 2 * rank.index)
+        registry = InMemoryRegistry()
+        if registry_url:
+            registry = RedisPolicyRegistry(registry_url, RedisBlobs(registry_url))
         config = LearnerConfig(
             policy_name="p",
             run_id="r",
-            optimiser=OptimiserConfig(total_updates=40),
+            optimiser=OptimiserConfig(total_updates=total_updates),
             batch_size=8,
             updates_per_step=5,
             checkpoint_every=10,
@@ -94,7 +102,7 @@ def make_build(log, *, dies_at=None, damages=None, pause_s=0.0):
             model=DecisionTransformer(preset("small", spec, **size)),
             spec=spec,
             table=table,
-            registry=InMemoryRegistry(),
+            registry=registry,
             embed=embed,
             rank=rank,
         )
@@ -102,11 +110,11 @@ def make_build(log, *, dies_at=None, damages=None, pause_s=0.0):
     return build
 
 
-def fit(build, tmp_path, *, num_workers, parallelism="ddp", num_cpus=1):
-    return fit_to_the_end(lambda: make_trainer(build, tmp_path, num_workers, parallelism, num_cpus))
+def fit(build, tmp_path, *, num_workers, parallelism="ddp", num_cpus=1, max_failures=1):
+    return fit_to_the_end(lambda: make_trainer(build, tmp_path, num_workers, parallelism, num_cpus, max_failures))
 
 
-def make_trainer(build, tmp_path, num_workers, parallelism, num_cpus):
+def make_trainer(build, tmp_path, num_workers, parallelism, num_cpus, max_failures):
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -119,7 +127,7 @@ def make_trainer(build, tmp_path, num_workers, parallelism, num_cpus):
         run_config=RunConfig(
             name="run",
             storage_path=str(tmp_path / "storage"),
-            failure_config=FailureConfig(max_failures=1),
+            failure_config=FailureConfig(max_failures=max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
@@ -180,8 +188,78 @@ def test_a_killed_trainer_is_replaced_and_goes_on(ray_cluster, tmp_path):
 
 
 def controllers():
-    found = psutil.process_iter(["cmdline"])
-    return [p for p in found if " ".join(p.info["cmdline"] or ()).startswith("ray::TrainController")]
+    return started_by_this_test("ray::TrainController")
+
+
+def started_by_this_test(name):
+    mine = psutil.Process().children(recursive=True)
+    return [process for process in mine if command_of(process).startswith(name)]
+
+
+def command_of(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_storm_of_kills_ends_with_every_version_once(ray_cluster, tmp_path):
+    """kill -9 of ranks, of the trainer, and flipped bits in the newest checkpoint, at random."""
+    rng, log, stop = np.random.default_rng(), tmp_path / "log", threading.Event()
+    kills = {"rank": 0, "trainer": 0, "damage": 0}
+
+    def storm():
+        for what in rng.permutation(["rank"] * 4 + ["trainer"] * 2 + ["damage"] * 3):
+            # Some progress first: who is killed while starting has nothing to go back to.
+            enough = count_lines(log) + int(rng.integers(2, 5))
+            while count_lines(log) < enough:
+                if stop.wait(0.2):
+                    return
+            stop.wait(rng.uniform(0, 1))
+            kills[what] += what != "damage" or damage_newest(tmp_path / "storage")
+            for process in started_by_this_test("ray::TrainController" if what == "trainer" else "ray::RayTrainWorker"):
+                process.kill()
+
+    with EmbeddedServer(tmp_path / "redis") as server:
+        build = make_build(str(log), pause_s=1.0, registry_url=server.url, total_updates=200)
+        thread = threading.Thread(target=storm)
+        thread.start()
+        try:
+            result = fit(build, tmp_path, num_workers=1, max_failures=20)
+        finally:
+            stop.set()
+            thread.join()
+        registry = RedisPolicyRegistry(server.url, RedisBlobs(server.url))
+        published = [manifest.metrics["updates"] for manifest in registry.manifests("p")]
+        last = registry.fetch("p", registry.resolve("p@stable"))
+        registry.close()
+    resumed, starts = resumptions(log)
+    print(f"{kills}, went back to {resumed}, {len(starts)} steps of 40")
+    assert result.metrics["updates"] == 200
+    assert published == [0, 15, 200]
+    assert last.manifest.metrics["updates"] == 200
+    assert sum(kills.values()) >= 5
+    assert len(resumed) >= 2
+
+
+def count_lines(path):
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def damage_newest(storage):
+    """Only where one before it can be gone back to; whether it did."""
+    found = sorted(storage.glob("run/update-*/tensors.safetensors"))
+    if len(found) < 2:
+        return False
+    try:
+        data = bytearray(found[-1].read_bytes())
+        data[-3] ^= 1
+        found[-1].write_bytes(data)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @pytest.mark.slow
