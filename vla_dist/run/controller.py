@@ -94,9 +94,8 @@ class RunController:
             stack.callback(self._close_hosts)
             self._start_archiver(board, stack)
             self._start_rollouts(board)
-            self._training = Training(
-                self._place, MetricsLog(board, self._place.run_dir / EVENTS, run_id=self._place.run_id)
-            )
+            log = MetricsLog(board, self._place.run_dir / EVENTS, run_id=self._place.run_id)
+            self._training = stack.enter_context(contextlib.closing(Training(self._place, log)))
             self._enter("collecting")
             # Serve takes as long to start as the learner to publish version 1: both at once.
             starting = stack.enter_context(contextlib.closing(ServingStart(self._start_serving)))

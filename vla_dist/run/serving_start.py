@@ -6,7 +6,7 @@ from collections.abc import Callable
 from vla_dist.core.errors import WaitTimeout
 from vla_dist.run.serve_app import ServingHandle
 
-_JOIN_TIMEOUT_S = 30.0
+_JOIN_TIMEOUT_S = 60.0
 
 Start = Callable[[Callable[[], bool]], ServingHandle]
 """Starts the service; asks its argument now and then whether to give up."""

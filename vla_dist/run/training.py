@@ -15,7 +15,7 @@ from vla_dist.core.errors import WorkerFailed
 from vla_dist.core.types import Metrics
 from vla_dist.run.build import Place, build_learner
 from vla_dist.run.files import CHECKPOINTS
-from vla_dist.run.orphans import free_orphaned_reservations
+from vla_dist.run.orphans import free_orphaned_reservations, kill_train_controllers
 
 _KEEP_CHECKPOINTS = 3
 _MAX_FAILURES = 5
@@ -31,6 +31,7 @@ class Training:
         self._post = post
         self._error: BaseException | None = None
         self._done = threading.Event()
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._fit, name="training", daemon=True)
         self._thread.start()
 
@@ -43,9 +44,22 @@ class Training:
         if self._error is not None:
             raise WorkerFailed(f"the learner failed: {_reason(self._error)}") from self._error
 
+    def close(self, *, timeout_s: float = 30.0) -> None:
+        """End the training, from which ``--resume`` goes on.
+
+        Blocking: until its thread has ended. A thread that still awaits something when Ray is shut down makes Ray end
+        this process at once, with status 1 and without a word.
+        """
+        self._closing.set()
+        end = time.monotonic() + timeout_s
+        while not self.is_done and time.monotonic() < end:
+            kill_train_controllers()
+            self._done.wait(0.2)
+        self._thread.join(max(0.0, end - time.monotonic()))
+
     def _fit(self) -> None:
         try:
-            result = fit_to_the_end(self._make_trainer)
+            result = fit_to_the_end(self._make_trainer, self._closing.is_set)
             self._error = result.error
         except Exception as error:  # noqa: BLE001  raise_if_failed hands it to the run controller
             self._error = error
@@ -75,11 +89,14 @@ class Training:
         )
 
 
-def fit_to_the_end(make_trainer: Callable[[], TorchTrainer]) -> ray.train.Result:
+def fit_to_the_end(
+    make_trainer: Callable[[], TorchTrainer], is_closing: Callable[[], bool] = lambda: False
+) -> ray.train.Result:
     """Ray Train watches the ranks, and this its controller: one that was killed is replaced and goes on.
 
     Args:
         make_trainer: makes trainers of the same name and storage.
+        is_closing: whether the controller was killed because the training is to end.
 
     Raises:
         TrainingFailedError: ranks failed too often.
@@ -89,6 +106,8 @@ def fit_to_the_end(make_trainer: Callable[[], TorchTrainer]) -> ray.train.Result
         try:
             return make_trainer().fit()
         except RayActorError:
+            if is_closing():
+                raise
             time.sleep(_PAUSE_S)
             free_orphaned_reservations()
     return make_trainer().fit()
