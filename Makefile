@@ -48,6 +48,8 @@ format: setup
 bench: setup
 	$(BIN)/vla-dist bench replay
 	$(BIN)/vla-dist bench serve
+	$(BIN)/vla-dist bench learner
+	$(BIN)/vla-dist bench models
 
 proto: setup
 	$(BIN)/python -m vla_dist.protocol.generate

@@ -23,7 +23,7 @@ class EnvSettings:
     """The simulator or robot and what is asked of it."""
 
     family: str = "metaworld"
-    """metaworld, babyai, or gymnasium:<id>."""
+    """metaworld, babyai, t-maze, key-to-door, or gymnasium:<id>."""
     tasks: tuple[str, ...] = ()
     """All tasks, collected, trained and evaluated."""
     language_tasks: tuple[str, ...] = ()

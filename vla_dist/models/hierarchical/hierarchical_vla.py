@@ -78,15 +78,13 @@ class HierarchicalVLA(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
-            init.zeros_(module.bias)
+            # At first a skill goes on for some ten steps.
+            init.constant_(module.bias, -2.0 if module is self.terminate else 0.0)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=1.0)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif module is self and self.terminate is not None:
-            # At first a skill goes on for some ten steps.
-            init.constant_(self.terminate.bias, -2.0)
 
     def set_normaliser(
         self,

@@ -164,18 +164,14 @@ class MemoryAugmentedVLA(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
+            # Also the gate's: where everything is written at first, the cue of a corridor was not found in time.
             init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, WriteGate):
-            # At first everything is written, so that reading can be learned.
-            init.constant_(module.log_odds.bias, 2.0)
         elif isinstance(module, MemoryReader):
             init.normal_(module.null_key, std=0.02)
             init.normal_(module.null_value, std=0.02)
-        elif module is self:
-            init.normal_(self.head.weight, std=0.02)
 
     def set_normaliser(
         self,
