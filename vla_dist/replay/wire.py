@@ -199,15 +199,13 @@ class Wire:
         Raises:
             hiredis.ReplyError: the first error among the replies.
         """
-        filled, view = 0, arena.data
+        filled, expected, view = 0, 0, arena.data
         while filled < layout.num_bytes:
             filled += self._receive(view[filled : layout.num_bytes], end)
             # Fewer bytes may come than expected: waiting for all of them could last for ever.
-            if filled < layout.num_bytes and not layout.is_in_step(view, filled):
-                break
-        good = layout.first_unexpected(arena, filled)
-        if good is not None:
-            return self._read_unexpected(bytearray(view[:filled]), layout, good, end)
+            expected, unexpected = layout.compare(arena, expected, filled)
+            if unexpected:
+                return self._read_unexpected(bytearray(view[:filled]), layout, expected, end)
         return arena, layout.starts
 
     def _read_unexpected(self, received: bytearray, layout: "BulkLayout", good: int, end: float) -> tuple[Array, Array]:
@@ -300,24 +298,22 @@ class BulkLayout:
         texts = [b"$%d\r\n" % size for size in kinds.tolist()]
         self._texts = np.frombuffer(b"".join(text.ljust(width, b"\0") for text in texts), np.uint8).reshape(-1, width)
 
-    def is_in_step(self, received: memoryview, filled: int) -> bool:
-        """Whether the last header received, or the part of it, is where it must be if all before it were as expected.
+    def compare(self, received: Array, first: int, filled: int) -> tuple[int, bool]:
+        """Headers from the reply ``first`` on, as far as received, with the expected ones.
 
-        A quick look, wrong with the probability that bytes of a string look like a header.
+        Returns:
+            The first reply that is not known to be as expected, and whether it is known not to be.
         """
-        last = int(np.searchsorted(self.headers, filled)) - 1
-        at = int(self.headers[last])
-        size = min(int(self._header_bytes[last]), filled - at)
-        return received[at : at + size] == self._texts[self._kind[last]][:size].tobytes()
-
-    def first_unexpected(self, received: Array, filled: int) -> int | None:
-        """The first reply whose header, as far as received, is not the expected one; None: all are."""
         begun = int(np.searchsorted(self.headers, filled))
         columns = np.arange(self._texts.shape[1])
-        places = self.headers[:begun, None] + columns
-        known = (columns < self._header_bytes[:begun, None]) & (places < filled)
-        wrong = ((received[places] != self._texts[self._kind[:begun]]) & known).any(axis=1)
-        return int(wrong.argmax()) if wrong.any() else None
+        places = self.headers[first:begun, None] + columns
+        known = (columns < self._header_bytes[first:begun, None]) & (places < filled)
+        # Of the header that came in part the rest is read where it is; the arena ends later.
+        differs = received[np.minimum(places, len(received) - 1)] != self._texts[self._kind[first:begun]]
+        wrong = (differs & known).any(axis=1)
+        if wrong.any():
+            return first + int(wrong.argmax()), True
+        return max(first, begun - 1), False
 
 
 def pack(commands: Iterable[Command]) -> list[bytes | memoryview]:

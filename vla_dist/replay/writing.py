@@ -25,8 +25,8 @@ _IMAGE_STAGE_MS = b"50000"
 """Images go first: what is left of an earlier attempt shows by the checksum of its row."""
 _APART_STAGE_MS = b"3600000"
 """Of images on a server of their own: between commit and the removal of the expiry lies another connection."""
-_MOST_SEGMENTS = 16
-_MOST_BYTES = 2 << 20
+_MOST_SEGMENTS = 28
+_MOST_BYTES = 16 << 20
 """Stored in one exchange; the next ones are encoded meanwhile."""
 MOST_SEGMENTS_PER_EPISODE = 1 << 16
 # See functions.lua.
