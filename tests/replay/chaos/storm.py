@@ -125,7 +125,7 @@ class Storm:
         writers = [name for name in self._names if name.startswith("writer")]
         self._wait(lambda: all(self._running[name].poll() == 0 for name in writers), "the writers finish")
         self._wait(lambda: self._table.state().tables[2].limiter.drawable_steps == 0, "the queue runs dry")
-        if "archiver" in self._names:
+        if any(name.startswith("archiver") for name in self._names):
             self._wait(lambda: self._table.state().archived == self._table.state().completions, "all is archived")
         for process in self._running.values():
             process.kill()
