@@ -28,7 +28,10 @@ class CountingWorker:
 
     def step(self):
         count = int(self.path.read_text()) + 1 if self.path.exists() else 1
-        self.path.write_text(str(count))
+        # Whole or not at all: it is read, and its writer killed, at any time.
+        whole = self.path.with_suffix(".new")
+        whole.write_text(str(count))
+        whole.replace(self.path)
         time.sleep(0.05)
         return {"count": float(count), "done": float(count >= self.until)}
 
