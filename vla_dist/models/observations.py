@@ -70,3 +70,12 @@ def goal_rows(instructions: Sequence[str], goals: GoalTable, nothing: Array) -> 
     words = [text for text in instructions if text]
     found = dict(zip(words, goals.lookup(words), strict=True)) if words else {}
     return np.stack([found[text] if text else nothing for text in instructions])
+
+
+def pushed(history: Array, newest: Array | np.float32) -> Array:
+    """Drops the oldest row; a new read-only array, so that older states stay what they were."""
+    moved = np.empty_like(history)
+    moved[:-1] = history[1:]
+    moved[-1] = newest
+    moved.flags.writeable = False
+    return moved

@@ -18,7 +18,7 @@ from vla_dist.models.attention_cache import AttentionCache, gather_caches, split
 from vla_dist.models.conditioning import ReturnConditioning
 from vla_dist.models.decision_transformer import DecisionTransformer
 from vla_dist.models.goals import GoalTable
-from vla_dist.models.observations import camera_frames, goal_rows, require_fit
+from vla_dist.models.observations import camera_frames, goal_rows, pushed, require_fit
 
 _makers = itertools.count()
 
@@ -162,10 +162,10 @@ class DecisionTransformerPolicy:
                 executed = _checked("previous_action", observation.previous_action, self._spec.action_dim)
                 actions = _with_last(actions, self._codec.encode(executed))
         return DecisionTransformerState(
-            proprio=_pushed(state.proprio, proprio),
-            actions=_pushed(actions, np.zeros(self._spec.action_dim, np.float32)),
-            returns_to_go=_pushed(state.returns_to_go, np.float32(value)),
-            features=_pushed(state.features, feature),
+            proprio=pushed(state.proprio, proprio),
+            actions=pushed(actions, np.zeros(self._spec.action_dim, np.float32)),
+            returns_to_go=pushed(state.returns_to_go, np.float32(value)),
+            features=pushed(state.features, feature),
             num_steps=self._num_remembered(state),
             timestep=state.timestep + 1,
             cache=state.cache,
@@ -302,15 +302,6 @@ def _checked(name: str, vector: Array, size: int) -> Array:
     if vector.shape != (size,) or not np.isfinite(vector).all():
         raise DataError(f"{name} must be ({size},) finite numbers, got shape {vector.shape}: {vector}")
     return vector.astype(np.float32, copy=False)
-
-
-def _pushed(history: Array, newest: Array | np.float32) -> Array:
-    """Drops the oldest row; a new read-only array, so that older states stay what they were."""
-    moved = np.empty_like(history)
-    moved[:-1] = history[1:]
-    moved[-1] = newest
-    moved.flags.writeable = False
-    return moved
 
 
 def _with_last(history: Array, newest: Array) -> Array:

@@ -15,7 +15,7 @@ from vla_dist.core.types import Array, Observation
 from vla_dist.models.actions import ActionCodec
 from vla_dist.models.conditioning import ReturnConditioning
 from vla_dist.models.goals import GoalTable
-from vla_dist.models.observations import camera_frames, goal_rows, proprio_rows, require_fit
+from vla_dist.models.observations import camera_frames, goal_rows, proprio_rows, pushed, require_fit
 from vla_dist.models.visuomotor import VisuomotorModel, Words
 
 
@@ -124,8 +124,8 @@ class VisuomotorPolicy:
 
     def _observed(self, state: VisuomotorState, reading: Array, feature: Array) -> VisuomotorState:
         return VisuomotorState(
-            proprio=_pushed(state.proprio, reading[: self._model.config.state_dim]),
-            features=_pushed(state.features, feature),
+            proprio=pushed(state.proprio, reading[: self._model.config.state_dim]),
+            features=pushed(state.features, feature),
             num_steps=min(state.num_steps + 1, self.context_steps),
             timestep=state.timestep + 1,
         )
@@ -147,11 +147,6 @@ class VisuomotorPolicy:
 
     def _tensor(self, array: Array) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
-
-
-def _pushed(history: Array, newest: Array) -> Array:
-    """Drops the oldest row; a new array, so that older states stay what they were."""
-    return _read_only(np.concatenate([history[1:], newest[None].astype(np.float32, copy=False)]))
 
 
 def _read_only(array: Array) -> np.ndarray[Any, np.dtype[Any]]:
