@@ -27,9 +27,11 @@ import ray
 from ray import serve
 
 from vla_dist.core.errors import ConfigError, ResourceMissing, WaitTimeout, WorkerFailed
+from vla_dist.serving.calls import TokenCheck
+from vla_dist.serving.fleet_servicer import FleetServicer
 from vla_dist.serving.ingest import FleetIngest
+from vla_dist.serving.policy_servicer import PolicyServicer
 from vla_dist.serving.service import PolicyService
-from vla_dist.serving.servicer import FleetServicer, PolicyServicer, TokenCheck
 
 _log = logging.getLogger(__name__)
 

@@ -9,9 +9,11 @@ import grpc
 
 from vla_dist.core.errors import ConfigError, ResourceMissing, Unreachable, WaitTimeout
 from vla_dist.protocol.v1 import fleet_pb2_grpc, policy_pb2_grpc
+from vla_dist.serving.calls import TokenCheck
+from vla_dist.serving.fleet_servicer import FleetServicer
 from vla_dist.serving.ingest import FleetIngest
+from vla_dist.serving.policy_servicer import PolicyServicer
 from vla_dist.serving.service import PolicyService
-from vla_dist.serving.servicer import FleetServicer, PolicyServicer, TokenCheck
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 """A segment of 32 steps with two 224 x 224 cameras has 10 MB, gRPC's own limit is 4 MB."""

@@ -1,19 +1,9 @@
-"""The services as gRPC sees them: messages in, messages out, errors as status codes with their whole sentence.
-
-The same methods serve a plain ``grpc.aio`` server and Ray Serve's gRPC ingress. Serve hands over a context that has
-neither ``abort`` nor interceptors, so a failed call sets code and details and returns: both runtimes send them, and
-neither logs a traceback for a robot's mistake.
-"""
+"""``PolicyService`` as gRPC sees it: messages in, messages out, errors as status codes with their whole sentence."""
 
 import asyncio
-import hmac
-import logging
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Protocol, TypeVar
+from collections.abc import AsyncIterator
 
-import grpc
-
-from vla_dist.core.errors import DataError, DeadlineExceeded, ResourceMissing, Unauthorised, Unreachable, VlaDistError
+from vla_dist.core.errors import DataError, DeadlineExceeded, ResourceMissing, Unreachable, VlaDistError
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import ActionChunk
 from vla_dist.protocol.conversion import (
@@ -24,61 +14,17 @@ from vla_dist.protocol.conversion import (
     encode_grant,
     encode_spec,
 )
-from vla_dist.protocol.records import AckStatus, FleetCommand, SessionGrant
+from vla_dist.protocol.records import SessionGrant
 from vla_dist.protocol.status import status_of
-from vla_dist.protocol.v1 import fleet_pb2, policy_pb2
-from vla_dist.serving.ingest import FleetIngest
+from vla_dist.protocol.v1 import policy_pb2
+from vla_dist.serving.calls import CallContext, TokenCheck, fail_call
 from vla_dist.serving.service import PolicyService
-
-_log = logging.getLogger(__name__)
-
-M = TypeVar("M")
 
 _REFUSALS: tuple[tuple[type[VlaDistError], policy_pb2.RefusalReason], ...] = (
     (DeadlineExceeded, policy_pb2.REFUSAL_REASON_LATE),
     (DataError, policy_pb2.REFUSAL_REASON_INVALID),
     (ResourceMissing, policy_pb2.REFUSAL_REASON_OVERLOADED),
 )
-_ACKS: dict[AckStatus, fleet_pb2.AckStatus] = {
-    "stored": fleet_pb2.ACK_STATUS_STORED,
-    "duplicate": fleet_pb2.ACK_STATUS_DUPLICATE,
-    "quarantined": fleet_pb2.ACK_STATUS_QUARANTINED,
-    "retry": fleet_pb2.ACK_STATUS_RETRY,
-}
-_COMMANDS: dict[FleetCommand, fleet_pb2.FleetCommand] = {
-    "continue": fleet_pb2.FLEET_COMMAND_CONTINUE,
-    "drain": fleet_pb2.FLEET_COMMAND_DRAIN,
-    "stop": fleet_pb2.FLEET_COMMAND_STOP,
-}
-
-
-class CallContext(Protocol):
-    """What ``grpc.aio.ServicerContext`` and Serve's ``RayServegRPCContext`` have in common."""
-
-    def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
-
-    def set_code(self, code: grpc.StatusCode) -> None: ...
-
-    def set_details(self, details: str) -> None: ...
-
-
-class TokenCheck:
-    """The bearer token, compared before any array of a message is decoded. None lets everybody in."""
-
-    def __init__(self, token: str | None) -> None:
-        self._expected = None if token is None else f"Bearer {token}".encode()
-
-    def require(self, context: CallContext) -> None:
-        """Raises Unauthorised unless the call's metadata has ``authorization: Bearer <token>``."""
-        if self._expected is None:
-            return
-        for key, value in context.invocation_metadata() or ():
-            if key == "authorization":
-                got = value.encode() if isinstance(value, str) else value
-                if hmac.compare_digest(got, self._expected):
-                    return
-                raise Unauthorised("the bearer token is not this server's; check the token the robot was given")
-        raise Unauthorised("the call has no bearer token; send metadata 'authorization: Bearer <token>'")
 
 
 class PolicyServicer:
@@ -99,7 +45,7 @@ class PolicyServicer:
             )
             return encode_grant(grant)
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            return _failed(grpc_context, error, policy_pb2.OpenSessionResponse)
+            return fail_call(grpc_context, error, policy_pb2.OpenSessionResponse)
 
     async def Act(  # noqa: N802
         self, request: policy_pb2.ActRequest, grpc_context: CallContext
@@ -108,7 +54,7 @@ class PolicyServicer:
             self._policy_tokens.require(grpc_context)
             return policy_pb2.ActResponse(chunk=encode_chunk(await self._act_once(request)))
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            return _failed(grpc_context, error, policy_pb2.ActResponse)
+            return fail_call(grpc_context, error, policy_pb2.ActResponse)
 
     async def Control(  # noqa: N802
         self, request_iterator: AsyncIterator[policy_pb2.ControlRequest], grpc_context: CallContext
@@ -133,7 +79,7 @@ class PolicyServicer:
                     raise DataError(f"the message is {kind!r}, expected 'observation' or 'goodbye'")
                 yield await self._answer(session_id, request.observation, spec)
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            _failed(grpc_context, error, policy_pb2.ControlResponse)
+            fail_call(grpc_context, error, policy_pb2.ControlResponse)
         finally:
             await self._service.close(session_id)
 
@@ -156,7 +102,7 @@ class PolicyServicer:
                     )
             return response
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            return _failed(grpc_context, error, policy_pb2.ListPoliciesResponse)
+            return fail_call(grpc_context, error, policy_pb2.ListPoliciesResponse)
 
     async def CheckHealth(  # noqa: N802
         self, request: policy_pb2.CheckHealthRequest, grpc_context: CallContext
@@ -174,7 +120,7 @@ class PolicyServicer:
                 replica_id=health.replica_id,
             )
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            return _failed(grpc_context, error, policy_pb2.CheckHealthResponse)
+            return fail_call(grpc_context, error, policy_pb2.CheckHealthResponse)
 
     async def _open(self, message: policy_pb2.ControlOpen) -> tuple[SessionGrant, EnvSpec]:
         asked = decode_request(message.session)
@@ -255,47 +201,3 @@ class PolicyServicer:
             return None
         except asyncio.TimeoutError as error:
             raise Unreachable(f"the stream was silent for {idle_s:g} s and is closed; reconnect to go on") from error
-
-
-class FleetServicer:
-    """``vla_dist.v1.FleetService`` over one FleetIngest."""
-
-    def __init__(self, ingest: FleetIngest, tokens: TokenCheck) -> None:
-        self._ingest = ingest
-        self._fleet_tokens = tokens
-
-    async def Upload(  # noqa: N802
-        self, request_iterator: AsyncIterator[fleet_pb2.UploadRequest], grpc_context: CallContext
-    ) -> AsyncIterator[fleet_pb2.UploadResponse]:
-        try:
-            self._fleet_tokens.require(grpc_context)
-            async for request in request_iterator:
-                ack = await self._ingest.receive(request.segment)
-                yield fleet_pb2.UploadResponse(
-                    episode_id=ack.episode_id,
-                    segment_index=ack.segment_index,
-                    status=_ACKS[ack.status],
-                    reason=ack.reason,
-                )
-        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            _failed(grpc_context, error, fleet_pb2.UploadResponse)
-
-    async def Heartbeat(  # noqa: N802
-        self, request: fleet_pb2.HeartbeatRequest, grpc_context: CallContext
-    ) -> fleet_pb2.HeartbeatResponse:
-        try:
-            self._fleet_tokens.require(grpc_context)
-            command = self._ingest.heartbeat(request.robot_id, request.counters)
-            return fleet_pb2.HeartbeatResponse(command=_COMMANDS[command])
-        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            return _failed(grpc_context, error, fleet_pb2.HeartbeatResponse)
-
-
-def _failed(context: CallContext, error: Exception, response: Callable[..., M]) -> M:
-    """Set the status of a failed call; the empty response beside it is ignored by every client."""
-    code, details = status_of(error)
-    if code is grpc.StatusCode.INTERNAL:
-        _log.error("a call failed in the server", exc_info=error)
-    context.set_code(code)
-    context.set_details(details)
-    return response()
