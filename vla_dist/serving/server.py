@@ -23,7 +23,7 @@ class SingleServer:
     """``grpc.aio`` on an event loop in a thread of its own; it owns and shuts down what it serves.
 
     Args:
-        service: the policies; its ``versions`` must be started.
+        service: the policies; its ``versions`` must be started. None offers no PolicyService.
         ingest: where the fleet's segments go; None offers no FleetService.
         host: address to bind, loopback unless told otherwise.
         port: 0 picks a free one, see ``port``.
@@ -32,7 +32,7 @@ class SingleServer:
 
     def __init__(
         self,
-        service: PolicyService,
+        service: PolicyService | None,
         *,
         ingest: FleetIngest | None = None,
         host: str = "127.0.0.1",
@@ -80,7 +80,8 @@ class SingleServer:
             self._stop_loop(timeout_s)
         else:
             self._loop.close()
-        self._service.shut_down()
+        if self._service is not None:
+            self._service.shut_down()
         if self._ingest is not None:
             self._ingest.shut_down()
 
@@ -101,7 +102,8 @@ class SingleServer:
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ]
         )
-        policy_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyServicer(self._service, self._tokens), server)
+        if self._service is not None:
+            policy_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyServicer(self._service, self._tokens), server)
         if self._ingest is not None:
             fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self._ingest, self._tokens), server)
         try:
