@@ -5,7 +5,8 @@
     |-- DataError              (ValueError)       an array, segment or message that does not fit
     |   `-- IntegrityError                        bytes differ from their hash or header
     |-- ContractMismatch       (ValueError)       robot and policy disagree on dimensions, units, cameras, rate
-    |-- Unauthorised           (PermissionError)  no token, or one without the role
+    |-- Unauthorised           (PermissionError)  no token, or a wrong one
+    |   `-- Forbidden                             a known caller without the role, or for another robot
     |-- NotFound               (LookupError)      a version, channel, session or episode that does not exist
     |-- Unreachable            (ConnectionError)  Redis or a server does not answer
     |-- WaitTimeout            (TimeoutError)     a wait ended; the message says what it waited for
@@ -39,7 +40,11 @@ class ContractMismatch(VlaDistError, ValueError):
 
 
 class Unauthorised(VlaDistError, PermissionError):
-    """No token, or a token without the role that the call needs."""
+    """No token, or one that the server does not know."""
+
+
+class Forbidden(Unauthorised):
+    """A known caller asked for what its role, or its robot, does not allow."""
 
 
 class NotFound(VlaDistError, LookupError):

@@ -12,7 +12,13 @@ from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.core.specs import ActionKind, CameraSpec, Dimension, EnvSpec
 from vla_dist.core.types import ActionChunk, Array, Fallback, Observation, Segment, Source
 from vla_dist.protocol.arrays import decode_array, encode_array
-from vla_dist.protocol.records import SessionGrant, SessionLimits, SessionRequest
+from vla_dist.protocol.records import (
+    Outcome,
+    PlanInProgress,
+    SessionGrant,
+    SessionLimits,
+    SessionRequest,
+)
 from vla_dist.protocol.v1 import policy_pb2, types_pb2
 
 T = TypeVar("T")
@@ -30,6 +36,10 @@ _FALLBACKS: dict[Fallback, types_pb2.Fallback] = {
     "decelerate": types_pb2.FALLBACK_DECELERATE,
     "zero": types_pb2.FALLBACK_ZERO,
     "local_policy": types_pb2.FALLBACK_LOCAL_POLICY,
+}
+_OUTCOMES: dict[Outcome, policy_pb2.EpisodeOutcome] = {
+    "success": policy_pb2.EPISODE_OUTCOME_SUCCESS,
+    "failure": policy_pb2.EPISODE_OUTCOME_FAILURE,
 }
 _SOURCES: dict[Source, types_pb2.Source] = {
     "expert": types_pb2.SOURCE_EXPERT,
@@ -211,11 +221,12 @@ def encode_request(request: SessionRequest) -> policy_pb2.OpenSessionRequest:
         policy_version=request.policy_version,
         robot_id=request.robot_id,
         task=request.task,
+        service_id=request.service_id,
     )
 
 
 def decode_request(message: policy_pb2.OpenSessionRequest) -> SessionRequest:
-    for label in ("policy", "robot_id", "task"):
+    for label in ("policy", "robot_id", "task", "service_id"):
         _require_text(label, getattr(message, label), MAX_TEXT_BYTES)
     return SessionRequest(
         spec=decode_spec(message.spec),
@@ -223,6 +234,7 @@ def decode_request(message: policy_pb2.OpenSessionRequest) -> SessionRequest:
         policy_version=message.policy_version,
         robot_id=message.robot_id,
         task=message.task,
+        service_id=message.service_id,
     )
 
 
@@ -237,6 +249,8 @@ def encode_grant(grant: SessionGrant) -> policy_pb2.OpenSessionResponse:
             max_deadline_s=grant.limits.max_deadline_s,
         ),
         spec_digest=grant.spec_digest,
+        service_id=grant.service_id,
+        channel=grant.channel,
     )
 
 
@@ -253,6 +267,8 @@ def decode_grant(message: policy_pb2.OpenSessionResponse) -> SessionGrant:
             max_deadline_s=message.limits.max_deadline_s,
         ),
         spec_digest=message.spec_digest,
+        service_id=message.service_id,
+        channel=message.channel,
     )
 
 
@@ -263,6 +279,46 @@ def decode_history(
     if len(messages) > context_steps:
         raise DataError(f"the history has {len(messages)} observations, expected at most {context_steps}")
     return [decode_observation(m, spec, max_instruction_bytes=max_instruction_bytes) for m in messages]
+
+
+def encode_plan(plan: PlanInProgress) -> policy_pb2.PlanInProgress:
+    return policy_pb2.PlanInProgress(
+        observation_id=plan.observation_id,
+        consumed_steps=plan.consumed_steps,
+        remaining=encode_array(plan.remaining, label="plan.remaining"),
+        committed_steps=plan.committed_steps,
+    )
+
+
+def decode_plan(message: policy_pb2.PlanInProgress, spec: EnvSpec, *, horizon: int) -> PlanInProgress:
+    """The number of remaining actions is compared with the horizon before any is decoded."""
+    num_steps = message.remaining.shape[0] if len(message.remaining.shape) == 2 else 0
+    if not 1 <= num_steps <= horizon:
+        raise DataError(
+            f"plan.remaining has shape {tuple(message.remaining.shape)[:6]}, expected (1..{horizon}, {spec.action_dim})"
+        )
+    return PlanInProgress(
+        observation_id=message.observation_id,
+        consumed_steps=message.consumed_steps,
+        remaining=decode_array(
+            message.remaining,
+            label="plan.remaining",
+            dtype=np.float32,
+            shape=(num_steps, spec.action_dim),
+            finite=True,
+        ),
+        committed_steps=message.committed_steps,
+    )
+
+
+def encode_goodbye(outcome: Outcome | None, episode_id: str) -> policy_pb2.ControlGoodbye:
+    return policy_pb2.ControlGoodbye(outcome=_OUTCOMES[outcome] if outcome else 0, episode_id=episode_id)
+
+
+def decode_goodbye(message: policy_pb2.ControlGoodbye) -> tuple[Outcome | None, str]:
+    """How the episode ended, where the robot says so, and its name."""
+    _require_text("episode_id", message.episode_id, 64)
+    return (_named(_OUTCOMES, message.outcome, "outcome") if message.outcome else None), message.episode_id
 
 
 def _encode_dimension(dimension: Dimension) -> types_pb2.Dimension:

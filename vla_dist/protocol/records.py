@@ -6,10 +6,11 @@ from typing import Literal
 
 from vla_dist.core.errors import DataError
 from vla_dist.core.specs import EnvSpec
-from vla_dist.core.types import Segment
+from vla_dist.core.types import Array, Segment, Source
 
 AckStatus = Literal["stored", "duplicate", "quarantined", "retry"]
 FleetCommand = Literal["continue", "drain", "stop"]
+Outcome = Literal["success", "failure"]
 SegmentKey = tuple[str, int]
 
 
@@ -24,6 +25,8 @@ class SessionRequest:
     task: str = ""
     policy_version: int = 0
     """0: what the channel points at. Otherwise exactly this one, as an episode that reconnects asks for."""
+    service_id: str = ""
+    """The service that granted the episode before; another one refuses."""
 
     def __post_init__(self) -> None:
         name, at, channel = self.policy.partition("@")
@@ -57,6 +60,37 @@ class SessionGrant:
     spec_digest: str
     session_id: str = ""
     """Only within a process; a stream needs none."""
+    service_id: str = ""
+    """The same for all replicas of a service, and for no other service."""
+    channel: str = ""
+    """Where the version comes from: the channel that was asked for, or canary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlanInProgress:
+    """What a robot goes on doing while it waits for its next chunk, which is joined onto it."""
+
+    observation_id: int
+    """Of the chunk that is being executed."""
+    consumed_steps: int
+    """Its actions that were executed before this observation."""
+    remaining: Array
+    """(M, A) float32, its actions from this observation on."""
+    committed_steps: int
+    """The first of these that will be executed before the answer comes."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.committed_steps <= len(self.remaining):
+            raise DataError(f"committed_steps {self.committed_steps} must be within 0..{len(self.remaining)}, the rest")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyState:
+    """A policy's memory on its way to the robot and back; only the service that sealed it reads it."""
+
+    num_steps: int
+    """Observations of the episode that it has seen."""
+    sealed: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

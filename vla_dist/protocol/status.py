@@ -6,6 +6,7 @@ from vla_dist.core.errors import (
     ContractMismatch,
     DataError,
     DeadlineExceeded,
+    Forbidden,
     NotFound,
     ResourceMissing,
     Unauthorised,
@@ -20,6 +21,7 @@ MAX_DETAIL_CHARACTERS = 4000
 
 _CODES: tuple[tuple[type[VlaDistError], grpc.StatusCode], ...] = (
     (ContractMismatch, grpc.StatusCode.FAILED_PRECONDITION),
+    (Forbidden, grpc.StatusCode.PERMISSION_DENIED),
     (Unauthorised, grpc.StatusCode.UNAUTHENTICATED),
     (NotFound, grpc.StatusCode.NOT_FOUND),
     (DataError, grpc.StatusCode.INVALID_ARGUMENT),

@@ -8,44 +8,59 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class EpisodeOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EPISODE_OUTCOME_UNSPECIFIED: _ClassVar[EpisodeOutcome]
+    EPISODE_OUTCOME_SUCCESS: _ClassVar[EpisodeOutcome]
+    EPISODE_OUTCOME_FAILURE: _ClassVar[EpisodeOutcome]
+
 class RefusalReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     REFUSAL_REASON_UNSPECIFIED: _ClassVar[RefusalReason]
     REFUSAL_REASON_LATE: _ClassVar[RefusalReason]
     REFUSAL_REASON_INVALID: _ClassVar[RefusalReason]
     REFUSAL_REASON_OVERLOADED: _ClassVar[RefusalReason]
+EPISODE_OUTCOME_UNSPECIFIED: EpisodeOutcome
+EPISODE_OUTCOME_SUCCESS: EpisodeOutcome
+EPISODE_OUTCOME_FAILURE: EpisodeOutcome
 REFUSAL_REASON_UNSPECIFIED: RefusalReason
 REFUSAL_REASON_LATE: RefusalReason
 REFUSAL_REASON_INVALID: RefusalReason
 REFUSAL_REASON_OVERLOADED: RefusalReason
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("spec", "policy", "policy_version", "robot_id", "task")
+    __slots__ = ("spec", "policy", "policy_version", "robot_id", "task", "service_id")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     ROBOT_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_ID_FIELD_NUMBER: _ClassVar[int]
     spec: _types_pb2.EnvSpec
     policy: str
     policy_version: int
     robot_id: str
     task: str
-    def __init__(self, spec: _Optional[_Union[_types_pb2.EnvSpec, _Mapping]] = ..., policy: _Optional[str] = ..., policy_version: _Optional[int] = ..., robot_id: _Optional[str] = ..., task: _Optional[str] = ...) -> None: ...
+    service_id: str
+    def __init__(self, spec: _Optional[_Union[_types_pb2.EnvSpec, _Mapping]] = ..., policy: _Optional[str] = ..., policy_version: _Optional[int] = ..., robot_id: _Optional[str] = ..., task: _Optional[str] = ..., service_id: _Optional[str] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("policy_version", "horizon", "context_steps", "limits", "spec_digest")
+    __slots__ = ("policy_version", "horizon", "context_steps", "limits", "spec_digest", "service_id", "channel")
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     HORIZON_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_STEPS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SPEC_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_ID_FIELD_NUMBER: _ClassVar[int]
+    CHANNEL_FIELD_NUMBER: _ClassVar[int]
     policy_version: int
     horizon: int
     context_steps: int
     limits: SessionLimits
     spec_digest: str
-    def __init__(self, policy_version: _Optional[int] = ..., horizon: _Optional[int] = ..., context_steps: _Optional[int] = ..., limits: _Optional[_Union[SessionLimits, _Mapping]] = ..., spec_digest: _Optional[str] = ...) -> None: ...
+    service_id: str
+    channel: str
+    def __init__(self, policy_version: _Optional[int] = ..., horizon: _Optional[int] = ..., context_steps: _Optional[int] = ..., limits: _Optional[_Union[SessionLimits, _Mapping]] = ..., spec_digest: _Optional[str] = ..., service_id: _Optional[str] = ..., channel: _Optional[str] = ...) -> None: ...
 
 class SessionLimits(_message.Message):
     __slots__ = ("idle_timeout_s", "max_instruction_bytes", "max_deadline_s")
@@ -58,7 +73,7 @@ class SessionLimits(_message.Message):
     def __init__(self, idle_timeout_s: _Optional[float] = ..., max_instruction_bytes: _Optional[int] = ..., max_deadline_s: _Optional[float] = ...) -> None: ...
 
 class ActRequest(_message.Message):
-    __slots__ = ("policy", "policy_version", "spec_digest", "history", "observation", "observation_id", "deadline_ms", "history_start")
+    __slots__ = ("policy", "policy_version", "spec_digest", "history", "observation", "observation_id", "deadline_ms", "history_start", "plan")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     SPEC_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +82,7 @@ class ActRequest(_message.Message):
     OBSERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     HISTORY_START_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     policy: str
     policy_version: int
     spec_digest: str
@@ -75,7 +91,8 @@ class ActRequest(_message.Message):
     observation_id: int
     deadline_ms: float
     history_start: int
-    def __init__(self, policy: _Optional[str] = ..., policy_version: _Optional[int] = ..., spec_digest: _Optional[str] = ..., history: _Optional[_Iterable[_Union[_types_pb2.Observation, _Mapping]]] = ..., observation: _Optional[_Union[_types_pb2.Observation, _Mapping]] = ..., observation_id: _Optional[int] = ..., deadline_ms: _Optional[float] = ..., history_start: _Optional[int] = ...) -> None: ...
+    plan: PlanInProgress
+    def __init__(self, policy: _Optional[str] = ..., policy_version: _Optional[int] = ..., spec_digest: _Optional[str] = ..., history: _Optional[_Iterable[_Union[_types_pb2.Observation, _Mapping]]] = ..., observation: _Optional[_Union[_types_pb2.Observation, _Mapping]] = ..., observation_id: _Optional[int] = ..., deadline_ms: _Optional[float] = ..., history_start: _Optional[int] = ..., plan: _Optional[_Union[PlanInProgress, _Mapping]] = ...) -> None: ...
 
 class ActResponse(_message.Message):
     __slots__ = ("chunk",)
@@ -94,38 +111,70 @@ class ControlRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[ControlOpen, _Mapping]] = ..., observation: _Optional[_Union[ControlObservation, _Mapping]] = ..., goodbye: _Optional[_Union[ControlGoodbye, _Mapping]] = ...) -> None: ...
 
 class ControlOpen(_message.Message):
-    __slots__ = ("session", "history", "history_start")
+    __slots__ = ("session", "history", "history_start", "state")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     HISTORY_START_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     session: OpenSessionRequest
     history: _containers.RepeatedCompositeFieldContainer[_types_pb2.Observation]
     history_start: int
-    def __init__(self, session: _Optional[_Union[OpenSessionRequest, _Mapping]] = ..., history: _Optional[_Iterable[_Union[_types_pb2.Observation, _Mapping]]] = ..., history_start: _Optional[int] = ...) -> None: ...
+    state: PolicyState
+    def __init__(self, session: _Optional[_Union[OpenSessionRequest, _Mapping]] = ..., history: _Optional[_Iterable[_Union[_types_pb2.Observation, _Mapping]]] = ..., history_start: _Optional[int] = ..., state: _Optional[_Union[PolicyState, _Mapping]] = ...) -> None: ...
+
+class PolicyState(_message.Message):
+    __slots__ = ("num_steps", "sealed")
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    num_steps: int
+    sealed: bytes
+    def __init__(self, num_steps: _Optional[int] = ..., sealed: _Optional[bytes] = ...) -> None: ...
+
+class PlanInProgress(_message.Message):
+    __slots__ = ("observation_id", "consumed_steps", "remaining", "committed_steps")
+    OBSERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    CONSUMED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    observation_id: int
+    consumed_steps: int
+    remaining: _types_pb2.Array
+    committed_steps: int
+    def __init__(self, observation_id: _Optional[int] = ..., consumed_steps: _Optional[int] = ..., remaining: _Optional[_Union[_types_pb2.Array, _Mapping]] = ..., committed_steps: _Optional[int] = ...) -> None: ...
 
 class ControlObservation(_message.Message):
-    __slots__ = ("observation", "observation_id", "deadline_ms")
+    __slots__ = ("observation", "observation_id", "deadline_ms", "plan")
     OBSERVATION_FIELD_NUMBER: _ClassVar[int]
     OBSERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     observation: _types_pb2.Observation
     observation_id: int
     deadline_ms: float
-    def __init__(self, observation: _Optional[_Union[_types_pb2.Observation, _Mapping]] = ..., observation_id: _Optional[int] = ..., deadline_ms: _Optional[float] = ...) -> None: ...
+    plan: PlanInProgress
+    def __init__(self, observation: _Optional[_Union[_types_pb2.Observation, _Mapping]] = ..., observation_id: _Optional[int] = ..., deadline_ms: _Optional[float] = ..., plan: _Optional[_Union[PlanInProgress, _Mapping]] = ...) -> None: ...
 
 class ControlGoodbye(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("outcome", "episode_id")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    outcome: EpisodeOutcome
+    episode_id: str
+    def __init__(self, outcome: _Optional[_Union[EpisodeOutcome, str]] = ..., episode_id: _Optional[str] = ...) -> None: ...
 
 class ControlResponse(_message.Message):
-    __slots__ = ("opened", "chunk", "refusal")
+    __slots__ = ("opened", "chunk", "refusal", "state", "renew_within_s")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    RENEW_WITHIN_S_FIELD_NUMBER: _ClassVar[int]
     opened: OpenSessionResponse
     chunk: _types_pb2.ActionChunk
     refusal: ControlRefusal
-    def __init__(self, opened: _Optional[_Union[OpenSessionResponse, _Mapping]] = ..., chunk: _Optional[_Union[_types_pb2.ActionChunk, _Mapping]] = ..., refusal: _Optional[_Union[ControlRefusal, _Mapping]] = ...) -> None: ...
+    state: PolicyState
+    renew_within_s: float
+    def __init__(self, opened: _Optional[_Union[OpenSessionResponse, _Mapping]] = ..., chunk: _Optional[_Union[_types_pb2.ActionChunk, _Mapping]] = ..., refusal: _Optional[_Union[ControlRefusal, _Mapping]] = ..., state: _Optional[_Union[PolicyState, _Mapping]] = ..., renew_within_s: _Optional[float] = ...) -> None: ...
 
 class ControlRefusal(_message.Message):
     __slots__ = ("observation_id", "reason", "detail")
