@@ -178,6 +178,8 @@ class Batch:
     """(B, F, A) float32, to imitate in the F steps after each window; 0 after the episode. None: none asked for."""
     future_mask: Array | None = None
     """(B, F) bool, True where the step is real."""
+    future_interventions: Array | None = None
+    """(B, F) bool, a person had taken over in those steps."""
     weights: Array | None = None
     """(B,) float32 importance weights of a prioritised table, at most 1; None: all equal."""
 

@@ -10,7 +10,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.core.specs import EnvSpec
@@ -20,9 +20,10 @@ from vla_dist.replay.limiter import LimiterConfig
 
 _LAYOUT = 1
 """Of keys and packed records in Redis; grows with every change of ``functions.lua`` that older data do not fit."""
-Stratum = Literal["demo", "intervention", "success", "failure"]
-STRATA: tuple[Stratum, ...] = ("demo", "intervention", "success", "failure")
-"""Experts and persons; policies that a person corrected; policies that succeeded; and that did not."""
+Stratum = Literal["demo", "intervention", "success", "failure", "policy"]
+STRATA: tuple[Stratum, ...] = get_args(Stratum)
+"""Experts and persons; policies that a person corrected; policies that succeeded; and that did not; or, in place of
+these three, all episodes of policies, each step as likely as any other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,19 @@ class Recency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stratified:
-    """Shares of the strata, uniform over steps within each; the share of an empty one goes to the others."""
+    """Shares of the strata, uniform over steps within each; the share of an empty one goes to the others.
+
+    A draw of B windows takes B times its share from each stratum, rounded up or down so that it holds over draws.
+    """
 
     shares: Mapping[Stratum, float]
+    phase: float = 0.0
+    """Of the rounding: readers 0..N-1 that draw in step and have phase i / N round right for all of them together."""
 
     def __post_init__(self) -> None:
+        kinds = {"intervention", "success", "failure"} & set(self.shares)
+        if "policy" in self.shares and kinds:
+            raise ConfigError(f"strata {sorted(kinds)} are parts of 'policy'; give shares of the parts or of the whole")
         unknown = set(self.shares) - set(STRATA)
         if unknown:
             raise ConfigError(f"strata {sorted(unknown)} must be among {', '.join(STRATA)}")
@@ -282,7 +291,7 @@ def buffer_from_identity(name: str, identity: str) -> BufferConfig:
     kinds: dict[str, Sampler] = {
         "uniform": Uniform(),
         "recency": Recency(half_life_steps=100_000),
-        "stratified": Stratified(shares=dict.fromkeys(STRATA, 1.0)),
+        "stratified": Stratified(shares={"demo": 1.0, "intervention": 1.0, "success": 1.0, "failure": 1.0}),
         "bytask": ByTask(),
         "prioritised": Prioritised(),
         "fifo": Fifo(),

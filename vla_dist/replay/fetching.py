@@ -61,10 +61,11 @@ class WindowFetcher:
         with np.errstate(invalid="ignore", over="ignore"):  # The steps of windows that are gone are any numbers.
             own = steps[..., layout.segment_return].astype(np.float64) + steps[..., layout.segment_return + 1]
             returns_to_go = (tails + own).astype(np.float32)
-        # Of the future only what is to be imitated is of use.
-        future = None
+        # Of the future only what is to be imitated, and who acts, is of use.
+        future = future_interventions = None
         if pieces.padding_mask.shape[1] > self._context_steps:
             future = steps[:, self._context_steps :, layout.target_actions]
+            future_interventions = steps[:, self._context_steps :, layout.intervention] != 0
             steps, returns_to_go = steps[:, : self._context_steps], returns_to_go[:, : self._context_steps]
         batch = Batch(
             proprio=steps[..., layout.proprio],
@@ -76,6 +77,7 @@ class WindowFetcher:
             timesteps=pieces.timesteps[:, : self._context_steps],
             padding_mask=pieces.padding_mask[:, : self._context_steps],
             future_target_actions=future,
+            future_interventions=future_interventions,
             future_mask=None if future is None else pieces.padding_mask[:, self._context_steps :],
             episode_lengths=plan.episode_lengths,
             success=plan.success,

@@ -19,6 +19,8 @@ from vla_dist.replay.sum_tree import SumTree
 
 _MOST_ROUNDS = 16
 _MOST_TRIES = 1 << 16
+_GOLDEN = (5**0.5 - 1) / 2
+"""Its multiples cover the unit interval evenly, however many there are."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +56,9 @@ def make_sampler(config: Sampler) -> Draw:
     if isinstance(config, Recency):
         return RecencyDraw(config.half_life_steps)
     if isinstance(config, Stratified):
-        return GroupDraw(_strata, {STRATA.index(name): share for name, share in config.shares.items()})
+        group_of = _origins if "policy" in config.shares else _strata
+        shares = {STRATA.index(name): share for name, share in config.shares.items()}
+        return GroupDraw(group_of, shares, phase=config.phase)
     if isinstance(config, ByTask):
         return TaskDraw(config.shares)
     if isinstance(config, Prioritised):
@@ -115,12 +119,21 @@ class RecencyDraw:
 class GroupDraw:
     """Shares of groups of rows; uniform over steps within a group."""
 
-    def __init__(self, group_of: Callable[[EpisodeIndex, Array], Array], shares: Mapping[int, float] | None) -> None:
+    def __init__(
+        self,
+        group_of: Callable[[EpisodeIndex, Array], Array],
+        shares: Mapping[int, float] | None,
+        *,
+        phase: float = 0.0,
+    ) -> None:
         """
         Args:
             group_of: (index, (N,) positions of episodes) to (N,) int64 groups.
             shares: group -> share; None: all groups alike.
+            phase: see ``Stratified``.
         """
+        self._phase = phase
+        self._draws = 0
         self._group_of = group_of
         self._shares = shares
         self._pools: dict[int, _Pool] = {}
@@ -133,11 +146,12 @@ class GroupDraw:
         self._follow(index)
         rows: list[Array] = []
         offsets: list[Array] = []
+        self._draws += 1
         while num:
             # Where only groups without a share are left, they are better than nothing.
-            groups = [group for group in self._pools if self._share(group) > 0] or list(self._pools)
+            groups = sorted([group for group in self._pools if self._share(group) > 0] or self._pools)
             shares = np.array([self._share(group) or 1.0 for group in groups])
-            counts = rng.multinomial(num, shares / shares.sum()).tolist()
+            counts = _apportioned(num, shares, self._phase + self._draws * _GOLDEN).tolist()
             for group, count in zip(groups, counts, strict=True):
                 row, offset = self._pools[group].draw(index, count, rng)
                 if len(row) < count:
@@ -239,6 +253,18 @@ class PrioritisedDraw:
         self._tree.write(rows, index.rows["length"][rows] * np.maximum(priorities, 1e-6) ** self._alpha)
 
 
+def _apportioned(num: int, shares: Array, phase: float) -> Array:
+    """(G,) int64 counts that sum to ``num``, each its part of it rounded up or down (systematic sampling).
+
+    Over evenly spaced phases a group that is owed 0.3 windows gets one in 3 of 10 draws; and the counts of N draws at
+    phases i / N add up to those of one draw of N times as many (Hermite's identity).
+    """
+    bounds = np.cumsum(np.concatenate([[0.0], shares])) * (num / shares.sum())
+    bounds[-1] = num
+    # Shares such as 0.1 are not exact: without this a whole number might fall just short of itself.
+    return np.diff(np.floor(bounds + phase % 1.0 + 1e-9)).astype(np.int64)
+
+
 def _not_over_shards() -> ConfigError:
     return ConfigError(
         "stratified and by-task tables cannot be split over several servers: their shares are those of one; use a "
@@ -319,6 +345,11 @@ def _strata(index: EpisodeIndex, episodes: Array) -> Array:
     names = np.where(succeeded, STRATA.index("success"), STRATA.index("failure"))
     names = np.where(corrected, STRATA.index("intervention"), names)
     return np.where(policy, names, STRATA.index("demo"))
+
+
+def _origins(index: EpisodeIndex, episodes: Array) -> Array:
+    policy = index.episodes["source"][episodes] == SOURCES.index("policy")
+    return np.where(policy, STRATA.index("policy"), STRATA.index("demo"))
 
 
 def _tasks(index: EpisodeIndex, episodes: Array) -> Array:

@@ -96,12 +96,13 @@ def build_spec(config: RunConfig) -> EnvSpec:
 
 
 def build_table(
-    place: Place, *, seed: int = 0, context_steps: int = 1, future_steps: int = 0
+    place: Place, *, seed: int = 0, context_steps: int = 1, future_steps: int = 0, phase: float = 0.0
 ) -> RedisReplayTable | ShardedReplayTable:
     """Args:
     context_steps, future_steps: of the windows; only who samples need care.
+    phase: i / N for reader i of N that share a batch.
     """
-    config = replace(_buffer_config(place), context_steps=context_steps, future_steps=future_steps)
+    config = replace(_buffer_config(place, phase), context_steps=context_steps, future_steps=future_steps)
     if place.shard_urls:
         images_urls = place.shard_images_urls or None
         return ShardedReplayTable(place.shard_urls, place.spec, config, seed=seed, images_urls=images_urls)
@@ -113,7 +114,7 @@ def _build_single_table(place: Place, config: BufferConfig, seed: int) -> RedisR
     return RedisReplayTable(place.redis_url, place.spec, config, seed=seed, images_url=place.images_url)
 
 
-def _buffer_config(place: Place) -> BufferConfig:
+def _buffer_config(place: Place, phase: float) -> BufferConfig:
     replay = place.config.replay
     return BufferConfig(
         name=place.config.preset,
@@ -122,7 +123,7 @@ def _buffer_config(place: Place) -> BufferConfig:
         image_encodings={camera.name: replay.image_encoding(camera.name) for camera in place.spec.cameras},
         tables=(
             TableConfig(
-                sampler=Stratified(shares=replay.stratum_shares) if replay.strata else Uniform(),
+                sampler=Stratified(shares=replay.stratum_shares, phase=phase) if replay.strata else Uniform(),
                 limiter=LimiterConfig(
                     min_steps=replay.min_steps,
                     samples_per_insert=replay.samples_per_insert,
@@ -251,6 +252,7 @@ def build_learner(place: Place, rank: Rank, *, registry: PolicyRegistry | None =
             seed=_LEARNER_LANE + rank.index + config.learner.num_workers * rank.first_update,
             context_steps=model_config.context_steps,
             future_steps=model_config.horizon - 1,
+            phase=rank.index / config.learner.num_workers,
         ),
         registry=registry or build_registry(place),
         embed=shared_embedder().embed,

@@ -16,6 +16,7 @@ from vla_dist.data.image_codec import ImageEncoding
 from vla_dist.models.chunking import ChunkExecution
 from vla_dist.replay.config import STRATA, Stratified, Stratum
 from vla_dist.replay.external import split_urls
+from vla_dist.run.roles import PlacementSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +59,10 @@ class ReplaySettings:
     done, inserts are free."""
     error_buffer_steps: float = 60_000.0
     strata: tuple[str, ...] = ()
-    """What part of a batch comes from ``demo`` (experts and persons), ``intervention`` (policies that a person
-    corrected), ``success`` and ``failure`` (policies), as in ``demo=0.5 success=0.3 failure=0.2``; what is not there
-    yet leaves its part to the others. Empty: each step is as likely as any other. One server only."""
+    """What part of each batch comes from ``demo`` (experts and persons), ``intervention`` (policies that a person
+    corrected), ``success`` and ``failure`` (policies), as in ``demo=0.5 success=0.3 failure=0.2``, or from ``demo`` and
+    ``policy`` (all policies), as in ``demo=0.5 policy=0.5``; what is not there yet leaves its part to the others. Empty:
+    each step is as likely as any other. One server only."""
 
     @property
     def stratum_shares(self) -> dict[Stratum, float]:
@@ -147,6 +149,8 @@ class LearnerSettings:
     """Windows an update, over all learner workers."""
     learning_rate: float = 1e-3
     checkpoint_every_updates: int = 250
+    checkpoints: str = ""
+    """Where they lie: a path that all nodes share, or a URI such as s3://bucket/checkpoints. Empty: the run's folder."""
     updates_per_step: int = 25
     """Updates between two reports of progress."""
     num_workers: int = 1
@@ -168,6 +172,8 @@ class LearnerSettings:
 class ServingSettings:
     """The policy service."""
 
+    host: str = ""
+    """Address that it binds. Empty: loopback on one machine, all addresses on a cluster, which needs a token."""
     port: int = 9000
     num_replicas: int = 1
     startup_timeout_s: float = 120.0
@@ -220,6 +226,7 @@ class RunConfig:
     serving: ServingSettings = field(default_factory=ServingSettings)
     fleet: FleetSettings = field(default_factory=FleetSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    placement: PlacementSettings = field(default_factory=PlacementSettings)
 
     def __post_init__(self) -> None:
         if not self.env.tasks:
@@ -304,6 +311,11 @@ class RunConfig:
             raise ConfigError(
                 f"learner.batch_size {self.learner.batch_size} does not divide over {self.learner.num_workers} learner "
                 "workers; make it a multiple"
+            )
+        if self.learner.use_gpu and self.learner.num_workers > 1 and self.placement.learner_gpus < 1:
+            raise ConfigError(
+                f"placement.learner_gpus {self.placement.learner_gpus} would put several ranks on one GPU, which NCCL "
+                "refuses; give 1, or one learner worker"
             )
 
     def _require_enough_inserts(self) -> None:

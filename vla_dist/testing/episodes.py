@@ -101,13 +101,15 @@ class EpisodeTable:
             padding_mask=mask,
             episode_lengths=lengths.astype(np.int64),
             success=np.array([episode[-1].success for episode in episodes]),
-            policy_versions=np.zeros(len(episodes), np.int64),
+            policy_versions=np.array([episode[0].policy_version for episode in episodes], np.int64),
             instructions=tuple(episode[0].instruction for episode in episodes),
             tasks=tuple(episode[0].task for episode in episodes),
             sources=tuple(episode[0].source for episode in episodes),
             images={camera.name: cut(frames(camera.name)) for camera in self.spec.cameras},
             future_target_actions=cut(whole("target_actions"), later) if self._future_steps else None,
             future_mask=future_mask if self._future_steps else None,
+            interventions=cut(whole("interventions")),
+            future_interventions=cut(whole("interventions"), later) & future_mask if self._future_steps else None,
         )
 
 
