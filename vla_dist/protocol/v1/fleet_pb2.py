@@ -25,29 +25,51 @@ _sym_db = _symbol_database.Default()
 from vla_dist.protocol.v1 import types_pb2 as vla__dist_dot_protocol_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n vla_dist/protocol/v1/fleet.proto\x12\x0bvla_dist.v1\x1a vla_dist/protocol/v1/types.proto\"6\n\rUploadRequest\x12%\n\x07segment\x18\x01 \x01(\x0b\x32\x14.vla_dist.v1.Segment\"s\n\x0eUploadResponse\x12\x12\n\nepisode_id\x18\x01 \x01(\t\x12\x15\n\rsegment_index\x18\x02 \x01(\r\x12&\n\x06status\x18\x03 \x01(\x0e\x32\x16.vla_dist.v1.AckStatus\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x94\x01\n\x10HeartbeatRequest\x12\x10\n\x08robot_id\x18\x01 \x01(\t\x12=\n\x08\x63ounters\x18\x02 \x03(\x0b\x32+.vla_dist.v1.HeartbeatRequest.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"?\n\x11HeartbeatResponse\x12*\n\x07\x63ommand\x18\x01 \x01(\x0e\x32\x19.vla_dist.v1.FleetCommand*\x8a\x01\n\tAckStatus\x12\x1a\n\x16\x41\x43K_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x43K_STATUS_STORED\x10\x01\x12\x18\n\x14\x41\x43K_STATUS_DUPLICATE\x10\x02\x12\x1a\n\x16\x41\x43K_STATUS_QUARANTINED\x10\x03\x12\x14\n\x10\x41\x43K_STATUS_RETRY\x10\x04*z\n\x0c\x46leetCommand\x12\x1d\n\x19\x46LEET_COMMAND_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46LEET_COMMAND_CONTINUE\x10\x01\x12\x17\n\x13\x46LEET_COMMAND_DRAIN\x10\x02\x12\x16\n\x12\x46LEET_COMMAND_STOP\x10\x03\x32\xa1\x01\n\x0c\x46leetService\x12\x45\n\x06Upload\x12\x1a.vla_dist.v1.UploadRequest\x1a\x1b.vla_dist.v1.UploadResponse(\x01\x30\x01\x12J\n\tHeartbeat\x12\x1d.vla_dist.v1.HeartbeatRequest\x1a\x1e.vla_dist.v1.HeartbeatResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n vla_dist/protocol/v1/fleet.proto\x12\x0bvla_dist.v1\x1a vla_dist/protocol/v1/types.proto\"\xa0\x02\n\rUploadRequest\x12%\n\x07segment\x18\x01 \x01(\x0b\x32\x14.vla_dist.v1.Segment\x12\x43\n\rpacked_images\x18\x02 \x03(\x0b\x32,.vla_dist.v1.UploadRequest.PackedImagesEntry\x12+\n\x07\x65pisode\x18\x03 \x01(\x0b\x32\x1a.vla_dist.v1.EpisodeRecord\x12&\n\x05\x63laim\x18\x04 \x01(\x0b\x32\x17.vla_dist.v1.RobotClaim\x1aN\n\x11PackedImagesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12(\n\x05value\x18\x02 \x01(\x0b\x32\x19.vla_dist.v1.PackedFrames:\x02\x38\x01\"0\n\x0cPackedFrames\x12\x10\n\x08\x65ncoding\x18\x01 \x01(\t\x12\x0e\n\x06\x66rames\x18\x02 \x03(\x0c\">\n\nRobotClaim\x12\x10\n\x08robot_id\x18\x01 \x01(\t\x12\x10\n\x08spool_id\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\"F\n\x0cIntervention\x12\x10\n\x08operator\x18\x01 \x01(\t\x12\x12\n\nfirst_step\x18\x02 \x01(\r\x12\x10\n\x08\x65nd_step\x18\x03 \x01(\r\"\x88\x03\n\rEpisodeRecord\x12\x12\n\nepisode_id\x18\x01 \x01(\t\x12\x10\n\x08robot_id\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12#\n\x06source\x18\x04 \x01(\x0e\x32\x13.vla_dist.v1.Source\x12\x11\n\tnum_steps\x18\x05 \x01(\r\x12\x14\n\x0cnum_segments\x18\x06 \x01(\r\x12\x0f\n\x07success\x18\x07 \x01(\x08\x12\x13\n\x0blabelled_by\x18\x08 \x01(\t\x12\x0f\n\x07partial\x18\t \x01(\t\x12\x30\n\rinterventions\x18\n \x03(\x0b\x32\x19.vla_dist.v1.Intervention\x12\r\n\x05notes\x18\x0b \x03(\t\x12\x10\n\x08lease_id\x18\x0c \x01(\t\x12\x16\n\x0estarted_unix_s\x18\r \x01(\x01\x12\x12\n\nduration_s\x18\x0e \x01(\x01\x12\x10\n\x08problems\x18\x0f \x03(\t\x12\x16\n\x0e\x63ontent_sha256\x18\x10 \x01(\t\x12\x15\n\rframes_sha256\x18\x11 \x01(\t\"s\n\x0eUploadResponse\x12\x12\n\nepisode_id\x18\x01 \x01(\t\x12\x15\n\rsegment_index\x18\x02 \x01(\r\x12&\n\x06status\x18\x03 \x01(\x0e\x32\x16.vla_dist.v1.AckStatus\x12\x0e\n\x06reason\x18\x04 \x01(\t\"n\n\x0fNextTaskRequest\x12&\n\x05\x63laim\x18\x01 \x01(\x0b\x32\x17.vla_dist.v1.RobotClaim\x12\r\n\x05tasks\x18\x02 \x03(\t\x12$\n\x07sources\x18\x03 \x03(\x0e\x32\x13.vla_dist.v1.Source\"\x95\x01\n\nAssignment\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x13\n\x0binstruction\x18\x03 \x01(\t\x12#\n\x06source\x18\x04 \x01(\x0e\x32\x13.vla_dist.v1.Source\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x0f\n\x07lease_s\x18\x07 \x01(\x01\"\x8b\x01\n\x10NextTaskResponse\x12*\n\x07\x63ommand\x18\x01 \x01(\x0e\x32\x19.vla_dist.v1.FleetCommand\x12+\n\nassignment\x18\x02 \x01(\x0b\x32\x17.vla_dist.v1.Assignment\x12\x0e\n\x06wait_s\x18\x03 \x01(\x01\x12\x0e\n\x06reason\x18\x04 \x01(\t\")\n\x12\x46indMissingRequest\x12\x13\n\x0b\x65pisode_ids\x18\x01 \x03(\t\"*\n\x13\x46indMissingResponse\x12\x13\n\x0b\x65pisode_ids\x18\x01 \x03(\t\"\xce\x01\n\x10HeartbeatRequest\x12\x10\n\x08robot_id\x18\x01 \x01(\t\x12=\n\x08\x63ounters\x18\x02 \x03(\x0b\x32+.vla_dist.v1.HeartbeatRequest.CountersEntry\x12&\n\x05\x63laim\x18\x03 \x01(\x0b\x32\x17.vla_dist.v1.RobotClaim\x12\x10\n\x08lease_id\x18\x04 \x01(\t\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"?\n\x11HeartbeatResponse\x12*\n\x07\x63ommand\x18\x01 \x01(\x0e\x32\x19.vla_dist.v1.FleetCommand*\x8a\x01\n\tAckStatus\x12\x1a\n\x16\x41\x43K_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x43K_STATUS_STORED\x10\x01\x12\x18\n\x14\x41\x43K_STATUS_DUPLICATE\x10\x02\x12\x1a\n\x16\x41\x43K_STATUS_QUARANTINED\x10\x03\x12\x14\n\x10\x41\x43K_STATUS_RETRY\x10\x04*z\n\x0c\x46leetCommand\x12\x1d\n\x19\x46LEET_COMMAND_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46LEET_COMMAND_CONTINUE\x10\x01\x12\x17\n\x13\x46LEET_COMMAND_DRAIN\x10\x02\x12\x16\n\x12\x46LEET_COMMAND_STOP\x10\x03\x32\xbc\x02\n\x0c\x46leetService\x12\x45\n\x06Upload\x12\x1a.vla_dist.v1.UploadRequest\x1a\x1b.vla_dist.v1.UploadResponse(\x01\x30\x01\x12G\n\x08NextTask\x12\x1c.vla_dist.v1.NextTaskRequest\x1a\x1d.vla_dist.v1.NextTaskResponse\x12P\n\x0b\x46indMissing\x12\x1f.vla_dist.v1.FindMissingRequest\x1a .vla_dist.v1.FindMissingResponse\x12J\n\tHeartbeat\x12\x1d.vla_dist.v1.HeartbeatRequest\x1a\x1e.vla_dist.v1.HeartbeatResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vla_dist.protocol.v1.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_UPLOADREQUEST_PACKEDIMAGESENTRY']._loaded_options = None
+  _globals['_UPLOADREQUEST_PACKEDIMAGESENTRY']._serialized_options = b'8\001'
   _globals['_HEARTBEATREQUEST_COUNTERSENTRY']._loaded_options = None
   _globals['_HEARTBEATREQUEST_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_ACKSTATUS']._serialized_start=473
-  _globals['_ACKSTATUS']._serialized_end=611
-  _globals['_FLEETCOMMAND']._serialized_start=613
-  _globals['_FLEETCOMMAND']._serialized_end=735
-  _globals['_UPLOADREQUEST']._serialized_start=83
-  _globals['_UPLOADREQUEST']._serialized_end=137
-  _globals['_UPLOADRESPONSE']._serialized_start=139
-  _globals['_UPLOADRESPONSE']._serialized_end=254
-  _globals['_HEARTBEATREQUEST']._serialized_start=257
-  _globals['_HEARTBEATREQUEST']._serialized_end=405
-  _globals['_HEARTBEATREQUEST_COUNTERSENTRY']._serialized_start=358
-  _globals['_HEARTBEATREQUEST_COUNTERSENTRY']._serialized_end=405
-  _globals['_HEARTBEATRESPONSE']._serialized_start=407
-  _globals['_HEARTBEATRESPONSE']._serialized_end=470
-  _globals['_FLEETSERVICE']._serialized_start=738
-  _globals['_FLEETSERVICE']._serialized_end=899
+  _globals['_ACKSTATUS']._serialized_start=1840
+  _globals['_ACKSTATUS']._serialized_end=1978
+  _globals['_FLEETCOMMAND']._serialized_start=1980
+  _globals['_FLEETCOMMAND']._serialized_end=2102
+  _globals['_UPLOADREQUEST']._serialized_start=84
+  _globals['_UPLOADREQUEST']._serialized_end=372
+  _globals['_UPLOADREQUEST_PACKEDIMAGESENTRY']._serialized_start=294
+  _globals['_UPLOADREQUEST_PACKEDIMAGESENTRY']._serialized_end=372
+  _globals['_PACKEDFRAMES']._serialized_start=374
+  _globals['_PACKEDFRAMES']._serialized_end=422
+  _globals['_ROBOTCLAIM']._serialized_start=424
+  _globals['_ROBOTCLAIM']._serialized_end=486
+  _globals['_INTERVENTION']._serialized_start=488
+  _globals['_INTERVENTION']._serialized_end=558
+  _globals['_EPISODERECORD']._serialized_start=561
+  _globals['_EPISODERECORD']._serialized_end=953
+  _globals['_UPLOADRESPONSE']._serialized_start=955
+  _globals['_UPLOADRESPONSE']._serialized_end=1070
+  _globals['_NEXTTASKREQUEST']._serialized_start=1072
+  _globals['_NEXTTASKREQUEST']._serialized_end=1182
+  _globals['_ASSIGNMENT']._serialized_start=1185
+  _globals['_ASSIGNMENT']._serialized_end=1334
+  _globals['_NEXTTASKRESPONSE']._serialized_start=1337
+  _globals['_NEXTTASKRESPONSE']._serialized_end=1476
+  _globals['_FINDMISSINGREQUEST']._serialized_start=1478
+  _globals['_FINDMISSINGREQUEST']._serialized_end=1519
+  _globals['_FINDMISSINGRESPONSE']._serialized_start=1521
+  _globals['_FINDMISSINGRESPONSE']._serialized_end=1563
+  _globals['_HEARTBEATREQUEST']._serialized_start=1566
+  _globals['_HEARTBEATREQUEST']._serialized_end=1772
+  _globals['_HEARTBEATREQUEST_COUNTERSENTRY']._serialized_start=1725
+  _globals['_HEARTBEATREQUEST_COUNTERSENTRY']._serialized_end=1772
+  _globals['_HEARTBEATRESPONSE']._serialized_start=1774
+  _globals['_HEARTBEATRESPONSE']._serialized_end=1837
+  _globals['_FLEETSERVICE']._serialized_start=2105
+  _globals['_FLEETSERVICE']._serialized_end=2421
 # @@protoc_insertion_point(module_scope)

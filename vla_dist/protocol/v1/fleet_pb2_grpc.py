@@ -39,6 +39,16 @@ class FleetServiceStub:
                 request_serializer=vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.UploadRequest.SerializeToString,
                 response_deserializer=vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.UploadResponse.FromString,
                 _registered_method=True)
+        self.NextTask = channel.unary_unary(
+                '/vla_dist.v1.FleetService/NextTask',
+                request_serializer=vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.NextTaskRequest.SerializeToString,
+                response_deserializer=vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.NextTaskResponse.FromString,
+                _registered_method=True)
+        self.FindMissing = channel.unary_unary(
+                '/vla_dist.v1.FleetService/FindMissing',
+                request_serializer=vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.FindMissingRequest.SerializeToString,
+                response_deserializer=vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.FindMissingResponse.FromString,
+                _registered_method=True)
         self.Heartbeat = channel.unary_unary(
                 '/vla_dist.v1.FleetService/Heartbeat',
                 request_serializer=vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.HeartbeatRequest.SerializeToString,
@@ -51,6 +61,20 @@ class FleetServiceServicer:
 
     def Upload(self, request_iterator, context):
         """Each segment is answered by one acknowledgement; sending a segment twice stores it once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def NextTask(self, request, context):
+        """What this robot should do now. Asking again renews the lease that the robot holds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindMissing(self, request, context):
+        """Which of these episodes the server does not hold whole: a server that lost its last second asks for them again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -69,6 +93,16 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.Upload,
                     request_deserializer=vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.UploadRequest.FromString,
                     response_serializer=vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.UploadResponse.SerializeToString,
+            ),
+            'NextTask': grpc.unary_unary_rpc_method_handler(
+                    servicer.NextTask,
+                    request_deserializer=vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.NextTaskRequest.FromString,
+                    response_serializer=vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.NextTaskResponse.SerializeToString,
+            ),
+            'FindMissing': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindMissing,
+                    request_deserializer=vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.FindMissingRequest.FromString,
+                    response_serializer=vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.FindMissingResponse.SerializeToString,
             ),
             'Heartbeat': grpc.unary_unary_rpc_method_handler(
                     servicer.Heartbeat,
@@ -103,6 +137,60 @@ class FleetService:
             '/vla_dist.v1.FleetService/Upload',
             vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.UploadRequest.SerializeToString,
             vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.UploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def NextTask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vla_dist.v1.FleetService/NextTask',
+            vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.NextTaskRequest.SerializeToString,
+            vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.NextTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindMissing(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vla_dist.v1.FleetService/FindMissing',
+            vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.FindMissingRequest.SerializeToString,
+            vla__dist_dot_protocol_dot_v1_dot_fleet__pb2.FindMissingResponse.FromString,
             options,
             channel_credentials,
             insecure,
