@@ -165,8 +165,8 @@ class BufferConfig:
     capacity_steps: int = 1_000_000
     """Valid steps kept; the episode that began first is evicted first, whole."""
     cache_bytes: int = 1 << 29
-    """Memory in which a reader keeps rows that it fetched, so that each crosses the socket about once; frames are not
-    kept. It is taken as rows come. A reader's own choice; 0: none."""
+    """Memory in which a reader keeps what it fetched, so that each row crosses the socket about once; with cameras,
+    seven eighths of it are for frames. It is taken as they come. A reader's own choice; 0: none."""
     remembered_episodes: int = 100_000
     """Evicted episodes whose late retries are still recognised as duplicates."""
     image_encodings: Mapping[str, ImageEncoding] = field(default_factory=dict[str, ImageEncoding])

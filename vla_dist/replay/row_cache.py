@@ -11,16 +11,15 @@ import threading
 import numpy as np
 
 from vla_dist.core.types import Array
+from vla_dist.replay.row_slots import RowSlots
 
 _LEAST_SLOTS = 256
 
 
 class RowCache:
-    """Steps of rows by row number, in a slot each: number modulo S. Threads may share it under its lock.
+    """Steps of rows by row number; threads may share it under its lock.
 
-    Row numbers are those of ``EpisodeIndex``: stored rows have numbers close to each other, so S slots hold the last S
-    of them. S grows with the rows there are, up to the memory allowed; beyond it, a row stays until it leaves the
-    buffer, and rows that find their slot taken are not kept.
+    Slots grow with the rows there are, up to the memory allowed.
     """
 
     def __init__(self, num_steps: int, num_columns: int, *, max_bytes: int) -> None:
@@ -28,7 +27,9 @@ class RowCache:
         self.lock = threading.Lock()
         self._shape = (num_steps, num_columns)
         self._max_slots = max_bytes // (4 * num_steps * num_columns)
-        self._resize(min(_LEAST_SLOTS, self._max_slots))
+        num_slots = min(_LEAST_SLOTS, self._max_slots)
+        self._slots = RowSlots(num_slots)
+        self._rows = np.empty((num_slots, *self._shape), np.float32)
 
     @property
     def holds_rows(self) -> bool:
@@ -41,14 +42,8 @@ class RowCache:
         return self._rows.reshape(-1, self._shape[1])
 
     def find(self, numbers: Array, stamps: Array) -> tuple[Array, Array]:
-        """Slots (N,) of rows, and (N,) bool, which of them hold their row.
-
-        Args:
-            numbers: (N,) of the rows.
-            stamps: (N,) when their episodes became whole: numbers begin again where a server lost its data.
-        """
-        slots = numbers % len(self._numbers)
-        return slots, (self._numbers[slots] == numbers) & (self._stamps[slots] == stamps)
+        """Slots (N,) of rows, and (N,) bool, which of them hold their row; see ``RowSlots``."""
+        return self._slots.find(numbers, stamps)
 
     def admits(self, numbers: Array, *, oldest: int, newest: int) -> Array:
         """(N,) bool, rows that are to be kept once they are fetched.
@@ -59,27 +54,21 @@ class RowCache:
             newest: none has a larger one.
         """
         wanted = min(2 * (newest - oldest + 1), self._max_slots)
-        if newest - oldest >= len(self._numbers) < wanted:
+        if newest - oldest >= len(self._slots) < wanted:
             self._resize(wanted)
-        slots = numbers % len(self._numbers)
-        taken = (self._numbers[slots] >= oldest) & (self._numbers[slots] <= newest) & (self._numbers[slots] != numbers)
         # Of new rows that want the same slot the first gets it.
         first = np.zeros(len(numbers), bool)
-        first[np.unique(slots, return_index=True)[1]] = True
-        return first & ~taken
+        first[np.unique(numbers % len(self._slots), return_index=True)[1]] = True
+        # What is not here and has its number in the slot is a row of a server that counts anew.
+        return first & self._slots.is_open(numbers, oldest=oldest, newest=newest)
 
     def put(self, numbers: Array, stamps: Array, steps: Array) -> None:
         """Keep (N, T, D) float32 ``steps`` of rows with distinct slots; others are moved out."""
-        slots = numbers % len(self._numbers)
-        self._rows[slots] = steps
-        self._numbers[slots] = numbers
-        self._stamps[slots] = stamps
+        self._slots.assign(numbers, stamps)
+        self._rows[numbers % len(self._slots)] = steps
 
     def _resize(self, num_slots: int) -> None:
-        rows = np.empty((num_slots, *self._shape), np.float32)
-        numbers, stamps = np.full(num_slots, -1, np.int64), np.zeros(num_slots)
-        if hasattr(self, "_numbers"):
-            kept = np.flatnonzero(self._numbers >= 0)
-            slots = self._numbers[kept] % num_slots
-            rows[slots], numbers[slots], stamps[slots] = self._rows[kept], self._numbers[kept], self._stamps[kept]
-        self._rows, self._numbers, self._stamps = rows, numbers, stamps
+        old, old_rows = self._slots, self._rows
+        self._slots, self._rows = RowSlots(num_slots), np.empty((num_slots, *self._shape), np.float32)
+        kept = np.flatnonzero(old.numbers >= 0)
+        self.put(old.numbers[kept], old.stamps[kept], old_rows[kept])

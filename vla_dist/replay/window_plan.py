@@ -28,6 +28,8 @@ class WindowPlan:
     """(N,) float64, reward that the episode still collects after each piece's segment."""
     piece_numbers: Array
     """(N,) int64, of the rows in which the pieces lie."""
+    frame_numbers: Array
+    """The same of ``frame_pieces``."""
     oldest: int
     """No stored row has a smaller number."""
     newest: int
@@ -57,14 +59,20 @@ class WindowPlan:
             WindowPieces.around, segments, drawn.offsets, context_steps=context_steps, num_steps=index.num_steps
         )
         pieces = around(future_steps=future_steps, episode_lengths=lengths)
-        # The rows of an episode stand side by side, so another segment is found by its distance.
-        piece_rows = drawn.rows[pieces.windows] - (segments[pieces.windows] - pieces.segments)
+        frame_pieces = around() if future_steps else pieces
+
+        def rows_of(pieces: WindowPieces) -> Array:
+            # The rows of an episode stand side by side, so another segment is found by its distance.
+            return drawn.rows[pieces.windows] - (segments[pieces.windows] - pieces.segments)
+
+        piece_rows = rows_of(pieces)
         return cls(
             pieces=pieces,
-            frame_pieces=around() if future_steps else pieces,
+            frame_pieces=frame_pieces,
             digests=episodes["digest"][of_window],
             tail_returns=rows["tail_return"][piece_rows],
             piece_numbers=rows["number"][piece_rows],
+            frame_numbers=rows["number"][rows_of(frame_pieces)],
             oldest=int(rows["number"][0]),
             newest=int(rows["number"][-1]),
             numbers=rows["number"][drawn.rows],
