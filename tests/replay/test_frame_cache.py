@@ -39,8 +39,11 @@ def held(cache, number, first=0, count=T, *, stamp=1.0):
 def test_each_frame_is_kept_by_itself():
     cache = FrameCache(T, BYTES, max_bytes=10 * T * BYTES)
     keep(cache, 3, 1, 2)
-    assert held(cache, 3, 1, 2) and held(cache, 3, 2, 1)
-    assert not held(cache, 3) and not held(cache, 3, 0, 2) and not held(cache, 4, 1, 2)
+    assert held(cache, 3, 1, 2)
+    assert held(cache, 3, 2, 1)
+    assert not held(cache, 3)
+    assert not held(cache, 3, 0, 2)
+    assert not held(cache, 4, 1, 2)
     keep(cache, 3, 0, 1)
     keep(cache, 3, 3, 1)
     assert held(cache, 3)
@@ -50,10 +53,13 @@ def test_a_row_stays_until_it_leaves_the_buffer():
     cache = FrameCache(T, BYTES, max_bytes=2 * T * BYTES)
     keep(cache, 3, 0, T)
     keep(cache, 5, 0, T)
-    assert held(cache, 3) and not held(cache, 5)
+    assert held(cache, 3)
+    assert not held(cache, 5)
     keep(cache, 5, 2, 1, oldest=4)
     # Nothing of the row before is taken for the new one's.
-    assert held(cache, 5, 2, 1) and not held(cache, 5) and not held(cache, 3)
+    assert held(cache, 5, 2, 1)
+    assert not held(cache, 5)
+    assert not held(cache, 3)
 
 
 def test_pieces_of_one_call_do_not_take_each_others_slot():
@@ -67,7 +73,8 @@ def test_pieces_of_one_call_do_not_take_each_others_slot():
         oldest=0,
         newest=3,
     )
-    assert held(cache, 1) and not held(cache, 3)
+    assert held(cache, 1)
+    assert not held(cache, 3)
 
 
 def test_numbers_that_began_again_are_other_rows():
@@ -75,7 +82,9 @@ def test_numbers_that_began_again_are_other_rows():
     keep(cache, 1, 0, T, stamp=1.0)
     assert not held(cache, 1, stamp=2.0)
     keep(cache, 1, 1, 1, stamp=2.0)
-    assert held(cache, 1, 1, 1, stamp=2.0) and not held(cache, 1, stamp=2.0) and not held(cache, 1, stamp=1.0)
+    assert held(cache, 1, 1, 1, stamp=2.0)
+    assert not held(cache, 1, stamp=2.0)
+    assert not held(cache, 1, stamp=1.0)
 
 
 def test_without_room_for_a_row_nothing_is_kept():
@@ -111,6 +120,7 @@ def test_frames_cross_the_socket_about_once(make_table, make_client, make_episod
 
     (none, fetched), (few, _), (all_of_them, kept) = (num_fetched(size) for size in (0, 1500, 1 << 20))
     steps = sum(segment.length for segments in episodes.values() for segment in segments)
-    assert all_of_them <= steps and all_of_them < few < none
+    assert all_of_them <= steps
+    assert all_of_them < few < none
     for one, other in zip(fetched, kept, strict=True):
         np.testing.assert_array_equal(one.images["front"], other.images["front"])
