@@ -61,8 +61,8 @@ class ReplaySettings:
     strata: tuple[str, ...] = ()
     """What part of each batch comes from ``demo`` (experts and persons), ``intervention`` (policies that a person
     corrected), ``success`` and ``failure`` (policies), as in ``demo=0.5 success=0.3 failure=0.2``, or from ``demo`` and
-    ``policy`` (all policies), as in ``demo=0.5 policy=0.5``; what is not there yet leaves its part to the others. Empty:
-    each step is as likely as any other. One server only."""
+    ``policy`` (all policies), as in ``demo=0.5 policy=0.5``; what is not there yet leaves its part to the others.
+    Empty: each step is as likely as any other. One server only."""
 
     @property
     def stratum_shares(self) -> dict[Stratum, float]:
@@ -150,7 +150,7 @@ class LearnerSettings:
     learning_rate: float = 1e-3
     checkpoint_every_updates: int = 250
     checkpoints: str = ""
-    """Where they lie: a path that all nodes share, or a URI such as s3://bucket/checkpoints. Empty: the run's folder."""
+    """Where they lie: a path that all nodes share, or a URI such as s3://bucket/folder. Empty: the run's folder."""
     updates_per_step: int = 25
     """Updates between two reports of progress."""
     num_workers: int = 1
