@@ -6,7 +6,7 @@ from typing import Literal
 
 from vla_dist.core.errors import DataError
 from vla_dist.core.specs import EnvSpec
-from vla_dist.core.types import Array, Segment, Source
+from vla_dist.core.types import Array, Segment
 
 AckStatus = Literal["stored", "duplicate", "quarantined", "retry"]
 FleetCommand = Literal["continue", "drain", "stop"]
