@@ -78,7 +78,7 @@ def poll_until(poll, condition, *, timeout_s=60.0):
 
 def test_a_killed_host_counts_one_death_and_goes_on(board, tmp_path):
     path = tmp_path / "count"
-    host = HostedWorker("counter", lambda: [CountingWorker(path, 60)], board, max_seconds=60, num_cpus=0)
+    host = HostedWorker("counter", lambda: [CountingWorker(path, 60)], board, max_seconds=60, options={"num_cpus": 0})
     pid = ray.get(host.actor.ping.remote(), timeout=60)
     poll_until(host.poll, lambda: path.exists() and int(path.read_text()) > 5)
     os.kill(pid, signal.SIGKILL)
@@ -92,7 +92,7 @@ def test_a_killed_host_counts_one_death_and_goes_on(board, tmp_path):
 
 
 def test_a_worker_that_raises_ends_the_run_with_its_own_words(board, tmp_path):
-    host = HostedWorker("arm", lambda: [FailingWorker(tmp_path, 1)], board, max_seconds=60, num_cpus=0)
+    host = HostedWorker("arm", lambda: [FailingWorker(tmp_path, 1)], board, max_seconds=60, options={"num_cpus": 0})
     with pytest.raises(WorkerFailed, match=r"arm failed: .*the arm has no power"):
         poll_until(host.poll, lambda: host.is_done)
     host.close()

@@ -36,8 +36,12 @@ class BoardLink:
         self._actor: Any = None
         self._last: Mapping[str, Mapping[str, float]] = {}
 
-    def start(self) -> None:
-        self._actor = ray.remote(Board).options(name=self._name, namespace=_NAMESPACE, num_cpus=0).remote()
+    def start(self, options: Mapping[str, Any] | None = None) -> None:
+        """Args:
+        options: of the actor, as ``Placement`` gives them.
+        """
+        options = {"num_cpus": 0, **(options or {})}
+        self._actor = ray.remote(Board).options(name=self._name, namespace=_NAMESPACE, **options).remote()
 
     def post(self, component: str, metrics: Metrics) -> None:
         """Send without waiting."""

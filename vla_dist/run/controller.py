@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from vla_dist.core.errors import NotFound, ResourceMissing, Unreachable, WaitTimeout
+from vla_dist.core.protocols import Worker
 from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.replay.archive.archiver import Archiver
 from vla_dist.replay.limiter import LimiterConfig
@@ -35,12 +36,15 @@ from vla_dist.run.build import (
     build_services,
     build_table,
 )
+from vla_dist.run.comeback import COMEBACK_S
 from vla_dist.run.evaluations import EvaluationBoard
 from vla_dist.run.files import EVALUATIONS, EVENTS, FILM
 from vla_dist.run.host import JudgeHost
 from vla_dist.run.hosts import HostedWorker
 from vla_dist.run.memory import MemoryWatch
 from vla_dist.run.metrics_log import MetricsLog
+from vla_dist.run.placement import Placement
+from vla_dist.run.roles import ROLLOUT, SERVING
 from vla_dist.run.serve_app import ServingHandle, start_serving
 from vla_dist.run.serving_start import ServingStart
 from vla_dist.run.status import RunStatus
@@ -56,6 +60,8 @@ _FILM_EVERY = 4
 """Steps of the simulator for each frame of the film."""
 _FILM_TIMEOUT_S = 300.0
 _ARCHIVE_TIMEOUT_S = 300.0
+_CLUSTER_COMEBACK_S = 1800.0
+"""What an autoscaler may take to replace a spot node."""
 _ARCHIVER, _FLEET = "archiver", "fleet"
 _ENDLESS = {_ARCHIVER, _FLEET}
 """Hosts whose work does not end by itself."""
@@ -64,12 +70,16 @@ _ENDLESS = {_ARCHIVER, _FLEET}
 class RunController:
     """Drives one run on a Ray that is initialised, with a store that answers."""
 
-    def __init__(self, place: Place, on_status: Callable[[RunStatus], None], *, started_s: float) -> None:
+    def __init__(
+        self, place: Place, placement: Placement, on_status: Callable[[RunStatus], None], *, started_s: float
+    ) -> None:
         """Args:
+        placement: what nodes there are for its parts.
         started_s: ``time.monotonic()`` when the run began, before Ray and the store did.
         """
         self._place = place
         self._config = place.config
+        self._placement = placement
         self._on_status = on_status
         self._registry = build_registry(place)
         self._table = build_table(place, seed=_TABLE_SEED)
@@ -89,13 +99,13 @@ class RunController:
         with contextlib.ExitStack() as stack:
             self._memory = stack.enter_context(contextlib.closing(MemoryWatch(os.getpid())))
             board = BoardLink(self._place.run_id)
-            board.start()
+            board.start(self._placement.beside_driver(cpus=0))
             self._telemetry = Telemetry(self._place, self._table, self._registry, board)
             stack.callback(self._close_hosts)
             self._start_archiver(board, stack)
             self._start_rollouts(board)
             log = MetricsLog(board, self._place.run_dir / EVENTS, run_id=self._place.run_id)
-            self._training = stack.enter_context(contextlib.closing(Training(self._place, log)))
+            self._training = stack.enter_context(contextlib.closing(Training(self._place, self._placement, log)))
             self._enter("collecting")
             # Serve takes as long to start as the learner to publish version 1: both at once.
             starting = stack.enter_context(contextlib.closing(ServingStart(self._start_serving)))
@@ -120,7 +130,7 @@ class RunController:
             # Built here as well: a location that cannot work is refused in its own words, and the end needs them.
             self._archivers = [stack.enter_context(contextlib.closing(one)) for one in build_archivers(self._place)]
             build = partial(build_archivers, self._place)
-            self._hosts.append(HostedWorker(_ARCHIVER, build, board, max_seconds=_RUN_TIMEOUT_S))
+            self._host(_ARCHIVER, build, board, self._placement.beside_driver(cpus=1))
 
     def _finish_archive(self) -> None:
         """Nothing is appended any more: what is complete is archived, whatever became of the host."""
@@ -150,15 +160,31 @@ class RunController:
         for index in range(self._config.rollout.num_workers):
             name = f"rollout-{index}"
             build = partial(build_rollout_worker, self._place, index)
-            self._hosts.append(HostedWorker(name, build, board, max_seconds=_RUN_TIMEOUT_S))
+            self._host(name, build, board, self._rollout_options())
+
+    def _host(
+        self, name: str, build: Callable[[], Sequence[Worker]], board: BoardLink, options: Mapping[str, Any]
+    ) -> None:
+        comeback_s = _CLUSTER_COMEBACK_S if self._placement.is_cluster else COMEBACK_S
+        self._hosts.append(
+            HostedWorker(name, build, board, max_seconds=_RUN_TIMEOUT_S, options=options, comeback_s=comeback_s)
+        )
+
+    def _rollout_options(self) -> Mapping[str, Any]:
+        """Of whoever steps a simulator."""
+        return self._placement.options(ROLLOUT, cpus=self._config.placement.rollout_cpus)
 
     def _start_serving(self, is_cancelled: Callable[[], bool]) -> ServingHandle:
-        settings = self._config.serving
+        settings, shares = self._config.serving, self._config.placement
         return start_serving(
             partial(build_services, self._place),
+            host=settings.host or ("0.0.0.0" if self._placement.is_cluster else "127.0.0.1"),
+            public_host=self._placement.gateway_ip,
             port=settings.port,
             num_replicas=settings.num_replicas,
-            num_cpus=1,
+            num_cpus=shares.replica_cpus,
+            num_gpus=shares.replica_gpus,
+            resources=self._placement.slot(SERVING),
             token=settings.token or None,
             timeout_s=settings.startup_timeout_s,
             is_cancelled=is_cancelled,
@@ -167,7 +193,7 @@ class RunController:
     def _start_fleet(self, board: BoardLink, serving: ServingHandle) -> None:
         if self._config.fleet.num_robots:
             build = partial(build_robots, self._place, serving.address)
-            self._hosts.append(HostedWorker(_FLEET, build, board, max_seconds=_RUN_TIMEOUT_S))
+            self._host(_FLEET, build, board, self._rollout_options())
 
     def _close_fleet(self) -> None:
         """Robots finish their episode, so that nothing they did is cut off."""
@@ -182,7 +208,7 @@ class RunController:
     def _judges(self) -> EvaluationBoard:
         """Started at first use: collecting is over then, and its memory and cores are free."""
         if self._judged is None:
-            make = ray.remote(JudgeHost).options(max_restarts=-1, num_cpus=1)
+            make = ray.remote(JudgeHost).options(max_restarts=-1, **self._rollout_options())
             actors = [make.remote(self._place) for _ in range(self._config.evaluation.num_workers)]
             self._judged = EvaluationBoard(actors, self._place.run_dir / EVALUATIONS)
         return self._judged
@@ -286,7 +312,7 @@ class RunController:
 
         tasks = (*self._config.env.tasks[:2], *self._config.env.language_tasks)
         suite = dataclasses.replace(self._suite(), tasks=tuple(dict.fromkeys(tasks)))
-        judge: Any = ray.remote(JudgeHost).options(num_cpus=1).remote(self._place)
+        judge: Any = ray.remote(JudgeHost).options(**self._rollout_options()).remote(self._place)
         try:
             scenes = ray.get(judge.film.remote(max(self._known_versions), suite, _FILM_EVERY), timeout=_FILM_TIMEOUT_S)
             write_film(self._place.run_dir / FILM, scenes)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
+import ray
+
 from vla_dist.core.errors import Unreachable, WaitTimeout
 from vla_dist.core.protocols import Worker
 from vla_dist.core.types import Array
@@ -55,6 +57,10 @@ class WorkerHost:
     def ping(self) -> int:
         """The process id, once the workers are built."""
         return os.getpid()
+
+    def node(self) -> str:
+        """Ray's id of the node it is on."""
+        return ray.get_runtime_context().get_node_id()
 
     def close(self) -> None:
         for worker in self._workers:

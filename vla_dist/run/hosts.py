@@ -1,6 +1,7 @@
 """Ray actors of a run, kept alive: a killed one is started again and goes on."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -9,7 +10,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from vla_dist.core.errors import WorkerFailed
 from vla_dist.core.protocols import Worker
 from vla_dist.run.board import BoardLink
-from vla_dist.run.comeback import Comeback
+from vla_dist.run.comeback import COMEBACK_S, Comeback
 from vla_dist.run.host import WorkerHost
 
 
@@ -26,18 +27,28 @@ class HostedWorker:
         board: BoardLink,
         *,
         max_seconds: float,
-        num_cpus: float = 1.0,
+        options: Mapping[str, Any],
+        comeback_s: float = COMEBACK_S,
         max_deaths: int = 10,
     ) -> None:
+        """Args:
+        max_seconds: that its workers are stepped for.
+        options: of the actor, as ``Placement`` gives them.
+        comeback_s: how long it may take to be started again.
+        max_deaths: on nodes that lived on. What a vanished node takes with it is nobody's fault and not counted.
+        """
         self.name = name
         self.deaths = 0
+        self._comeback_s = comeback_s
         self.is_done = False
         self._max_seconds = max_seconds
         self._max_deaths = max_deaths
         self._closed = False
         # Two threads: a call to `stop` must get through while `run` is under way.
-        host = ray.remote(WorkerHost).options(max_restarts=-1, max_concurrency=2, num_cpus=num_cpus)
+        host = ray.remote(WorkerHost).options(max_restarts=-1, max_concurrency=2, **options)
         self.actor: Any = host.remote(name, build, board)
+        self._where: Any = None
+        self._node = ""
         self._run = self._start()
         self._comeback: Comeback | None = None
 
@@ -50,9 +61,12 @@ class HostedWorker:
         if self.is_done or self._closed:
             return None
         if self._comeback is not None:
-            if self._comeback.is_complete():
-                self._comeback, self._run = None, self._start()
-            return None
+            if not self._comeback.is_complete():
+                return None
+            note = self._forgive_vanished_node()
+            self._comeback, self._run = None, self._start()
+            return note
+        self._learn_node()
         done, _ = ray.wait([self._run], timeout=0)
         if not done:
             return None
@@ -62,7 +76,7 @@ class HostedWorker:
             self.deaths += 1
             if self.deaths > self._max_deaths:
                 raise WorkerFailed(f"{self.name} died {self.deaths} times, more than allowed; last: {error}") from error
-            self._comeback = Comeback(self.name, self.actor)
+            self._comeback = Comeback(self.name, self.actor, timeout_s=self._comeback_s)
             return f"{self.name} died and was started again ({self.deaths} of at most {self._max_deaths})"
         except RayTaskError as error:
             raise WorkerFailed(f"{self.name} failed: {error.cause or error}") from error
@@ -84,4 +98,19 @@ class HostedWorker:
             ray.kill(self.actor, no_restart=True)
 
     def _start(self) -> Any:
+        self._where, self._node = self.actor.node.remote(), ""
         return self.actor.run.remote(max_seconds=self._max_seconds)
+
+    def _learn_node(self) -> None:
+        """Which node it is on, once it says so."""
+        if self._node or not ray.wait([self._where], timeout=0)[0]:
+            return
+        with contextlib.suppress(RayActorError):  # It died first, which its run tells.
+            self._node = ray.get(self._where)
+
+    def _forgive_vanished_node(self) -> str | None:
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        if not self._node or self._node in alive:
+            return None
+        self.deaths -= 1
+        return f"{self.name} lost its node and goes on on another"

@@ -7,20 +7,26 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import ray
 
-from vla_dist.core.errors import ConfigError
+from vla_dist.core.errors import ConfigError, ResourceMissing
 from vla_dist.run import preflight
 from vla_dist.run.build import Place, build_model_config, build_spec
 from vla_dist.run.config import RunConfig, load_config
 from vla_dist.run.controller import RunController
 from vla_dist.run.files import CONFIG, SUMMARY, new_run_dir, write_atomically
-from vla_dist.run.serve_app import apply_serving_environment
+from vla_dist.run.nodes import require_fit_nodes
+from vla_dist.run.placement import Placement, survey_cluster
+from vla_dist.run.serve_app import LOOPBACK, apply_serving_environment, has_serving_environment
 from vla_dist.run.status import RunStatus
-from vla_dist.run.store import open_store
+from vla_dist.run.store import STORE_VARIABLE, Store, open_store
 from vla_dist.run.summary import RunSummary
+
+TOKEN_VARIABLE = "VLA_DIST_FLEET_TOKEN"
+"""Environment of a cluster's head: the bearer token of the fleet, used where ``serving.token`` is empty."""
 
 
 def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume: Path | None = None) -> RunSummary:
@@ -36,7 +42,7 @@ def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume:
         WorkerFailed: a part failed more often than allowed.
     """
     started_s = time.monotonic()
-    preflight.require(config)
+    preflight.require(config, joins=is_joined())
     spec = build_spec(config)
     build_model_config(config, spec)  # What cannot work is refused before anything starts.
     run_dir = _begin(config) if resume is None else _require_resumable(config, resume)
@@ -44,8 +50,37 @@ def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume:
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(open_store(config, run_dir))
         stack.enter_context(ray_runtime(num_cpus=cpus_wanted(config), object_store_mb=config.object_store_mb))
+        placement = survey_cluster() if is_joined() else Placement()
+        if placement.is_cluster:
+            config = fit_cluster(config, run_dir, store, placement)
         place = Place.of(config, run_dir, store, spec=spec)
-        return RunController(place, on_status, started_s=started_s).execute()
+        return RunController(place, placement, on_status, started_s=started_s).execute()
+
+
+def fit_cluster(config: RunConfig, run_dir: Path, store: Store, placement: Placement) -> RunConfig:
+    """The config with what a cluster's environment adds to it, once it is known that the cluster can run it.
+
+    Raises:
+        ConfigError, Unreachable: see ``require_fit_nodes``; or robots would need no token.
+        ResourceMissing: no node takes a part, nor could; or only this machine reaches the store.
+    """
+    placement.require_room(config)
+    alone = sum(node["Alive"] for node in ray.nodes()) == 1 and not placement.roles
+    if store.is_local and not alone:
+        raise ResourceMissing(
+            f"the store of the run is a socket of this machine, and the cluster has other nodes; give "
+            f"--replay.redis-url, or start the head with 'vla-dist cluster start-head', which sets {STORE_VARIABLE}"
+        )
+    if not alone:
+        is_shared = not config.learner.checkpoints
+        require_fit_nodes(store.urls, run_dir, folder_is_shared=is_shared)
+    token = config.serving.token or os.environ.get(TOKEN_VARIABLE, "")
+    if not token and config.serving.host not in LOOPBACK:
+        raise ConfigError(
+            f"robots would reach the policy service without a token; give --serving.token, or {TOKEN_VARIABLE} in the "
+            "environment of the head node (cluster files ship one)"
+        )
+    return replace(config, serving=replace(config.serving, token=token))
 
 
 def _begin(config: RunConfig) -> Path:
@@ -62,6 +97,11 @@ def _require_resumable(config: RunConfig, run_dir: Path) -> Path:
     return run_dir
 
 
+def is_joined() -> bool:
+    """Whether Ray runs already, and this process only joins it."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextlib.contextmanager
 def ray_runtime(*, num_cpus: int, object_store_mb: int = 100) -> Iterator[None]:
     """Ray embedded in this process, or the cluster that RAY_ADDRESS names, ready for Serve.
@@ -70,9 +110,10 @@ def ray_runtime(*, num_cpus: int, object_store_mb: int = 100) -> Iterator[None]:
         num_cpus: logical ones that the parts will ask for. They may share cores: on one machine Ray's count is an
             address book, not a limit.
     """
-    apply_serving_environment()
+    joined = is_joined()
+    if not (joined and has_serving_environment()):
+        apply_serving_environment()
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    joined = bool(os.environ.get("RAY_ADDRESS"))
     settings = (
         {}
         if joined

@@ -14,6 +14,7 @@ from vla_dist.envs.gl import find_gl, require_gl
 from vla_dist.replay.server import find_server_program
 from vla_dist.run.config import RunConfig
 from vla_dist.run.serve_app import remove_orphans, require_free_port
+from vla_dist.run.store import STORE_VARIABLE
 
 _GIB = 2**30
 
@@ -28,12 +29,17 @@ class Finding:
     needed_for: str = "everything"
 
 
-def require(config: RunConfig) -> None:
-    """Raise ResourceMissing for the first thing that this run cannot do without."""
-    require_memory(config.min_memory_gib)
-    remove_orphans()
-    require_free_port("127.0.0.1", config.serving.port)
-    if not config.replay.redis_url:
+def require(config: RunConfig, *, joins: bool = False) -> None:
+    """Raise ResourceMissing for the first thing that this run cannot do without.
+
+    Args:
+        joins: a cluster, whose other nodes do the work, and whose Serve may hold the port for this run already.
+    """
+    if not joins:
+        require_memory(config.min_memory_gib)
+        remove_orphans()
+        require_free_port("127.0.0.1", config.serving.port)
+    if not (config.replay.redis_url or os.environ.get(STORE_VARIABLE)):
         find_server_program()
     if config.env.cameras:
         require_gl()

@@ -1,7 +1,7 @@
 """What a node is for, as a custom resource of Ray, and which part of a run wants which.
 
-A node says with ``rollout``, ``learner``, ``serving`` and ``gateway`` how many parts of that kind it takes. A role that no
-node of the cluster has, nor could have, is not asked for: on a laptop, and on a cluster that knows nothing of
+A node says with ``rollout``, ``learner``, ``serving`` and ``gateway`` how many parts of that kind it takes. A role that
+no node of the cluster has, nor could have, is not asked for: on a laptop, and on a cluster that knows nothing of
 vla-dist, every part goes wherever there is a CPU.
 """
 
@@ -42,7 +42,9 @@ class PlacementSettings:
         for name in ("learner_gpus", "replica_gpus"):
             share = getattr(self, name)
             if share < 0 or (share > 1 and share != int(share)):
-                raise ConfigError(f"placement.{name} {share} must be a part of one GPU (0.25), or a whole number of them")
+                raise ConfigError(
+                    f"placement.{name} {share} must be a part of one GPU (0.25), or a whole number of them"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

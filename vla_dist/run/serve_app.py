@@ -18,15 +18,17 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 import ray
 from ray import serve
 
 from vla_dist.core.errors import ConfigError, ResourceMissing, WaitTimeout, WorkerFailed
+from vla_dist.run.serve_settings import FOLDER_VARIABLE, PORTS_CLAIMED, is_node_folder, serve_settings
 from vla_dist.serving.calls import TokenCheck
 from vla_dist.serving.fleet_servicer import FleetServicer
 from vla_dist.serving.ingest import FleetIngest
@@ -39,19 +41,23 @@ BuildServices = Callable[[], tuple[PolicyService, FleetIngest]]
 """Builds what one replica serves, in the replica; the service's versions come started."""
 
 APP_NAME = "vla-dist"
-_FOLDER_VARIABLE = "VLA_DIST_SERVE_FOLDER"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _FOLDER_PARENT = Path("/tmp")
 """Not TMPDIR: Ray appends 56 characters and a name, and a socket's path ends at 97."""
 _FOLDER_PREFIX = "vds-"
+_CONTROLLER_TIMEOUT_S = 30.0
 _OWNER_FILE = "owner.json"
 _PORTS = range(20_000, 32_000)
 """Below the ports that Linux hands out for outgoing connections."""
-_PORTS_CLAIMED = 400
-"""For each application: half for HTTP, half for gRPC; a dead replica's port is not used again for minutes."""
 _SERVICERS = [
     "vla_dist.protocol.v1.policy_pb2_grpc.add_PolicyServiceServicer_to_server",
     "vla_dist.protocol.v1.fleet_pb2_grpc.add_FleetServiceServicer_to_server",
 ]
+
+
+def has_serving_environment() -> bool:
+    """Whether this process has it already, as what runs on a cluster's node has it from there."""
+    return FOLDER_VARIABLE in os.environ
 
 
 def apply_serving_environment(*, drain_s: float = 2.0) -> Path:
@@ -68,41 +74,7 @@ def apply_serving_environment(*, drain_s: float = 2.0) -> Path:
     remove_orphans()
     folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=_FOLDER_PARENT))
     first_port = _claim_ports(folder)
-    metrics_port, stats_port, http_port, grpc_port = free_ports(4)
-    os.environ |= {
-        _FOLDER_VARIABLE: str(folder),
-        # Robots' streams go from HAProxy to the replica: 5-10x the calls of the default Python proxy.
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        # One connection carries 100 streams by default, and the next one hangs in silence.
-        "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "1000",
-        "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": "1000",
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-        # Fixed by default, so that a second cluster on the host would fail or, worse, share them.
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(http_port),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_port),
-        # Where replicas listen. By default every cluster begins at 40000, and when a replica dies while another cluster
-        # of the host starts one, HAProxy sends this fleet's robots to the other cluster's policy.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + _PORTS_CLAIMED // 2 - 1),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_port + _PORTS_CLAIMED // 2),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_port + _PORTS_CLAIMED - 1),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(drain_s),
-        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": str(drain_s),
-        # 5 and 10 s by default: on a machine whose cores are busy a healthy proxy is then killed while it starts.
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # A late call, after this process has shut Ray down, must fail: it would start another Ray.
-        "RAY_ENABLE_AUTO_CONNECT": "0",
-    }
+    os.environ |= serve_settings(folder, first_port, free_ports(4), drain_s=drain_s)
     return folder
 
 
@@ -126,6 +98,10 @@ class ServingHandle:
     """The running application; ``close`` ends it and whatever HAProxy it left behind."""
 
     def __init__(self, *, host: str, port: int, folder: Path) -> None:
+        """Args:
+        host: that robots reach it by.
+        folder: of this machine's HAProxy.
+        """
         self.host = host
         self.port = port
         self._folder = folder
@@ -148,7 +124,8 @@ class ServingHandle:
             # The controller ends itself, and Ray tells the terminal of that death as if it were an error.
             with contextlib.redirect_stdout(io.StringIO()):
                 serve.shutdown()
-        _remove_folder(self._folder)
+        if not is_node_folder(self._folder):
+            _remove_folder(self._folder)
 
     def __enter__(self) -> "ServingHandle":
         return self
@@ -167,11 +144,16 @@ def start_serving(
     num_cpus: float,
     token: str | None,
     num_gpus: float = 0.0,
+    resources: Mapping[str, float] | None = None,
     host: str = "127.0.0.1",
+    public_host: str = "",
     timeout_s: float = 120.0,
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> ServingHandle:
     """Serve both services on ``host:port`` and return when every replica answers.
+
+    Where the application serves on that port already, as after its driver died with the head of a cluster, its replicas
+    are replaced one by one and robots stay connected or come back.
 
     Args:
         build: runs in each replica; must be picklable by Ray.
@@ -180,7 +162,9 @@ def start_serving(
         num_cpus: that Ray reserves for one replica.
         token: bearer token that every call must bring; None lets everybody in.
         num_gpus: that Ray reserves for one replica.
+        resources: custom ones that Ray reserves for one replica.
         host: address the ingress binds; loopback unless robots are on other machines.
+        public_host: address that robots reach it by; empty: ``host``.
         timeout_s: for all replicas to be ready.
         is_cancelled: asked while it waits; True ends what was begun and raises WaitTimeout.
 
@@ -190,20 +174,20 @@ def start_serving(
         WorkerFailed: a replica could not be built.
         WaitTimeout: not ready in time.
     """
-    folder = os.environ.get(_FOLDER_VARIABLE)
+    folder = os.environ.get(FOLDER_VARIABLE)
     if folder is None or not ray.is_initialized():
         raise ConfigError("call apply_serving_environment(), then ray.init(), then start_serving()")
     if token == "":
         raise ConfigError("the token is empty; give one, or None to let everybody in")
-    _require_no_serve()
-    port = port or free_ports(1)[0]
-    require_free_port(host, port)
-    serve.start(
-        proxy_location="HeadOnly" if host == "127.0.0.1" else "EveryNode",
-        http_options={"host": host, "port": free_ports(1)[0]},
-        grpc_options={"port": port, "grpc_servicer_functions": _SERVICERS, "enable_reflection": False},
-    )
-    handle = ServingHandle(host=host, port=port, folder=Path(folder))
+    if not _serves_already(port):
+        port = port or free_ports(1)[0]
+        require_free_port(host, port)
+        serve.start(
+            proxy_location="HeadOnly" if host in LOOPBACK else "EveryNode",
+            http_options={"host": host, "port": free_ports(1)[0]},
+            grpc_options={"port": port, "grpc_servicer_functions": _SERVICERS, "enable_reflection": False},
+        )
+    handle = ServingHandle(host=public_host or host, port=port, folder=Path(folder))
     try:
         deployment = serve.deployment(FleetReplica).options(
             name="FleetReplica",
@@ -213,7 +197,7 @@ def start_serving(
             graceful_shutdown_timeout_s=1.0,
             graceful_shutdown_wait_loop_s=0.2,
             health_check_period_s=2.0,
-            ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
+            ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": dict(resources or {})},
         )
         serve.run_many(
             [serve.RunTarget(deployment.bind(build, token), name=APP_NAME, route_prefix=f"/{APP_NAME}")],
@@ -264,7 +248,7 @@ def remove_orphans() -> list[int]:
 def _claim_ports(folder: Path) -> int:
     """Write who owns ``folder``, and with it a block of ports that no other living application claims."""
     claimed = {_read_owner(other).get("first_port") for other in _folders() if _owner_lives(other)}
-    blocks = list(_PORTS[::_PORTS_CLAIMED])
+    blocks = list(_PORTS[::PORTS_CLAIMED])
     mine = os.getpid() % len(blocks)  # two that start at once look in different places first
     free = [block for block in blocks[mine:] + blocks[:mine] if block not in claimed]
     if not free:
@@ -317,11 +301,16 @@ def _haproxies(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def _require_no_serve() -> None:
+def _serves_already(port: int) -> bool:
+    """Whether this application does, on this port. Raises ResourceMissing where another one has taken Serve."""
     try:
-        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     except ValueError:
-        return
+        return False
+    is_ours = set(serve.status().applications) <= {APP_NAME}
+    options: Any = ray.get(controller.get_grpc_config.remote(), timeout=_CONTROLLER_TIMEOUT_S)
+    if is_ours and port and options.port == port:
+        return True
     raise ResourceMissing(
         "Serve runs in this Ray cluster already, and its ports cannot be changed; close the other application first"
     )

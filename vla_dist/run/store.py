@@ -1,6 +1,7 @@
 """The Redis of a run: its own embedded one, or the user's."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from vla_dist.replay.external import require_server, split_urls
 from vla_dist.replay.server import EmbeddedServer, half_of_memory
 from vla_dist.run.config import RunConfig
 from vla_dist.run.files import IMAGES, REDIS
+
+STORE_VARIABLE = "VLA_DIST_REDIS_URL"
+"""Environment of a cluster's head: the Redis of its runs, used where ``replay.redis_url`` is empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,20 +27,32 @@ class Store:
     shard_images_urls: tuple[str, ...] = ()
     """And where its frames lie, shard by shard; empty: beside everything else."""
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Of every server, each once."""
+        alone = (self.redis_url, *((self.images_url,) if self.images_url else ()))
+        return tuple(dict.fromkeys((*alone, *self.shard_urls, *self.shard_images_urls)))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches all of it."""
+        return any(url.startswith("unix:") for url in self.urls)
+
 
 @contextlib.contextmanager
 def open_store(config: RunConfig, run_dir: Path) -> Iterator[Store]:
     """A store that answers, for as long as the block runs.
 
-    What the user gave no server for is embedded, its files in ``run_dir``. Frames then lie on a server without a log:
-    it saves them when it is stopped, and forgets them when it is killed.
+    What neither the config nor the environment names a server for is embedded, its files in ``run_dir``. Frames then
+    lie on a server without a log: it saves them when it is stopped, and forgets them when it is killed.
 
     Raises:
         Unreachable: a given server does not answer.
         ResourceMissing: no server program is installed, or the folder is in use by another run.
     """
     replay = config.replay
-    urls, images_urls = split_urls(replay.redis_url), split_urls(replay.images_redis_url)
+    urls = split_urls(replay.redis_url or os.environ.get(STORE_VARIABLE, ""))
+    images_urls = split_urls(replay.images_redis_url)
     for url in dict.fromkeys([*urls, *images_urls]):
         require_server(url)
     if len(urls) > 1:

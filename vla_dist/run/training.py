@@ -16,6 +16,8 @@ from vla_dist.core.types import Metrics
 from vla_dist.run.build import Place, build_learner
 from vla_dist.run.files import CHECKPOINTS
 from vla_dist.run.orphans import free_orphaned_reservations, kill_train_controllers
+from vla_dist.run.placement import Placement
+from vla_dist.run.roles import LEARNER
 
 _KEEP_CHECKPOINTS = 3
 _MAX_FAILURES = 5
@@ -26,8 +28,9 @@ _PAUSE_S = 1.0
 class Training:
     """``TorchTrainer.fit`` in a thread. The same name and path resume from the last reported checkpoint."""
 
-    def __init__(self, place: Place, post: Callable[[Metrics], None]) -> None:
+    def __init__(self, place: Place, placement: Placement, post: Callable[[Metrics], None]) -> None:
         self._place = place
+        self._placement = placement
         self._post = post
         self._error: BaseException | None = None
         self._done = threading.Event()
@@ -67,7 +70,8 @@ class Training:
             self._done.set()
 
     def _make_trainer(self) -> TorchTrainer:
-        place, learner = self._place, self._place.config.learner
+        place, learner, shares = self._place, self._place.config.learner, self._place.config.placement
+        resources = {"CPU": shares.learner_cpus, **self._placement.slot(LEARNER)}
         return TorchTrainer(
             _train,
             train_loop_config={
@@ -78,15 +82,22 @@ class Training:
             scaling_config=ScalingConfig(
                 num_workers=learner.num_workers,
                 use_gpu=learner.use_gpu,
-                resources_per_worker=None if learner.use_gpu else {"CPU": 1},
+                resources_per_worker=resources | ({"GPU": shares.learner_gpus} if learner.use_gpu else {}),
+                placement_strategy=shares.learner_strategy,
             ),
             run_config=ray.train.RunConfig(
                 name=place.run_id,
-                storage_path=str(place.run_dir / CHECKPOINTS),
+                storage_path=checkpoints_location(place),
                 failure_config=FailureConfig(max_failures=_MAX_FAILURES),
                 checkpoint_config=CheckpointConfig(num_to_keep=_KEEP_CHECKPOINTS),
             ),
         )
+
+
+def checkpoints_location(place: Place) -> str:
+    """As Ray Train takes it: an absolute path or a URI."""
+    location = place.config.learner.checkpoints
+    return location if "://" in location else str(place.run_dir / (location or CHECKPOINTS))
 
 
 def fit_to_the_end(
