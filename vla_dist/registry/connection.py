@@ -34,17 +34,17 @@ def connect(url: str, *, socket_timeout_s: float) -> redis.Redis:
 
 
 @contextmanager
-def named_errors() -> Iterator[None]:
-    """Turn what redis-py raises into the package's errors."""
+def named_errors(whose: str = "the registry's Redis") -> Iterator[None]:
+    """Turn what redis-py raises into the package's errors; ``whose`` is what the messages call the server."""
     try:
         yield
     except (redis.AuthenticationError, NoPermissionError) as error:
-        raise Unauthorised(f"the registry's Redis refuses this user ({error}); use the URL the server gave") from error
+        raise Unauthorised(f"{whose} refuses this user ({error}); use the URL the server gave") from error
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise Unreachable(
-            f"the registry's Redis does not answer ({error}); is it running, and is the URL right?"
+            f"{whose} does not answer ({error}); is it running, and is the URL right?"
         ) from error
     except OutOfMemoryError as error:
         raise ResourceMissing(
-            f"the registry's Redis is out of memory ({error}); raise its limit, or keep tensors in DirectoryBlobs"
+            f"{whose} is out of memory ({error}); raise its limit, or keep tensors in DirectoryBlobs"
         ) from error
