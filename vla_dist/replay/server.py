@@ -114,6 +114,7 @@ class EmbeddedServer:
         self,
         directory: str | Path,
         *,
+        host: str = "127.0.0.1",
         port: int | None = None,
         append_only: bool = True,
         max_memory_bytes: int | None = None,
@@ -123,7 +124,9 @@ class EmbeddedServer:
 
         Args:
             directory: holds data, credentials and log; created with mode 0700.
-            port: also listen on this port of 127.0.0.1, with the same password; 0 chooses a free one. None: do not.
+            host: address to listen on beside the socket, where ``port`` is given; other machines need one of a network
+                that strangers cannot reach.
+            port: also listen on this port of ``host``, with the same password; 0 chooses a free one. None: do not.
             append_only: log every write; without it only ``close`` saves.
             max_memory_bytes: writes are refused beyond it, nothing is evicted. None: half of this machine's memory.
             ready_timeout_s: most to wait, loading included.
@@ -140,6 +143,7 @@ class EmbeddedServer:
         self._make_private(self.directory)
         self._socket_path = self._place_socket()
         self._append_only = append_only
+        self._host = host
         self._admin_password = secrets.token_urlsafe(24)
         self._log_path = self.directory / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -166,8 +170,8 @@ class EmbeddedServer:
 
     @property
     def tcp_url(self) -> str | None:
-        """The same over loopback TCP; None without a port."""
-        return None if self.port is None else f"redis://client:{self._password}@127.0.0.1:{self.port}/0"
+        """The same over TCP; None without a port."""
+        return None if self.port is None else f"redis://client:{self._password}@{self._host}:{self.port}/0"
 
     @property
     def pid(self) -> int:
@@ -257,7 +261,7 @@ class EmbeddedServer:
 
         lines = [
             f"port {self.port or 0}",
-            "bind 127.0.0.1",
+            f"bind {self._host}",
             f"unixsocket {_quoted(self._socket_path)}",
             "unixsocketperm 700",
             f"dir {_quoted(self.directory)}",
