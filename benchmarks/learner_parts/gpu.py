@@ -6,6 +6,7 @@ import torch
 from learner_parts.workload import make_batch, make_model, make_step, seconds_each
 from torch.utils.flop_counter import FlopCounterMode
 
+from vla_dist.learner.algorithms.algorithm import Algorithm, NoSettings
 from vla_dist.learner.train_step import LossModule
 from vla_dist.models.zoo import ARCHITECTURES
 
@@ -36,8 +37,9 @@ def _measure(name: str, batch_size: int, seconds: float, compiled: bool, peak: f
         torch.cuda.synchronize()
 
     # Counted on the plain module, from the same weights: a compiled one hides its products.
+    algorithm = Algorithm(NoSettings(), model=model.config, conditioning="none")
     with FlopCounterMode(display=False) as counter:
-        loss, _ = LossModule(model, precision="bfloat16")(batch)
+        loss, _ = LossModule(model, algorithm, precision="bfloat16")(batch)
         loss.backward()
     flops = float(counter.get_total_flops())
     each = seconds_each(update, seconds=seconds, warm_up=5)

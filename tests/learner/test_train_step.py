@@ -6,6 +6,7 @@ import torch
 import torch._dynamo.utils
 
 from vla_dist.core.errors import ConfigError, DataError
+from vla_dist.learner.algorithms.algorithm import Algorithm, NoSettings
 from vla_dist.learner.train_step import LossModule, OptimiserConfig, TrainStep
 from vla_dist.testing.windows import make_train_batch
 
@@ -104,7 +105,8 @@ def test_half_precision_keeps_weights_and_loss_whole_and_learns_the_same(make_mo
         step = make_step(model, precision=precision, learning_rate=3e-3)
         losses[precision] = [float(step(batch, update)["loss"]) for update in range(30)]
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-        loss, _ = LossModule(model, precision=precision)(batch)
+        algorithm = Algorithm(NoSettings(), model=model.config, conditioning="none")
+        loss, _ = LossModule(model, algorithm, precision=precision)(batch)
         assert loss.dtype == torch.float32
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"][-1] == pytest.approx(losses["float32"][-1], rel=0.1)

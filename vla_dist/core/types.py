@@ -174,6 +174,8 @@ class Batch:
     """(B, K) bool, a person had taken over."""
     items: Array | None = None
     """(B,) int64, identity of the segment in which each window ends, for ``update_priorities``."""
+    episodes: Array | None = None
+    """(B,) int64, identity of each window's episode within this table; grows as episodes become whole."""
     future_target_actions: Array | None = None
     """(B, F, A) float32, to imitate in the F steps after each window; 0 after the episode. None: none asked for."""
     future_mask: Array | None = None

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vla_dist.core.errors import ConfigError
+from vla_dist.learner.algorithms.interventions import InterventionWeights
 from vla_dist.learner.parallel import OneRank, Parallel
 from vla_dist.learner.train_step import OptimiserConfig
 from vla_dist.models.conditioning import ConditioningKind
@@ -28,6 +29,12 @@ class LearnerConfig:
     """Pointed at each new version; None: only publish."""
     checkpoint_every: int = 500
     """Updates between checkpoints; the last update always makes one."""
+    algorithm: str = ""
+    """By name; empty: that which the model and its conditioning are made for."""
+    algorithm_changes: tuple[str, ...] = ()
+    """``name=value`` of its settings."""
+    interventions: InterventionWeights | None = None
+    """None: a step counts the same whoever acted."""
     conditioning: ConditioningKind = "none"
     target_quantile: float = 0.9
     """How good an episode, among those in the replay, the policy is asked for: 1 is the best."""

@@ -14,6 +14,7 @@ from vla_dist.core.errors import ConfigError, ReplayWait, Unreachable
 from vla_dist.core.protocols import PolicyRegistry, ReplayTable
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Metrics
+from vla_dist.learner.algorithms.catalogue import algorithm_for, make_algorithm
 from vla_dist.learner.checkpoint import Checkpoint, CheckpointStore
 from vla_dist.learner.config import LearnerConfig, Rank
 from vla_dist.learner.freshness import Freshness
@@ -67,11 +68,18 @@ class Learner:
         parent: version that the model's weights came from.
         run_config: of the whole run, plain JSON, kept in checkpoints for people.
         checkpoints: written at each ``checkpoint_every``; None where the host keeps them.
+
+        Raises:
+            ConfigError: an algorithm that does not exist or is not for this model.
         """
         self.config = config
         self._rank = rank or Rank()
         self._model = model
         as_module(model).to(self._rank.device)
+        self._algorithm_name = config.algorithm or algorithm_for(model.config, config.conditioning)
+        self._algorithm = make_algorithm(
+            self._algorithm_name, config.algorithm_changes, model=model.config, conditioning=config.conditioning
+        ).to(self._rank.device)
         self._spec = spec
         self._table = table
         self._registry = registry
@@ -138,6 +146,9 @@ class Learner:
             raise ConfigError("there is nothing to save before the first step(); call step() first")
         tensors = {f"model/{name}": value for name, value in self._prepared.step.weights().items()}
         tensors |= self._prepared.step.tensors()
+        tensors |= {f"algorithm/{name}": value for name, value in self._prepared.step.algorithm_tensors().items()}
+        remembered, notes = self._algorithm.memory()
+        tensors |= {f"algorithm_memory/{name}": value for name, value in remembered.items()}
         tensors["rng/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng/cuda"] = torch.cuda.get_rng_state()
@@ -146,6 +157,7 @@ class Learner:
             tensors["goals"] = torch.from_numpy(embeddings)
         state = {
             "updates": self.updates,
+            "algorithm": {"name": self._algorithm_name, "notes": notes},
             "published": sorted(self._published),
             "replay": {"batches": self.updates, "windows": self.updates * self.config.batch_size},
             "config": asdict(self.config),
@@ -176,10 +188,22 @@ class Learner:
         EnvSpec.from_json(checkpoint.state["spec"]).require_match(self._spec, mine="checkpoint", theirs="learner")
         weights = _under("model/", checkpoint.tensors)
         load_tensors(as_module(self._model), {name: value.numpy() for name, value in weights.items()})
+        self._resume_algorithm(checkpoint)
         self.updates = checkpoint.updates
         self._published = set(checkpoint.state["published"])
         self._parent = checkpoint.state["parent"]
         self._resumed = checkpoint
+
+    def _resume_algorithm(self, checkpoint: Checkpoint) -> None:
+        saved = checkpoint.state["algorithm"]
+        if saved["name"] != self._algorithm_name:
+            raise ConfigError(
+                f"the checkpoint was trained by {saved['name']}, this learner's algorithm is {self._algorithm_name}; "
+                "use the same one or no resume"
+            )
+        own = _under("algorithm/", checkpoint.tensors)
+        load_tensors(self._algorithm, {name: value.numpy() for name, value in own.items()})
+        self._algorithm.load_memory(_under("algorithm_memory/", checkpoint.tensors), saved["notes"])
 
     def _update(self, ready: _Prepared) -> dict[str, float]:
         """Updates up to the next stop, and their mean metrics."""
@@ -187,7 +211,7 @@ class Learner:
         stop = self.config.next_stop(self.updates)
         metrics: list[Mapping[str, Tensor | float]] = []
         while self.updates < stop:
-            batch = ready.loader.next().to(self._rank.device)
+            batch = self._algorithm.prepare(ready.loader.next()).to(self._rank.device)
             metrics.append(ready.step(batch, self.updates))
             self.updates += 1
         means = {name: sum(float(m[name]) for m in metrics) / len(metrics) for name in metrics[0]}
@@ -226,7 +250,7 @@ class Learner:
             conditioning = ReturnConditioning(**resumed.state["conditioning"])
             self._restore_goals(resumed)
         torch.manual_seed(_mixed(config.seed, self._rank.index, self.updates))
-        step = TrainStep(self._model, config.optimiser, parallel=self._rank.parallel)
+        step = TrainStep(self._model, config.optimiser, algorithm=self._algorithm, parallel=self._rank.parallel)
         if resumed is not None:
             step.load_tensors({k: v for k, v in resumed.tensors.items() if k.startswith(("adamw/", "ema/"))})
             if self._rank.index == 0:
@@ -240,6 +264,7 @@ class Learner:
             seed=(config.seed, self._rank.index),
             freshness=self._freshness,
             is_pinned=self._rank.device.startswith("cuda"),
+            interventions=config.interventions,
         )
         loader = Loader(
             self._table,
@@ -284,12 +309,13 @@ class Learner:
             goal_std = torch.full_like(goal_mean, spread)
         # A member that looks at cameras alone has no scales for proprio.
         size = self._model.config.state_dim
-        self._model.set_normaliser(
-            proprio_mean=torch.tensor(statistics.proprio_mean[:size], dtype=torch.float32),
-            proprio_std=torch.tensor(statistics.proprio_std[:size], dtype=torch.float32),
-            goal_mean=goal_mean,
-            goal_std=goal_std,
-        )
+        for part in (self._model, self._algorithm):
+            part.set_normaliser(
+                proprio_mean=torch.tensor(statistics.proprio_mean[:size], dtype=torch.float32),
+                proprio_std=torch.tensor(statistics.proprio_std[:size], dtype=torch.float32),
+                goal_mean=goal_mean,
+                goal_std=goal_std,
+            )
 
     def _restore_goals(self, checkpoint: Checkpoint) -> None:
         instructions = list(checkpoint.state["instructions"])
@@ -319,7 +345,7 @@ class Learner:
             weights=self._publishable,
             name=self.config.policy_name,
             spec=self._spec,
-            conditioning=ready.conditioning,
+            conditioning=self._algorithm.publishable(ready.conditioning),
             goals=self._goals,
             provenance={"run_id": self.config.run_id, "updates": milestone},
             parent=self._parent,

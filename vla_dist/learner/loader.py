@@ -19,6 +19,7 @@ from vla_dist.core.errors import ConfigError, ReplayWait, WaitTimeout
 from vla_dist.core.protocols import ReplayTable
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Batch
+from vla_dist.learner.algorithms.interventions import InterventionWeights, intervention_weights
 from vla_dist.learner.freshness import Freshness
 from vla_dist.models.actions import ActionCodec
 from vla_dist.models.batch import TrainBatch, to_train_batch
@@ -43,9 +44,11 @@ class Collator:
         seed: tuple[int, ...],
         freshness: Freshness | None = None,
         is_pinned: bool = False,
+        interventions: InterventionWeights | None = None,
     ) -> None:
         """Args:
         phrases: task -> wordings; a window of such a task takes one of them at random instead of its own.
+        interventions: weighs steps by who acted in them; None: all alike.
         freshness: is told of each batch.
         is_pinned: whether batches shall lie in memory that a GPU reads by itself.
         """
@@ -58,6 +61,7 @@ class Collator:
         self._seed = seed
         self._freshness = freshness
         self._is_pinned = is_pinned
+        self._interventions = interventions
 
     def __call__(self, batch: Batch, index: int) -> TrainBatch:
         if self._freshness is not None:
@@ -77,6 +81,7 @@ class Collator:
             horizon=self._model.horizon,
             cameras=tuple(self._model.cameras or ()),
             instructions=texts,
+            step_weights=None if self._interventions is None else intervention_weights(batch, self._interventions),
         )
         return collated.pinned() if self._is_pinned else collated
 

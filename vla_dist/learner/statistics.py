@@ -86,12 +86,19 @@ class ReplayStatistics:
             raise ConfigError(f"target quantile {quantile} must be within 0..1")
         if kind == "none":
             return ReturnConditioning(kind=kind)
+        if kind == "success":
+            return ReturnConditioning(kind=kind, target=1.0)
+        if kind == "advantage":
+            return ReturnConditioning(kind=kind, scale=float(max_episode_steps), target=float(max_episode_steps))
+        largest = float(np.abs([r for found in self.episode_returns.values() for r in found]).max()) or 1.0
+        if kind == "reward_advantage":
+            return ReturnConditioning(kind=kind, scale=largest, target=largest)
         if kind == "steps_to_success":
             scale, ceiling = float(max_episode_steps), -1.0
             reached = {task: [-float(n) for n in lengths] for task, lengths in self.success_lengths.items()}
         else:
-            scale = float(np.abs([r for found in self.episode_returns.values() for r in found]).max()) or 1.0
-            ceiling, reached = -1.0, {task: list(found) for task, found in self.episode_returns.items()}
+            scale, ceiling = largest, -1.0
+            reached = {task: list(found) for task, found in self.episode_returns.items()}
         everything = [value for found in reached.values() for value in found] or [-float(max_episode_steps)]
         worded: dict[str, set[str]] = {words: {task} for words, task in self.instructions.items()}
         for task, wordings in (phrases or {}).items():

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from vla_dist.core.errors import ConfigError, DataError
+from vla_dist.learner.algorithms.algorithm import Algorithm, NoSettings
 from vla_dist.learner.parallel import OneRank, Parallel
 from vla_dist.learner.suspects import describe_suspects
 from vla_dist.models.batch import TrainBatch
 from vla_dist.models.member import PolicyModel, as_module
 
 Precision = Literal["float32", "bfloat16"]
+_ALGORITHM = "algorithm."
+"""Before the names of parameters that are the algorithm's and not the model's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,32 +79,45 @@ class OptimiserConfig:
 
 
 class LossModule(nn.Module):
-    """``forward`` is the model's loss, so that wrapping it (DDP, FSDP2) covers whatever the loss does."""
+    """``forward`` is the algorithm's loss, so that wrapping it (DDP, FSDP2) covers whatever the loss does."""
 
-    def __init__(self, model: PolicyModel, *, precision: Precision = "float32") -> None:
+    def __init__(self, model: PolicyModel, algorithm: Algorithm, *, precision: Precision = "float32") -> None:
         super().__init__()
         self.model = model
+        self.algorithm = algorithm
         self._is_mixed = precision == "bfloat16"
 
     def forward(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """() float32 and detached metrics."""
         with torch.autocast(batch.states.device.type, torch.bfloat16, enabled=self._is_mixed):
-            loss, metrics = self.model.loss(batch)
+            loss, metrics = self.algorithm.loss(self.model, batch)
         return loss.float(), metrics
 
 
 class TrainStep:
     """Owns the optimiser's memory and the moving average of one model."""
 
-    def __init__(self, model: PolicyModel, config: OptimiserConfig, *, parallel: Parallel | None = None) -> None:
+    def __init__(
+        self,
+        model: PolicyModel,
+        config: OptimiserConfig,
+        *,
+        algorithm: Algorithm | None = None,
+        parallel: Parallel | None = None,
+    ) -> None:
         """Args:
+        algorithm: whose loss is minimised, with parameters of its own if it has any; None: the model's own loss.
         parallel: the other ranks; every rank must make the same calls in the same order. None: there are none.
         """
         self._config = config
         self._parallel = parallel or OneRank()
         self._model = model
-        self._loss = self._parallel.prepare(LossModule(model, precision=config.precision), compiled=config.compile)
-        self._parameters = {name: p for name, p in as_module(model).named_parameters() if p.requires_grad}
+        self._algorithm = algorithm or Algorithm(NoSettings(), model=model.config, conditioning="none")
+        loss = LossModule(model, self._algorithm, precision=config.precision)
+        self._loss = self._parallel.prepare(loss, compiled=config.compile)
+        trained = {name: p for name, p in as_module(model).named_parameters() if p.requires_grad}
+        own = {f"{_ALGORITHM}{name}": p for name, p in self._algorithm.named_parameters()}
+        self._parameters = {**trained, **own}
         matrices = [p for p in self._parameters.values() if p.ndim >= 2]
         vectors = [p for p in self._parameters.values() if p.ndim < 2]
         self._optimiser = torch.optim.AdamW(
@@ -111,7 +127,7 @@ class TrainStep:
         )
         self._average: dict[str, Tensor] = {}
         if config.ema_decay:
-            self._average = {name: p.detach().clone() for name, p in self._parameters.items()}
+            self._average = {name: p.detach().clone() for name, p in trained.items()}
 
     def __call__(self, batch: TrainBatch, update: int) -> dict[str, Tensor | float]:
         """Do the update numbered from 0.
@@ -137,11 +153,16 @@ class TrainStep:
             )
         self._optimiser.step()
         self._update_average()
+        self._algorithm.updated(self._parallel)
         return {**metrics, "gradient_norm": norm, "learning_rate": rate}
 
     def weights(self) -> dict[str, Tensor]:
         """All tensors of the model's state_dict, whole. Blocking: every rank must call it."""
         return {name: self._parallel.whole(value) for name, value in as_module(self._model).state_dict().items()}
+
+    def algorithm_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the algorithm, whole. Blocking: every rank must call it."""
+        return {name: self._parallel.whole(value) for name, value in self._algorithm.state_dict().items()}
 
     def published_weights(self) -> dict[str, Tensor]:
         """``weights`` with the moving average in place of what is trained, where there is one."""
@@ -202,12 +223,8 @@ class TrainStep:
         return metrics
 
     def _count(self, batch: TrainBatch) -> Tensor:
-        """Terms that the model's loss is the mean of; windows where it does not say."""
-        count = getattr(self._model, "loss_count", None)
-        if count is None:
-            return torch.tensor(float(batch.num_windows), device=batch.states.device)
         # A part of padding alone has no terms, and its loss of nothing must not become NaN.
-        return count(batch).clamp(min=1e-6)
+        return self._algorithm.loss_count(self._model, batch).clamp(min=1e-6)
 
     @torch.no_grad()
     def _update_average(self) -> None:

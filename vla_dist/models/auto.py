@@ -22,9 +22,12 @@ GOAL_EMBEDDINGS = "goal_embeddings"
 """(N, G) float32 beside the weights: the vectors of ``config['instructions']``."""
 
 
-def build_policy(artifact: PolicyArtifact, *, embed: Embed | None = None, device: str = "cpu") -> Policy[Any]:
-    """A ready policy; arguments and errors are those of ``build_model``."""
+def build_policy(
+    artifact: PolicyArtifact, *, embed: Embed | None = None, device: str = "cpu", explores: bool = False
+) -> Policy[Any]:
+    """A ready policy; arguments and errors are those of ``build_model`` and ``build_executed_policy``."""
     model, conditioning, goals = build_model(artifact, embed=embed, device=device)
+    conditioning = conditioning.exploring() if explores else conditioning
     member = architecture(artifact.manifest.architecture)
     return member.policy(model, artifact.manifest.spec, conditioning=conditioning, goals=goals)
 
@@ -69,13 +72,18 @@ def build_model(
     return model, conditioning, goals
 
 
-def build_executed_policy(artifact: PolicyArtifact, *, execution: ChunkExecution) -> Policy[Any]:
+def build_executed_policy(
+    artifact: PolicyArtifact, *, execution: ChunkExecution, explores: bool = False
+) -> Policy[Any]:
     """A ready policy whose chunks are executed by this rule. Raises as ``build_policy`` does.
 
     Where a chunk is simply executed to its end and the policy remembers nothing, it gives the chunk itself: then a
     robot need not ask at every step. A policy that remembers must see every observation, as it did in training.
+
+    Args:
+        explores: asks for what the learner wants to see tried, see ``ReturnConditioning.exploring``.
     """
-    policy = build_policy(artifact)
+    policy = build_policy(artifact, explores=explores)
     goes_to_robot = execution == ChunkExecution() and policy.context_steps == 1
     return policy if policy.horizon == 1 or goes_to_robot else execution.wrap(policy)
 

@@ -47,6 +47,14 @@ class TrainBatch:
     """(B, K) bool, a person had taken over."""
     weights: Tensor | None = None
     """(B,) float32, how much each window counts in the loss; None: all alike."""
+    step_weights: Tensor | None = None
+    """(B, K) float32, how much each step counts on top of that; None: all alike."""
+    policy_versions: Tensor | None = None
+    """(B,) int64, that acted; 0 for an expert or a person."""
+    episodes: Tensor | None = None
+    """(B,) int64, identity of each window's episode in the replay."""
+    stored_state: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the learner kept of a recurrent model's state just before these windows, (B, ...) each."""
     goals: Tensor | None = None
     """(B, G) float32 sentence embeddings."""
     images: Mapping[str, Tensor] = field(default_factory=dict)
@@ -90,6 +98,19 @@ class TrainBatch:
     def num_windows(self) -> int:
         return len(self.states)
 
+    @property
+    def weights_of_steps(self) -> Tensor | None:
+        """(B, K) or (B,), for losses of every step; None: all alike."""
+        if self.step_weights is None or self.weights is None:
+            return self.weights if self.step_weights is None else self.step_weights
+        return self.weights[:, None] * self.step_weights
+
+    @property
+    def weights_of_newest(self) -> Tensor | None:
+        """(B,), for losses of the chunk that begins with the newest step; None: all alike."""
+        weights = self.weights_of_steps
+        return weights[:, -1] if weights is not None and weights.ndim == 2 else weights
+
 
 def to_train_batch(
     batch: Batch,
@@ -102,6 +123,7 @@ def to_train_batch(
     horizon: int = 1,
     cameras: tuple[str, ...] = (),
     instructions: Sequence[str] | None = None,
+    step_weights: Array | None = None,
 ) -> TrainBatch:
     """A replay batch as tensors, actions encoded and returns conditioned; padded steps hold zeros.
 
@@ -111,6 +133,7 @@ def to_train_batch(
         horizon: H.
         cameras: the views to keep.
         instructions: B wordings in place of those that the episodes were run with.
+        step_weights: (B, at least K) float32, how much each step counts; None: all alike.
 
     Raises:
         ConfigError: the windows are shorter than K, so the policy would act on contexts that it never trained on; or
@@ -150,6 +173,9 @@ def to_train_batch(
         success=torch.from_numpy(np.array(batch.success, bool)),
         interventions=torch.from_numpy(interventions & mask),
         weights=None if batch.weights is None else torch.from_numpy(np.array(batch.weights, np.float32)),
+        step_weights=None if step_weights is None else torch.from_numpy(step_weights[:, -num_steps:].copy()),
+        policy_versions=torch.from_numpy(np.array(batch.policy_versions, np.int64)),
+        episodes=None if batch.episodes is None else torch.from_numpy(np.array(batch.episodes, np.int64)),
         goals=None if goals is None else torch.from_numpy(np.array(goals, np.float32)),
         images={
             name: torch.from_numpy(np.array(batch.images[name][:, -num_steps:])).permute(0, 1, 4, 2, 3)

@@ -92,6 +92,11 @@ class _Executor(Generic[S]):
         """K of the policy, and before these the steps whose chunks still reach into the present."""
         return self._policy.context_steps + self._reach_steps
 
+    @property
+    def remembers_episode(self) -> bool:
+        """Whether the policy's own memory reaches further back than any number of observations."""
+        return getattr(self._policy, "remembers_episode", False)
+
     def initial_state(self, *, timestep: int = 0) -> ExecutionState[S]:
         horizon, action_dim = self._policy.horizon, self._policy.spec.action_dim
         return ExecutionState(

@@ -6,7 +6,6 @@ Shapes: B batch, T steps, P proprio, A action, G goal, D width, S tokens a step 
 the head a step, C tokens of which keys and values are kept.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -26,7 +25,6 @@ from vla_dist.models.transformer import ResidualLinear, Transformer, causal_visi
 from vla_dist.models.visual_encoder import VisualEncoder, VisualEncoderConfig
 
 _LARGEST_NORMALISED = 10.0
-_FIRST_TEMPERATURE = 0.1
 
 
 class DecisionTransformer(PreTrainedModel):
@@ -110,9 +108,6 @@ class DecisionTransformer(PreTrainedModel):
             eps=config.layer_norm_eps,
         )
         self.head = nn.Linear(width, config.num_outputs)
-        self.log_temperature = None
-        if config.head == "gaussian":
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(_FIRST_TEMPERATURE)))
         self.register_buffer("proprio_mean", torch.zeros(config.state_dim))
         self.register_buffer("proprio_std", torch.ones(config.state_dim))
         self.register_buffer("goal_mean", torch.zeros(config.goal_dim))
@@ -302,20 +297,22 @@ class DecisionTransformer(PreTrainedModel):
     def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over all valid steps of what the head minimises against ``target_actions``.
 
-        That is the squared error (``tanh``), the cross-entropy (``bins``, ``discrete``), or the negative log likelihood
-        less the entropy times a temperature, which is learnt so that the entropy tends to -A nats (``gaussian``;
-        Zheng et al. 2022, "Online Decision Transformer", section 4). The metrics are detached scalars on the model's
-        device, so that reading them may wait.
+        That is the squared error (``tanh``), the cross-entropy (``bins``, ``discrete``) or the negative log likelihood
+        (``gaussian``). The metrics are detached scalars on the model's device, so that reading them may wait.
 
         Raises:
             DataError: the batch is of another robot or another model.
         """
-        require_batch(batch, self.config)
-        steps = (batch.states, batch.actions, batch.returns_to_go, batch.goals, batch.timesteps, batch.padding_mask)
-        terms, measured = self._terms(self.outputs(*steps, images=batch.images), batch.target_actions)
-        loss = masked_mean(terms, batch.padding_mask, batch.weights)
+        terms, measured = self._terms(self.outputs_of(batch), batch.target_actions)
+        loss = masked_mean(terms, batch.padding_mask, batch.weights_of_steps)
         metrics = {name: masked_mean(value.detach(), batch.padding_mask) for name, value in measured.items()}
         return loss, {"loss": loss.detach(), **metrics}
+
+    def outputs_of(self, batch: TrainBatch) -> Tensor:
+        """(B, K, O), as ``outputs``, of a training batch. Raises DataError where it does not fit."""
+        require_batch(batch, self.config)
+        steps = (batch.states, batch.actions, batch.returns_to_go, batch.goals, batch.timesteps, batch.padding_mask)
+        return self.outputs(*steps, images=batch.images)
 
     def _terms(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, T) terms of the loss and (B, T) things to report, of (B, T, O) outputs and (B, T, A) targets."""
@@ -330,13 +327,9 @@ class DecisionTransformer(PreTrainedModel):
             logits, bins = self._bin_logits(outputs), to_bins(target, self.config.num_bins)
             terms = cross_entropy(logits.movedim(-1, 1), bins, reduction="none").mean(-1)
             return terms, {**measured, "accuracy": (logits.argmax(-1) == bins).float().mean(-1)}
-        assert self.log_temperature is not None
         distribution = SquashedGaussian.of(outputs.float())
-        surprise, entropy = -distribution.log_prob(target), distribution.entropy()
-        temperature = self.log_temperature.exp()
-        terms = surprise - temperature.detach() * entropy + temperature * (entropy.detach() + self.config.action_dim)
-        reported = {"surprise": surprise, "entropy": entropy, "temperature": temperature.expand_as(entropy)}
-        return terms, {**measured, **reported}
+        surprise = -distribution.log_prob(target)
+        return surprise, {**measured, "surprise": surprise, "entropy": distribution.entropy()}
 
     def _bin_logits(self, outputs: Tensor) -> Tensor:
         """(..., O) to (..., A, num_bins)."""

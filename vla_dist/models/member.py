@@ -60,7 +60,8 @@ class PolicyModel(Protocol):
     def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """What to minimise, and detached scalars on the model's device.
 
-        A window counts as much as its entry in ``batch.weights`` says, where there are weights.
+        A window counts as much as its entry in ``batch.weights`` says, and a step as its one in ``batch.step_weights``,
+        where there are such.
         """
         ...
 
@@ -136,13 +137,13 @@ def require_batch(batch: TrainBatch, config: PolicyModelConfig) -> None:
 
 
 def masked_mean(terms: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean of the terms (B, ...) at the True places of ``mask``, each times its window's (B,) weight; 0 of none.
+    """Mean of the terms (B, ...) at the True places of ``mask``, each times its weight, (B,) or (B, K); 0 of none.
 
     What stands elsewhere may be anything, NaN included.
     """
     kept = torch.where(mask, terms, 0.0)
     if weights is not None:
-        kept = kept * weights.view(-1, *[1] * (terms.ndim - 1))
+        kept = kept * weights.view(*weights.shape, *[1] * (terms.ndim - weights.ndim))
     return kept.sum() / mask.sum().clamp(min=1)
 
 

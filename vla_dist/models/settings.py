@@ -3,7 +3,7 @@
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,26 +11,33 @@ from vla_dist.core.errors import ConfigError
 from vla_dist.models.member import setting_types
 
 
-def parse_changes(config: type[Any], words: Sequence[str]) -> dict[str, Any]:
+def parse_changes(config: type[Any], words: Sequence[str], *, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """``name=value`` words to keyword arguments of ``config``; a name that comes twice keeps its last value.
+
+    Args:
+        known: name -> type of its settings; None: those of a member of the zoo.
 
     Raises:
         ConfigError: a word without ``=``, a setting that does not exist, or a value of another type.
     """
-    known = setting_types(config)
+    known = setting_types(config) if known is None else known
     changes: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
-            raise ConfigError(f"model change {word!r} must be name=value, for example hidden_dim=64")
+            raise ConfigError(f"change {word!r} of {_label(config)} must be name=value")
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(f"{_label(config)} has no setting {name!r}; {hint}its settings are {', '.join(known)}")
+            raise ConfigError(
+                f"{_label(config)} has no setting {name!r}; {hint}its settings are {', '.join(known) or 'none'}"
+            )
         try:
             changes[name] = _parsed(text, known[name])
         except ValueError as error:
-            raise ConfigError(f"model change {word!r}: {name} must be {_words_for(known[name])}") from error
+            raise ConfigError(
+                f"change {word!r} of {_label(config)}: {name} must be {_words_for(known[name])}"
+            ) from error
     return changes
 
 

@@ -87,6 +87,7 @@ class WindowFetcher:
             images=images,
             ages_s=np.maximum(0.0, now_s - plan.completed_at_s),
             items=plan.numbers,
+            episodes=plan.completions,
             weights=plan.weights,
         )
         return batch, gone

@@ -312,7 +312,9 @@ class ShardedReplayTable:
                 return None
             batch, gone = found
             assert batch.items is not None
-            return dataclasses.replace(batch, items=batch.items * len(self.shards) + shard), ~gone
+            assert batch.episodes is not None
+            own = {name: getattr(batch, name) * len(self.shards) + shard for name in ("items", "episodes")}
+            return dataclasses.replace(batch, **own), ~gone
 
         wanted = [
             shard for shard in range(len(self.shards)) if counts[shard] or (balances is not None and balances[shard])

@@ -55,7 +55,7 @@ class EpisodeTable:
         lengths = np.array([sum(s.length for s in episode) for episode in episodes])
         chosen = rng.choice(len(episodes), num_windows, p=lengths / lengths.sum())
         ends = rng.integers(lengths[chosen])
-        return self._windows([episodes[i] for i in chosen], lengths[chosen], ends)
+        return self._windows([episodes[i] for i in chosen], lengths[chosen], ends, chosen)
 
     def stats(self) -> TableStats:
         episodes = list(self.episodes())
@@ -73,7 +73,7 @@ class EpisodeTable:
             num_bytes=0,
         )
 
-    def _windows(self, episodes: list[list[Segment]], lengths: Array, ends: Array) -> Batch:
+    def _windows(self, episodes: list[list[Segment]], lengths: Array, ends: Array, numbers: Array) -> Batch:
         steps = ends[:, None] - np.arange(self._context_steps - 1, -1, -1)
         mask = steps >= 0
         steps = np.where(mask, steps, 0)
@@ -109,6 +109,7 @@ class EpisodeTable:
             future_target_actions=cut(whole("target_actions"), later) if self._future_steps else None,
             future_mask=future_mask if self._future_steps else None,
             interventions=cut(whole("interventions")),
+            episodes=numbers.astype(np.int64),
             future_interventions=cut(whole("interventions"), later) & future_mask if self._future_steps else None,
         )
 

@@ -194,7 +194,7 @@ class BCZ(VisuomotorModel):
         """The head's loss over the waypoints that the episode still had."""
         words = self.understand_batch(batch)
         features = self._torso(batch.states, self.encode_frames(batch.images, words), words)
-        loss, metrics = self.head.loss(features, batch.target_chunks, batch.chunk_mask, batch.weights)
+        loss, metrics = self.head.loss(features, batch.target_chunks, batch.chunk_mask, batch.weights_of_newest)
         return loss, {"loss": loss.detach(), **metrics}
 
 

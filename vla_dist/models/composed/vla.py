@@ -175,7 +175,7 @@ class ComposedVLA(VisuomotorModel):
         num, steps = batch.padding_mask.shape
         features = self.features_of(batch.images, words, (num, steps))
         fused = self._fused(batch.states, features, words, batch.padding_mask)
-        loss, metrics = self.head.loss(fused, batch.target_chunks, batch.chunk_mask, batch.weights)
+        loss, metrics = self.head.loss(fused, batch.target_chunks, batch.chunk_mask, batch.weights_of_newest)
         return loss, {"loss": loss.detach(), **metrics}
 
 

@@ -176,9 +176,12 @@ class HierarchicalVLA(PreTrainedModel):
         planned = self.planner(high, None)[:, : last + 1 - hold]
         reached = state[:, hold:] - state[:, : last + 1 - hold]
         plan_errors = (planned - reached).square().mean(-1)
-        plan_loss = masked_mean(plan_errors, batch.padding_mask[:, : last + 1 - hold], batch.weights)
+        weights = batch.weights_of_steps
+        num_planned = last + 1 - hold
+        plan_loss = masked_mean(plan_errors, batch.padding_mask[:, :num_planned], _first(weights, num_planned))
         metrics = {name: masked_mean(value, mask) for name, value in measured.items()}
-        return masked_mean(errors, mask, batch.weights) + plan_loss, {**metrics, "planner_loss": plan_loss}
+        controller_loss = masked_mean(errors, mask, _first(weights, last))
+        return controller_loss + plan_loss, {**metrics, "planner_loss": plan_loss}
 
     def _skill_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sketches = Sketches.of(batch.tasks, batch.instructions, self.config.skills or (), batch.states.device)
@@ -198,7 +201,11 @@ class HierarchicalVLA(PreTrainedModel):
         num_valid = batch.padding_mask.sum(1).clamp(min=1)
         surprise = -log_likelihood(explained, stops, *arguments) / num_valid
         running = posterior(explained, stops, *arguments)
-        controller_loss = masked_mean(surprise, torch.ones_like(begins), batch.weights)
+        weights = batch.weights_of_steps
+        if weights is not None and weights.ndim == 2:
+            # The likelihood of a window cannot be weighed step by step.
+            weights = (weights * batch.padding_mask).sum(1) / num_valid
+        controller_loss = masked_mean(surprise, torch.ones_like(begins), weights)
         plan_loss, accuracy = self._plan_loss(high, sketches, running, batch)
         metrics = {name: masked_mean((value * running).sum(-1), batch.padding_mask) for name, value in measured.items()}
         return controller_loss + plan_loss, {**metrics, "planner_loss": plan_loss, "planner_accuracy": accuracy}
@@ -217,7 +224,8 @@ class HierarchicalVLA(PreTrainedModel):
         logits = self.planner(high, torch.where(is_known, before, num_skills))
         errors = cross_entropy(logits.transpose(1, 2), labels.transpose(1, 2), reduction="none")
         right = (logits.argmax(-1) == labels.argmax(-1)).float()
-        return masked_mean(errors, batch.padding_mask, batch.weights), masked_mean(right, batch.padding_mask)
+        loss = masked_mean(errors, batch.padding_mask, batch.weights_of_steps)
+        return loss, masked_mean(right, batch.padding_mask)
 
     def _member_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         skills = self.config.skills or []
@@ -246,6 +254,11 @@ class HierarchicalVLA(PreTrainedModel):
             return errors, {"accuracy": (output.argmax(-1) == choice).float()}
         difference = output - target
         return 0.5 * difference.square().mean(-1), {"action_error": difference.abs().mean(-1)}
+
+
+def _first(weights: Tensor | None, steps: int) -> Tensor | None:
+    """Weights of the first steps of each window, where they are weights of steps."""
+    return weights[:, :steps] if weights is not None and weights.ndim == 2 else weights
 
 
 class _Level(nn.Module):

@@ -96,6 +96,11 @@ class HierarchicalPolicy:
     def context_steps(self) -> int:
         return self._model.config.context_steps
 
+    @property
+    def remembers_episode(self) -> bool:
+        """Whether more than the last K observations count: the skill before goes back to the episode's beginning."""
+        return bool(self._skills)
+
     def initial_state(self, *, timestep: int = 0) -> HierarchicalState:
         """Nothing planned; the first observation is."""
         return HierarchicalState(

@@ -282,7 +282,10 @@ class MemoryAugmentedVLA(PreTrainedModel):
         """
         require_batch(batch, self.config)
         unrolled = self.unroll(batch.states, batch.goals, batch.padding_mask, memory, images=batch.images)
-        counted = self._counted(batch, has_memory=memory is not None)
+        return self.loss_of(unrolled, batch, batch.padding_mask if memory is not None else self.counted(batch))
+
+    def loss_of(self, unrolled: Unrolled, batch: TrainBatch, counted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What ``loss`` gives, of windows that were unrolled already; ``counted`` (B, K) bool are its terms."""
         if self.config.head == "discrete":
             choice = batch.target_actions.argmax(-1)
             errors = cross_entropy(unrolled.outputs.transpose(1, 2), choice, reduction="none")
@@ -294,17 +297,20 @@ class MemoryAugmentedVLA(PreTrainedModel):
         errors = errors + self.config.write_cost * unrolled.write_probabilities
         measured["write_rate"] = unrolled.write_probabilities
         measured["null_attention"] = unrolled.weights[..., 0].mean(-1)
-        loss = masked_mean(errors, counted, batch.weights)
+        loss = masked_mean(errors, counted, batch.weights_of_steps)
         metrics = {name: masked_mean(value.detach(), counted) for name, value in measured.items()}
         return loss, {"loss": loss.detach(), **metrics}
 
     def loss_count(self, batch: TrainBatch) -> Tensor:
         """() float32: how many terms ``loss`` is the mean of, so that means of parts add up to that of the whole."""
-        return self._counted(batch, has_memory=False).sum().float()
+        return self.counted(batch).sum().float()
 
-    def _counted(self, batch: TrainBatch, *, has_memory: bool) -> Tensor:
-        """(B, K) bool. Where the first step is padding or the episode's own, the empty memory is the true one."""
-        if has_memory or not self.config.burn_in_steps:
+    def counted(self, batch: TrainBatch) -> Tensor:
+        """(B, K) bool, steps after the burn-in.
+
+        Where the first step is padding or the episode's own, the empty memory is the true one, and nothing burns in.
+        """
+        if not self.config.burn_in_steps:
             return batch.padding_mask
         begins_within = batch.padding_mask[:, 0] & (batch.timesteps[:, 0] > 0)
         step = torch.arange(batch.padding_mask.shape[1], device=batch.padding_mask.device)

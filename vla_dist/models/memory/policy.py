@@ -75,6 +75,11 @@ class MemoryPolicy:
     def context_steps(self) -> int:
         return self._model.config.context_steps
 
+    @property
+    def remembers_episode(self) -> bool:
+        """Whether more than the last K observations count, so that a server must hand the state on."""
+        return True
+
     def initial_state(self, *, timestep: int = 0) -> MemoryState:
         """Nothing remembered; the step does not matter, since ages count from each write."""
         del timestep

@@ -257,10 +257,11 @@ class RT1(VisuomotorModel):
         words = self.understand_batch(batch)
         features = self.encode_frames(batch.images, words)
         logits = self.slot_logits(batch.states, features, batch.padding_mask, every_step=True)
+        targets = (batch.target_actions, batch.padding_mask, batch.weights_of_steps)
         if self.config.head == "discrete":
-            loss, metrics = discrete_loss(logits[:, :, 0], batch.target_actions, batch.padding_mask, batch.weights)
+            loss, metrics = discrete_loss(logits[:, :, 0], *targets)
         else:
-            loss, metrics = bins_loss(logits, batch.target_actions, batch.padding_mask, batch.weights)
+            loss, metrics = bins_loss(logits, *targets)
         return loss, {"loss": loss.detach(), **metrics}
 
     def loss_count(self, batch: TrainBatch) -> Tensor:
