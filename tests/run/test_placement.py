@@ -10,11 +10,12 @@ from ray.cluster_utils import Cluster
 from vla_dist.core.errors import ConfigError, ResourceMissing
 from vla_dist.run.board import BoardLink
 from vla_dist.run.hosts import HostedWorker
-from vla_dist.run.launch import TOKEN_VARIABLE, fit_cluster
+from vla_dist.run.launch import fit_cluster
 from vla_dist.run.nodes import NodeReport, _require_fit, versions
 from vla_dist.run.placement import Placement, parts, survey_cluster
 from vla_dist.run.presets import preset
 from vla_dist.run.roles import LEARNER, ROLLOUT, SERVING, PlacementSettings, largest_load
+from vla_dist.run.serve_settings import TOKEN_VARIABLE
 from vla_dist.run.store import Store
 
 pytestmark = [

@@ -12,6 +12,7 @@ from vla_dist.core.errors import VlaDistError
 
 VERBS = {
     "run": "run a preset: collect, train, serve and evaluate, on this machine or a joined cluster",
+    "cluster": "check a cluster file; become a node of a cluster",
     "serve": "serve the policies of a run to robots over gRPC",
     "evaluate": "success of a version of a run on unseen seeds",
     "inspect": "what a run holds: config, versions, replay",

@@ -21,12 +21,10 @@ from vla_dist.run.files import CONFIG, SUMMARY, new_run_dir, write_atomically
 from vla_dist.run.nodes import require_fit_nodes
 from vla_dist.run.placement import Placement, survey_cluster
 from vla_dist.run.serve_app import LOOPBACK, apply_serving_environment, has_serving_environment
+from vla_dist.run.serve_settings import TOKEN_VARIABLE
 from vla_dist.run.status import RunStatus
 from vla_dist.run.store import STORE_VARIABLE, Store, open_store
 from vla_dist.run.summary import RunSummary
-
-TOKEN_VARIABLE = "VLA_DIST_FLEET_TOKEN"
-"""Environment of a cluster's head: the bearer token of the fleet, used where ``serving.token`` is empty."""
 
 
 def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume: Path | None = None) -> RunSummary:

@@ -1,0 +1,181 @@
+"""``vla-dist cluster``: what cluster files and their operators call."""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from vla_dist.core.errors import ConfigError
+from vla_dist.run.head_store import HeadStoreConfig, ensure_store, keep_store
+from vla_dist.run.node import (
+    STORE_FOLDER,
+    Host,
+    address_towards,
+    become,
+    head_command,
+    head_environment,
+    node_environment,
+    own_addresses,
+    worker_command,
+    write_tokens,
+)
+
+_USAGE = """usage: vla-dist cluster VERB [options]
+
+  check FILE      a cluster file before money is spent: schema, roles against a preset, tokens, ports
+  tokens          make the tokens that cluster files ship, where there are none
+  start-head      start Redis and Ray on this machine as a cluster's head
+  start-worker    join this machine to a cluster
+  store           the head's two Redis servers in the foreground; start-head starts it
+
+'vla-dist cluster VERB --help' explains one. See docs/cluster.md."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckOptions:
+    """Validate a cluster file of `ray up`, or a RayCluster or RayService of KubeRay."""
+
+    file: tyro.conf.Positional[Path]
+    preset: str = "demo"
+    """The preset that is to run on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokensOptions:
+    """Ray's token and the fleet's, below the home of whoever runs `ray up`. What is there is kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartHeadOptions:
+    """Become a head node: this process is replaced by `ray start`."""
+
+    node_ip: str = ""
+    """Address of this machine in the cluster's network; empty: its only one."""
+    cluster: str = "vla-dist"
+    """Name under which Ray remembers its state."""
+    port: int = 6379
+    grace_s: float = 60.0
+    """How long Ray may be gone before Redis ends, too."""
+    max_memory_gib: float = 0.0
+    """Most that Redis may take; 0: half of the machine's memory."""
+    ray: tuple[str, ...] = ()
+    """More words for `ray start`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartWorkerOptions:
+    """Join a cluster: this process is replaced by `ray start`."""
+
+    hosts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Of an on-premises cluster, ADDRESS:ROLE=COUNT,... for each machine, cpu=N and gpu=N among the roles."""
+    head: str
+    """Address of the head."""
+    port: int = 6379
+    ray: tuple[str, ...] = ()
+    """More words for `ray start`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreOptions:
+    """Keep the head's Redis servers until Ray has been gone for a while."""
+
+    folder: Path
+    host: str
+    replay_port: int = 6380
+    ray_port: int = 6381
+    gcs_port: int = 6379
+    grace_s: float = 60.0
+    max_memory_gib: float = 0.0
+
+
+def main(arguments: Sequence[str]) -> None:
+    words = list(arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_USAGE)
+        sys.exit(0 if words else 2)
+    verb = words.pop(0)
+    if verb not in _VERBS:
+        near = difflib.get_close_matches(verb, _VERBS, n=1)
+        hint = f"did you mean 'vla-dist cluster {near[0]}'? " if near else ""
+        raise ConfigError(f"no verb {verb!r} of a cluster; {hint}The verbs are {', '.join(_VERBS)}")
+    options, act = _VERBS[verb]
+    act(tyro.cli(options, args=words, prog=f"vla-dist cluster {verb}"))
+
+
+def _check(options: CheckOptions) -> None:
+    from vla_dist.run.cluster_check import check_cluster
+    from vla_dist.run.cluster_file import read_cluster_file
+    from vla_dist.run.presets import preset
+
+    console, wrong = Console(), 0
+    for finding in check_cluster(read_cluster_file(options.file), preset(options.preset), home=Path.home()):
+        wrong += finding.level == "wrong"
+        console.print(f"{_MARKS[finding.level]} {finding.text}", highlight=False, soft_wrap=True)
+    console.print("ready to launch" if not wrong else f"{wrong} must be put right first", highlight=False)
+    if wrong:
+        sys.exit(1)
+
+
+_MARKS = {"ok": "[green]ok[/]   ", "note": "[yellow]note[/] ", "wrong": "[red]wrong[/]"}
+
+
+def _tokens(options: TokensOptions) -> None:
+    made = write_tokens(Path.home())
+    print("\n".join(f"made {path}" for path in made) or "both tokens are there already")
+
+
+def _start_head(options: StartHeadOptions) -> None:
+    home = Path.home()
+    host = options.node_ip or _only(own_addresses())
+    config = HeadStoreConfig(
+        folder=home / STORE_FOLDER,
+        host=host,
+        gcs_port=options.port,
+        grace_s=options.grace_s,
+        max_memory_gib=options.max_memory_gib,
+    )
+    node_environment(home)  # A missing token is said before anything starts.
+    store = ensure_store(config)
+    environment = head_environment(store, cluster=options.cluster, home=home)
+    become(head_command(config, store, home=home, more=options.ray), environment)
+
+
+def _only(addresses: Sequence[str]) -> str:
+    if len(addresses) > 1:
+        raise ConfigError(f"this machine has the addresses {', '.join(addresses)}; name the cluster's with --node-ip")
+    return addresses[0]
+
+
+def _start_worker(options: StartWorkerOptions) -> None:
+    hosts = [Host.parse(text) for text in options.hosts]
+    addresses = own_addresses() if hosts else [address_towards(options.head)]
+    command = worker_command(options.head, hosts, addresses, gcs_port=options.port, more=options.ray)
+    become(command, node_environment(Path.home()))
+
+
+def _store(options: StoreOptions) -> None:
+    keep_store(
+        HeadStoreConfig(
+            folder=options.folder.resolve(),
+            host=options.host,
+            replay_port=options.replay_port,
+            ray_port=options.ray_port,
+            gcs_port=options.gcs_port,
+            grace_s=options.grace_s,
+            max_memory_gib=options.max_memory_gib,
+        )
+    )
+
+
+_VERBS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+    "check": (CheckOptions, _check),
+    "tokens": (TokensOptions, _tokens),
+    "start-head": (StartHeadOptions, _start_head),
+    "start-worker": (StartWorkerOptions, _start_worker),
+    "store": (StoreOptions, _store),
+}

@@ -1,0 +1,180 @@
+"""How a machine becomes a node of a cluster: what `ray start` is given, and what its processes inherit."""
+
+import ipaddress
+import json
+import os
+import resource
+import secrets
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import yaml
+
+from vla_dist.core.errors import ConfigError, NotFound
+from vla_dist.run.head_store import HeadStoreConfig, StoreAddresses
+from vla_dist.run.roles import GATEWAY, ROLES
+from vla_dist.run.serve_settings import TOKEN_VARIABLE, node_serve_settings
+from vla_dist.run.store import STORE_VARIABLE
+
+RAY_TOKEN = Path(".ray/auth_token")
+FLEET_TOKEN = Path(".vla-dist/fleet_token")
+"""Below the home of whoever launches a cluster, and of each of its nodes."""
+STORE_FOLDER = Path(".vla-dist/store")
+_AUTOSCALER_CONFIG = Path("ray_bootstrap_config.yaml")
+"""Where `ray up` leaves the cluster file for the head's autoscaler."""
+_OPEN_FILES = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """One machine of an on-premises cluster: ``ADDRESS:ROLE=COUNT,...``, with ``cpu`` and ``gpu`` among the roles."""
+
+    address: str
+    resources: Mapping[str, int]
+    """Slots by role."""
+    cpus: int | None = None
+    """None: as many as the machine has."""
+    gpus: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Host":
+        """Raises ConfigError."""
+        address, _, rest = text.partition(":")
+        try:
+            ipaddress.ip_address(address)
+            given = {name: int(count) for name, _, count in (word.partition("=") for word in rest.split(",") if word)}
+        except ValueError as error:
+            raise ConfigError(f"host {text!r} is not ADDRESS:ROLE=COUNT,..., as in 10.0.0.5:rollout=4,cpu=8") from error
+        known = (*ROLES, "cpu", "gpu")
+        strangers = sorted(set(given) - set(known))
+        if strangers or any(count < 0 for count in given.values()):
+            raise ConfigError(f"host {text!r}: {strangers or given} must be counts of {', '.join(known)}")
+        cpus, gpus = given.pop("cpu", None), given.pop("gpu", None)
+        return cls(address=address, resources=given, cpus=cpus, gpus=gpus)
+
+
+def write_tokens(home: Path) -> list[Path]:
+    """Make what is missing of the tokens that cluster files ship; returns what was made."""
+    made = []
+    for name in (RAY_TOKEN, FLEET_TOKEN):
+        path = home / name
+        if path.exists() and path.read_text().strip():
+            continue
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(32))
+        made.append(path)
+    return made
+
+
+def read_token(home: Path, name: Path) -> str:
+    """Raises NotFound where it was not shipped."""
+    path = home / name
+    token = path.read_text().strip() if path.exists() else ""
+    if not token:
+        raise NotFound(
+            f"{path} is missing or empty, and without it strangers could use the cluster; run 'vla-dist cluster tokens' "
+            "on the machine that launches, and ship the file with file_mounts"
+        )
+    return token
+
+
+def head_environment(store: StoreAddresses, *, cluster: str, home: Path) -> dict[str, str]:
+    """Of everything that Ray starts on the head, drivers of runs included.
+
+    Args:
+        cluster: name under which Ray remembers itself.
+    """
+    return node_environment(home) | {
+        STORE_VARIABLE: store.replay_url,
+        TOKEN_VARIABLE: read_token(home, FLEET_TOKEN),
+        "RAY_REDIS_ADDRESS": store.ray_address,
+        "RAY_external_storage_namespace": cluster,
+        # Version 2 joins a single worker of a local cluster (https://github.com/ray-project/ray/issues/57153).
+        **({"RAY_enable_autoscaler_v2": "0"} if _provider(home) == "local" else {}),
+    }
+
+
+def _provider(home: Path) -> str:
+    path = home / _AUTOSCALER_CONFIG
+    return yaml.safe_load(path.read_text())["provider"]["type"] if path.exists() else ""
+
+
+def node_environment(home: Path) -> dict[str, str]:
+    """Of everything that Ray starts on any node. Raises NotFound without Ray's token."""
+    read_token(home, RAY_TOKEN)
+    Path(node_serve_settings()["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"]).mkdir(mode=0o700, exist_ok=True)
+    return node_serve_settings() | {"RAY_AUTH_MODE": "token", "RAY_TRAIN_V2_ENABLED": "1"}
+
+
+def head_command(config: HeadStoreConfig, store: StoreAddresses, *, home: Path, more: Sequence[str] = ()) -> list[str]:
+    """`ray start` of the head. Its dashboard and jobs API listen on loopback, reached through SSH."""
+    words = ["ray", "start", "--head", "--disable-usage-stats", f"--port={config.gcs_port}"]
+    words += [f"--node-ip-address={config.host}", "--dashboard-host=127.0.0.1", "--metrics-export-port=8080"]
+    words += ["--redis-username=client", f"--redis-password={store.ray_password}"]
+    if (home / _AUTOSCALER_CONFIG).exists():
+        words.append(f"--autoscaling-config={home / _AUTOSCALER_CONFIG}")
+    # A cloud's cluster file says what the head offers, through the environment.
+    if "RAY_OVERRIDE_RESOURCES" not in os.environ:
+        words += ["--num-cpus=0", f"--resources={json.dumps({GATEWAY: 1})}"]
+    return [*words, *more]
+
+
+def worker_command(
+    head: str, hosts: Sequence[Host], addresses: Sequence[str], *, gcs_port: int = 6379, more: Sequence[str] = ()
+) -> list[str]:
+    """`ray start` of another node.
+
+    Args:
+        head: address of the head.
+        hosts: table of an on-premises cluster; empty where the cloud's cluster file says what a node offers.
+        addresses: of this machine.
+
+    Raises:
+        ConfigError: the table does not have this machine.
+    """
+    words = ["ray", "start", "--disable-usage-stats", f"--address={head}:{gcs_port}", "--metrics-export-port=8080"]
+    if not hosts:
+        return [*words, f"--node-ip-address={address_towards(head)}", *more]
+    host = next((host for host in hosts if host.address in addresses), None)
+    if host is None:
+        table = ", ".join(host.address for host in hosts)
+        raise ConfigError(f"this machine has the addresses {', '.join(addresses)}, none of them in the table ({table})")
+    words.append(f"--node-ip-address={host.address}")
+    words += [f"--num-cpus={host.cpus}"] if host.cpus is not None else []
+    words += [f"--num-gpus={host.gpus}"] if host.gpus is not None else []
+    return [*words, f"--resources={json.dumps(dict(host.resources))}", *more]
+
+
+def own_addresses() -> list[str]:
+    """IPv4 addresses of this machine, loopback left out."""
+    found = [
+        address.address
+        for interface in psutil.net_if_addrs().values()
+        for address in interface
+        if address.family == socket.AF_INET and not address.address.startswith("127.")
+    ]
+    if not found:
+        raise ConfigError("this machine has no address but loopback; give --node-ip")
+    return found
+
+
+def address_towards(peer: str) -> str:
+    """The address of this machine that ``peer`` sees. Nothing is sent. Raises ConfigError where there is no way."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((peer, 1))
+        except OSError as error:
+            raise ConfigError(f"no way from this machine to the head {peer!r} ({error})") from error
+        return probe.getsockname()[0]
+
+
+def become(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Replace this process by ``command``; does not return."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(_OPEN_FILES, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    os.execvpe(command[0], list(command), {**os.environ, **environment})
