@@ -188,30 +188,43 @@ def _build_policy_rollout(place: Place, expert: RolloutConfig, table: ReplayTabl
         episodes_per_task=place.config.rollout.policy_episodes_per_task,
         seed=place.config.seed + 1,
     )
-    behaviour = FollowedPolicy(build_registry(place), place.config.reference, build_policy_loader(place.config))
+    load = build_policy_loader(place.config, explores=True)
+    behaviour = FollowedPolicy(build_registry(place), place.config.reference, load)
     return RolloutWorker(build_env(place.config), behaviour, table, rollout, worker_index=worker_index)
 
 
 def build_model_config(config: RunConfig, spec: EnvSpec) -> PolicyModelConfig:
-    """Raises ConfigError on a member, size or setting that does not exist, or that the robot's spec does not allow."""
+    """Raises ConfigError on a member, size or setting that does not exist, or that the robot's spec or the learner's
+    algorithm does not allow.
+    """
+    from vla_dist.learner.algorithms.catalogue import algorithm_for, make_algorithm
     from vla_dist.models.settings import parse_changes
     from vla_dist.models.zoo import architecture
 
     member = architecture(config.model.architecture)
-    return member.configure(config.model.preset, spec, **parse_changes(member.config, config.model_changes))
+    model = member.configure(config.model.preset, spec, **parse_changes(member.config, config.model_changes))
+    learner, conditioning = config.learner, config.model.conditioning
+    name = learner.algorithm or algorithm_for(model, conditioning)
+    make_algorithm(name, learner.algorithm_changes, model=model, conditioning=conditioning)
+    return model
 
 
-def build_policy_loader(config: RunConfig) -> PolicyLoader:
-    """From an artifact to the policy that is executed, the same wherever it acts."""
+def build_policy_loader(config: RunConfig, *, explores: bool = False) -> PolicyLoader:
+    """From an artifact to the policy that is executed, the same wherever it acts.
+
+    Args:
+        explores: asks for what the learner wants to see tried, not for the best.
+    """
     from vla_dist.models.auto import build_executed_policy
 
-    return partial(build_executed_policy, execution=config.model.execution)
+    return partial(build_executed_policy, execution=config.model.execution, explores=explores)
 
 
 def build_learner(place: Place, rank: Rank, *, registry: PolicyRegistry | None = None) -> Learner:
     """Args:
     registry: that versions go to; None: the run's.
     """
+    from vla_dist.learner.algorithms.interventions import InterventionWeights
     from vla_dist.learner.config import LearnerConfig
     from vla_dist.learner.learner import Learner
     from vla_dist.learner.train_step import OptimiserConfig
@@ -221,6 +234,11 @@ def build_learner(place: Place, rank: Rank, *, registry: PolicyRegistry | None =
     config = place.config
     spec, settings, learner = place.spec, config.model, config.learner
     model_config = build_model_config(config, spec)
+    interventions = None
+    if learner.intervention_share:
+        interventions = InterventionWeights(
+            share=learner.intervention_share, before_steps=learner.steps_before_takeover
+        )
     learner_config = LearnerConfig(
         policy_name=config.preset,
         run_id=place.run_id,
@@ -237,6 +255,9 @@ def build_learner(place: Place, rank: Rank, *, registry: PolicyRegistry | None =
         updates_per_step=learner.updates_per_step,
         publish_updates=learner.publish_updates,
         checkpoint_every=learner.checkpoint_every_updates,
+        algorithm=learner.algorithm,
+        algorithm_changes=learner.algorithm_changes,
+        interventions=interventions,
         conditioning=settings.conditioning,
         target_quantile=settings.target_quantile,
         min_episodes=2 * len(config.env.tasks),
@@ -251,7 +272,7 @@ def build_learner(place: Place, rank: Rank, *, registry: PolicyRegistry | None =
             place,
             seed=_LEARNER_LANE + rank.index + config.learner.num_workers * rank.first_update,
             context_steps=model_config.context_steps,
-            future_steps=model_config.horizon - 1,
+            future_steps=max(model_config.horizon - 1, interventions.before_steps if interventions else 0),
             phase=rank.index / config.learner.num_workers,
         ),
         registry=registry or build_registry(place),

@@ -14,6 +14,7 @@ from vla_dist.core.errors import ConfigError
 from vla_dist.core.specs import CameraSpec
 from vla_dist.data.image_codec import ImageEncoding
 from vla_dist.models.chunking import ChunkExecution
+from vla_dist.models.conditioning import ConditioningKind
 from vla_dist.replay.config import STRATA, Stratified, Stratum
 from vla_dist.replay.external import split_urls
 from vla_dist.run.roles import PlacementSettings
@@ -132,8 +133,9 @@ class ModelSettings:
     """Share of windows without return tokens in training, so that an unreachable target does no harm."""
     execution: ChunkExecution = field(default_factory=ChunkExecution)
     """How the chunks of a member with a horizon are executed, by robots, rollouts and evaluation alike."""
-    conditioning: Literal["none", "steps_to_success", "reward"] = "steps_to_success"
-    """none, steps_to_success or reward."""
+    conditioning: ConditioningKind = "steps_to_success"
+    """What the policy is told to reach: ``steps_to_success``, ``reward``, ``success``, ``advantage`` (of steps to
+    success), ``reward_advantage``, or ``none``."""
     target_quantile: float = 0.9
     """How good an episode, among those in the replay, the policy is asked for while acting."""
 
@@ -142,6 +144,15 @@ class ModelSettings:
 class LearnerSettings:
     """Optimisation and what it leaves behind."""
 
+    algorithm: str = ""
+    """behaviour_cloning, decision_transformer, online_decision_transformer, hierarchical, memory or conditioned; empty:
+    that which the model and its conditioning are made for."""
+    algorithm_changes: tuple[str, ...] = ()
+    """``name=value`` of the algorithm's settings, such as ``target_entropy=-1.5``."""
+    intervention_share: float = 0.0
+    """Part of each batch's weight that steps under a person's control have together; 0: they count as any other."""
+    steps_before_takeover: int = 8
+    """With ``intervention_share``: steps before a person took over that are not imitated."""
     total_updates: int = 2_000
     publish_updates: tuple[int, ...] = (0, 150, 400, 1_000, 2_000)
     """Updates after which a version is published; 0 is the untrained one."""
