@@ -18,10 +18,12 @@ from ray import cloudpickle
 
 from vla_dist.core.errors import ConfigError, ContractMismatch, ResourceMissing, Unauthorised
 from vla_dist.core.types import Array
-from vla_dist.protocol.records import segment_key
 from vla_dist.robot.client import PolicyClient
+from vla_dist.robot.fleet_client import FleetClient
 from vla_dist.robot.session import Session
-from vla_dist.robot.uploader import SegmentUploader
+from vla_dist.robot.spool import Spool
+from vla_dist.robot.spool_writer import spool_sink
+from vla_dist.robot.uploader import SpoolUploader
 from vla_dist.serving.ingest import FleetIngest, IngestConfig
 from vla_dist.serving.service import PolicyService
 from vla_dist.testing.fakes import FakeEnv, FakePolicy, make_segment, make_spec
@@ -172,14 +174,16 @@ def test_refusals_come_through_the_proxy_with_their_whole_sentence(
                 call()
 
 
-def test_uploads_come_through(client: PolicyClient) -> None:
-    uploader = SegmentUploader(client)
-    segments = [make_segment(SPEC, episode_id="e", segment_index=i) for i in (0, 1, 0)]
-    for segment in segments:
-        uploader.submit(segment, timeout_s=5)
-        uploader.flush(timeout_s=10)
+def test_uploads_come_through(client: PolicyClient, tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    uploader = SpoolUploader(FleetClient(client, robot_id="robot-0", spool_id=spool.spool_id), spool)
+    put = spool_sink(spool)
+    for index in range(2):
+        put(make_segment(SPEC, episode_id="e", segment_index=index, is_last=index == 1))
+    uploader.flush(timeout_s=10)
     uploader.close()
-    assert (uploader.metrics()["stored"], uploader.metrics()["duplicates"]) == (2, 1), segment_key(segments[0])
+    spool.close()
+    assert uploader.metrics()["stored"] == 2
 
 
 def test_a_swap_under_load_fails_no_call(channel: Path, serving: ServingHandle) -> None:

@@ -42,6 +42,13 @@ class ContentHash:
         for frame in frames:
             self._frames.update(frame)
 
+    def copy(self) -> "ContentHash":
+        """One that goes on from here by itself."""
+        other = ContentHash()
+        other._numbers, other._frames = self._numbers.copy(), self._frames.copy()
+        other._has_frames = self._has_frames
+        return other
+
     @property
     def content_sha256(self) -> str:
         return self._numbers.hexdigest()

@@ -1,15 +1,22 @@
-"""A robot of a simulated fleet: it asks the policy service for its actions and uploads what it lived through."""
+"""A robot of a simulated fleet: it asks the policy service for its actions and spools what it lived through."""
 
+import logging
+import time
 from dataclasses import dataclass
 
-from vla_dist.core.errors import ConfigError, ReplayWait
+from vla_dist.core.errors import ConfigError, ResourceMissing
 from vla_dist.core.protocols import RobotEnv
 from vla_dist.core.seeding import training_seed
-from vla_dist.core.types import Metrics, Segment
+from vla_dist.core.types import Metrics
 from vla_dist.robot.client import PolicyClient
 from vla_dist.robot.control_loop import ControlConfig, ControlLoop, EpisodeReport
 from vla_dist.robot.latency import LatencyHistogram
-from vla_dist.robot.uploader import SegmentUploader
+from vla_dist.robot.spool import Spool
+from vla_dist.robot.spool_writer import spool_sink
+
+_log = logging.getLogger(__name__)
+
+_ROOM_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,19 +28,16 @@ class SimulatedRobotConfig:
     run_id: str
     """With the robot's index it names its episodes."""
     seed: int = 0
-    submit_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ConfigError("a simulated robot needs at least one task; got none")
-        if self.submit_timeout_s <= 0:
-            raise ConfigError(f"submit_timeout_s {self.submit_timeout_s} must be positive")
 
 
 class SimulatedRobot:
-    """A core Worker: one ``step`` is one episode, uploaded. Episode identities follow from (run, robot, index).
+    """A core Worker: one ``step`` is one episode, spooled. Episode identities follow from (run, robot, index).
 
-    Owns ``env``; ``client`` and ``uploader`` stay the caller's, who may share them among robots.
+    Owns ``env``; ``client`` and ``spool`` stay the caller's.
     """
 
     def __init__(
@@ -44,14 +48,14 @@ class SimulatedRobot:
         config: SimulatedRobotConfig,
         *,
         robot_index: int,
-        uploader: SegmentUploader | None = None,
+        spool: Spool | None = None,
     ) -> None:
+        """``spool`` None: nothing is kept."""
         self._env = env
         self._config = config
-        self._uploader = uploader
+        self._spool = spool
         self._robot_index = robot_index
-        self._pending: list[Segment] = []
-        on_segment = None if uploader is None else self._pending.append
+        on_segment = None if spool is None else spool_sink(spool)
         self._loop = ControlLoop(env, client, control, on_segment=on_segment)
         self._next = 0
         self._totals = {
@@ -68,37 +72,38 @@ class SimulatedRobot:
         self.last_report: EpisodeReport | None = None
 
     def step(self) -> Metrics:
-        """One episode, or another try at segments that the uploader could not take yet.
+        """One episode, or a wait for room in the spool.
 
         Raises:
             Unreachable: no server at the start of the episode; call again, the same episode runs then.
         """
-        if not self._pending:
-            self._run_next()
-        waited = 0.0
-        while self._pending and self._uploader is not None:
-            try:
-                self._uploader.submit(self._pending[0], timeout_s=self._config.submit_timeout_s)
-            except ReplayWait:
-                waited = 1.0
-                break
-            self._pending.pop(0)
-        return {**self._totals, **self._latency.to_metrics(), "waited": waited}
+        try:
+            if self._spool is not None:
+                self._spool.require_room()
+        except ResourceMissing as error:
+            _log.warning("no new episode: %s", error)
+            time.sleep(_ROOM_PAUSE_S)
+            return {**self._totals, **self._latency.to_metrics(), "waited": 1.0}
+        self._run_next()
+        return {**self._totals, **self._latency.to_metrics(), "waited": 0.0}
 
     def close(self) -> None:
         self._env.close()
 
     def _run_next(self) -> None:
         index, config = self._next, self._config
+        episode_id = f"{config.run_id}-r{self._robot_index}-{index:06d}"
         try:
             report = self._loop.run_episode(
                 seed=training_seed(config.seed, self._robot_index, index),
                 task=config.tasks[index % len(config.tasks)],
-                episode_id=f"{config.run_id}-r{self._robot_index}-{index:06d}",
+                episode_id=episode_id,
             )
         except BaseException:
             # Half an episode must not be uploaded under an identity that will run again.
-            self._pending.clear()
+            if self._spool is not None and self._spool.steps_of(episode_id):
+                self._spool.abandon(episode_id)
+                self._next += 1
             raise
         self._next += 1
         self.last_report = report

@@ -1,146 +1,149 @@
-"""Segments to the fleet's replay: kept until acknowledged, sent again after any break, stored once.
+"""From a robot's spool to the fleet's replay: in order, again after any break, stored once.
 
 who            consumes       waits for             unblocked by
-submit         -              room                  an acknowledgement, or its timeout
-sender         pending        a segment, the acks   submit, the stream, close
+sender         the spool      a segment, the acks   the recorder, the stream, close
 gRPC sender    the queue      a message             the sender
 """
 
 import contextlib
 import logging
 import queue
+import random
 import threading
-from collections import OrderedDict
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
-from vla_dist.core.errors import ConfigError, ReplayWait, WaitTimeout
-from vla_dist.core.types import Metrics, Segment
-from vla_dist.protocol.conversion import encode_segment
-from vla_dist.protocol.records import Ack, AckStatus, SegmentKey, segment_key
+from vla_dist.core.errors import ConfigError, NotFound, ResourceMissing, VlaDistError, WaitTimeout
+from vla_dist.core.types import Metrics
+from vla_dist.protocol.fleet_conversion import decode_ack_status, encode_claim
+from vla_dist.protocol.records import Ack, AckStatus, SegmentKey
 from vla_dist.protocol.status import error_of
-from vla_dist.protocol.v1 import fleet_pb2, fleet_pb2_grpc
-from vla_dist.robot.client import PolicyClient
+from vla_dist.protocol.v1 import fleet_pb2
+from vla_dist.robot.bandwidth import Bandwidth
+from vla_dist.robot.fleet_client import FleetClient
+from vla_dist.robot.spool import Spool
 
 _log = logging.getLogger(__name__)
 
-_LINGER_S = 1.0
+_LINGER_S = 0.25
 """An idle stream is closed after this."""
-
-_STATUSES: dict[int, AckStatus] = {
-    fleet_pb2.ACK_STATUS_STORED: "stored",
-    fleet_pb2.ACK_STATUS_DUPLICATE: "duplicate",
-    fleet_pb2.ACK_STATUS_QUARANTINED: "quarantined",
-    fleet_pb2.ACK_STATUS_RETRY: "retry",
-}
+_CLOSE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UploadConfig:
     """Bounds of the uploader."""
 
-    max_pending: int = 64
-    """Segments in memory; ``submit`` waits when there are so many."""
-    retry_s: float = 0.5
-    """Pause after a broken stream, and before a segment that was answered RETRY goes again."""
+    window: int = 8
+    """Segments sent and not yet acknowledged."""
+    bytes_per_s: float | None = None
+    """Most that is sent, on average over seconds; None: no limit."""
+    retry_s: float = 0.25
+    """Pause after a first broken stream, and before a segment that was answered RETRY goes again; doubles with each."""
+    max_retry_s: float = 5.0
     ack_timeout_s: float = 30.0
     """A stream that acknowledges nothing for so long is opened anew."""
 
     def __post_init__(self) -> None:
-        if self.max_pending < 1:
-            raise ConfigError(f"max_pending {self.max_pending} must be at least 1")
-        if self.retry_s <= 0 or self.ack_timeout_s <= 0:
-            raise ConfigError(f"retry_s {self.retry_s} and ack_timeout_s {self.ack_timeout_s} must be positive")
+        if self.window < 1:
+            raise ConfigError(f"window {self.window} must be at least 1")
+        if not 0 < self.retry_s <= self.max_retry_s or self.ack_timeout_s <= 0:
+            raise ConfigError(
+                f"retry_s {self.retry_s} and max_retry_s {self.max_retry_s} must be positive and in this order, "
+                f"ack_timeout_s {self.ack_timeout_s} positive"
+            )
+        Bandwidth(self.bytes_per_s)
 
 
-class SegmentUploader:
-    """Sends segments in the background, in order, until each is stored or quarantined.
+class SpoolUploader:
+    """Sends what a spool holds in the background until the server has stored or refused all of it.
 
-    What is pending is lost with the process: an episode counts as given once ``flush`` has returned.
+    Nothing is lost with the process: the next one goes on with the same spool.
     """
 
-    def __init__(self, client: PolicyClient, config: UploadConfig | None = None) -> None:
+    def __init__(self, client: FleetClient, spool: Spool, config: UploadConfig | None = None) -> None:
         self._config = config or UploadConfig()
-        self._address = client.address
-        self._metadata = client.call_metadata
-        self._stub = fleet_pb2_grpc.FleetServiceStub(client.channel)
-        self._pending: OrderedDict[SegmentKey, Segment] = OrderedDict()
-        self._changed = threading.Condition()
-        self._closed = False
-        self._counts: dict[AckStatus, int] = dict.fromkeys(_STATUSES.values(), 0)
+        self._client = client
+        self._spool = spool
+        self._bandwidth = Bandwidth(self._config.bytes_per_s)
+        self._closed = threading.Event()
+        self._counts: dict[AckStatus, int] = {"stored": 0, "duplicate": 0, "quarantined": 0, "retry": 0}
         self._num_breaks = 0
+        self._num_bytes = 0
         self._problem = ""
-        self._thread = threading.Thread(target=self._send_until_closed, name="segment-uploader", daemon=True)
+        self._failures = 0
+        self._thread = threading.Thread(target=self._send_until_closed, name="spool-uploader", daemon=True)
         self._thread.start()
 
-    def submit(self, segment: Segment, *, timeout_s: float) -> None:
-        """Take a segment over.
-
-        Raises:
-            ReplayWait: ``max_pending`` segments are unacknowledged, for ``timeout_s``; the caller keeps this one.
-        """
-        with self._changed:
-            room = self._changed.wait_for(lambda: len(self._pending) < self._config.max_pending, timeout_s)
-            if not room:
-                raise ReplayWait(
-                    f"{len(self._pending)} segments wait for {self._address}, the most allowed "
-                    f"({self._problem or 'it is slow'}); submit this one again later"
-                )
-            self._pending[segment_key(segment)] = segment
-            self._changed.notify_all()
+    @property
+    def problem(self) -> str:
+        """Why nothing goes out; empty when all is well."""
+        return self._problem
 
     def flush(self, *, timeout_s: float) -> None:
-        """Wait until nothing is pending. Raises WaitTimeout with the reason of the last failure."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: not self._pending, timeout_s):
+        """Wait until the server has every closed episode. Raises WaitTimeout with the reason of the last failure."""
+        end = time.monotonic() + timeout_s
+        while waiting := int(self._spool.metrics()["closed_episodes"]):
+            if time.monotonic() > end:
                 raise WaitTimeout(
-                    f"{len(self._pending)} segments are still unacknowledged by {self._address} after {timeout_s} s: "
-                    f"{self._problem or 'no answer yet'}"
+                    f"{waiting} episodes are still unacknowledged by {self._client.address} after {timeout_s} s: "
+                    f"{self._problem or 'no answer yet'}. They stay in the spool"
                 )
+            self._spool.wait_for_pending(min(0.1, timeout_s))
 
     def metrics(self) -> Metrics:
-        with self._changed:
-            return {
-                "stored": self._counts["stored"],
-                "duplicates": self._counts["duplicate"],
-                "quarantined": self._counts["quarantined"],
-                "retries": self._counts["retry"],
-                "stream_breaks": self._num_breaks,
-                "pending": len(self._pending),
-            }
+        """Counts of this uploader since its start."""
+        return {
+            "stored": self._counts["stored"],
+            "duplicates": self._counts["duplicate"],
+            "quarantined": self._counts["quarantined"],
+            "retries": self._counts["retry"],
+            "stream_breaks": self._num_breaks,
+            "bytes_sent": self._num_bytes,
+        }
 
-    def close(self, *, timeout_s: float = 5.0) -> None:
-        """End the thread; what is pending is dropped, so ``flush`` first."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._thread.join(timeout_s)
+    def close(self) -> None:
+        """End the thread; what is not acknowledged stays in the spool."""
+        self._closed.set()
+        self._thread.join(_CLOSE_TIMEOUT_S)
 
     def _send_until_closed(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._pending or self._closed, 1.0)
-                if self._closed:
-                    return
-                if not self._pending:
+        while not self._closed.is_set():
+            try:
+                if not self._spool.pending(limit=1):
+                    self._spool.wait_for_pending(_LINGER_S)
                     continue
-            if not self._send_over_one_stream():
-                with self._changed:
-                    self._changed.wait_for(lambda: self._closed, self._config.retry_s)
+                went_well = self._send_over_one_stream()
+            except VlaDistError as error:
+                self._note_break(str(error))
+                went_well = False
+            if went_well:
+                self._failures = 0
+                continue
+            pause_s = min(self._config.max_retry_s, self._config.retry_s * 2 ** min(self._failures, 10))
+            self._failures += 1
+            # Robots that lost one server must not all come back in the same moment.
+            self._closed.wait(pause_s * random.uniform(0.5, 1.0))
 
     def _send_over_one_stream(self) -> bool:
         """Send what is pending and what comes meanwhile. False: the stream broke or the server wants a pause."""
-        requests: queue.SimpleQueue[fleet_pb2.UploadRequest | None] = queue.SimpleQueue()
-        call = self._stub.Upload(iter(requests.get, None), metadata=self._metadata)
+        self._offer_retained()
+        requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        requests.put(fleet_pb2.UploadRequest(claim=encode_claim(self._client.claim)).SerializeToString())
+        call = self._client.upload(iter(requests.get, None))
         acks = _AckReader(call)
         sent: set[SegmentKey] = set()
         try:
-            while not self._closed:
-                for key, segment in self._unsent(sent):
-                    requests.put(fleet_pb2.UploadRequest(segment=encode_segment(segment)))
-                    sent.add(key)
+            while not self._closed.is_set():
+                for segment in self._unsent(sent):
+                    if not self._bandwidth.take(len(segment.request), stop=self._closed):
+                        return True
+                    requests.put(segment.request)
+                    self._num_bytes += len(segment.request)
+                    sent.add(segment.key)
                 if not sent:
                     return True
                 ack = acks.next(self._config.ack_timeout_s)
@@ -149,39 +152,52 @@ class SegmentUploader:
                 if ack.status == "retry":
                     return False
             return True
-        except (grpc.RpcError, WaitTimeout) as error:
-            self._note_break(error)
+        except grpc.RpcError as error:
+            failure: Any = error
+            with contextlib.suppress(AttributeError):
+                self._note_break(str(error_of(failure.code(), failure.details(), address=self._client.address)))
+            return False
+        except WaitTimeout as error:
+            self._note_break(str(error))
             return False
         finally:
             requests.put(None)
             call.cancel()
 
-    def _unsent(self, sent: set[SegmentKey]) -> list[tuple[SegmentKey, Segment]]:
+    def _offer_retained(self) -> None:
+        """After a break the server may have forgotten what it acknowledged last."""
+        if not self._failures:
+            return
+        with contextlib.suppress(NotFound):  # an older server cannot say
+            self._spool.send_again(self._client.find_missing(self._spool.retained()))
+
+    def _unsent(self, sent: set[SegmentKey]) -> list[Any]:
         """Waits a while for the first, so that a stream serves more than one segment."""
-        with self._changed:
-            if not sent:
-                self._changed.wait_for(lambda: self._pending or self._closed, _LINGER_S)
-            return [(key, segment) for key, segment in self._pending.items() if key not in sent]
+        room = self._config.window - len(sent)
+        if room <= 0:
+            return []
+        found = self._spool.pending(exclude=tuple(sent), limit=room)
+        if not found and not sent:
+            self._spool.wait_for_pending(_LINGER_S)
+            found = self._spool.pending(limit=room)
+        return found
 
     def _settle(self, ack: Ack) -> None:
         if ack.status == "quarantined":
             _log.error("segment %s/%d can never be stored: %s", ack.episode_id, ack.segment_index, ack.reason)
-        with self._changed:
-            self._counts[ack.status] += 1
-            if ack.status == "retry":
-                self._problem = ack.reason
-            else:
-                self._pending.pop(ack.key, None)
-                self._problem = ""
-            self._changed.notify_all()
-
-    def _note_break(self, error: Any) -> None:
-        with self._changed:
-            self._num_breaks += 1
+        self._counts[ack.status] += 1
+        self._problem = ack.reason if ack.status == "retry" else ""
+        try:
+            self._spool.settle(ack)
+        except ResourceMissing as error:
+            # It will be sent again, and the server knows it.
             self._problem = str(error)
-            with contextlib.suppress(AttributeError):
-                self._problem = str(error_of(error.code(), error.details(), address=self._address))
-        _log.warning("upload to %s broke: %s", self._address, self._problem)
+
+    def _note_break(self, problem: str) -> None:
+        self._num_breaks += 1
+        if problem != self._problem:
+            _log.warning("upload to %s: %s", self._client.address, problem)
+        self._problem = problem
 
 
 class _AckReader:
@@ -205,12 +221,11 @@ class _AckReader:
     def _read(self) -> None:
         try:
             for response in self._call:
-                status = _STATUSES.get(response.status, "retry")
                 self._arrived.put(
                     Ack(
                         episode_id=response.episode_id,
                         segment_index=response.segment_index,
-                        status=status,
+                        status=decode_ack_status(response.status),
                         reason=response.reason,
                     )
                 )

@@ -24,6 +24,7 @@ from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.shards import ShardedReplayTable, refuse_shards
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.run.config import RunConfig
+from vla_dist.run.files import SPOOLS
 from vla_dist.run.store import Store
 
 if TYPE_CHECKING:
@@ -295,7 +296,8 @@ def build_services(place: Place) -> tuple[PolicyService, FleetIngest]:
     from vla_dist.serving.batcher import BatcherConfig, DeadlineBatcher
     from vla_dist.serving.ingest import FleetIngest, IngestConfig
     from vla_dist.serving.quarantine import QuarantineFolder
-    from vla_dist.serving.service import PolicyService, ServiceConfig
+    from vla_dist.serving.service import PolicyService
+    from vla_dist.serving.service_config import ServiceConfig
     from vla_dist.serving.versions import PolicyVersions, VersionsConfig
 
     config = place.config
@@ -317,8 +319,10 @@ def build_robots(place: Place, address: str) -> list[SimulatedRobot]:
     """The simulated fleet of one process: each robot with its own connection and environment."""
     from vla_dist.robot.client import PolicyClient
     from vla_dist.robot.control_loop import ControlConfig
+    from vla_dist.robot.fleet_client import FleetClient
     from vla_dist.robot.simulated_robot import SimulatedRobot, SimulatedRobotConfig
-    from vla_dist.robot.uploader import SegmentUploader
+    from vla_dist.robot.spool import Spool
+    from vla_dist.robot.uploader import SpoolUploader
 
     config = place.config
     # A fleet that was killed and started again runs new episodes, so they need new names.
@@ -336,8 +340,9 @@ def build_robots(place: Place, address: str) -> list[SimulatedRobot]:
         )
         tasks = config.env.tasks[index:] + config.env.tasks[:index]
         robot = SimulatedRobotConfig(tasks=tasks, run_id=f"{place.run_id}-{incarnation}", seed=config.seed)
-        uploader = SegmentUploader(client)
-        robots.append(SimulatedRobot(env, client, control, robot, robot_index=_ROBOT_LANE + index, uploader=uploader))
+        spool = Spool(place.run_dir / SPOOLS / control.robot_id)
+        SpoolUploader(FleetClient(client, robot_id=control.robot_id, spool_id=spool.spool_id), spool)
+        robots.append(SimulatedRobot(env, client, control, robot, robot_index=_ROBOT_LANE + index, spool=spool))
     return robots
 
 

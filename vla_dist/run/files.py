@@ -10,6 +10,7 @@ from vla_dist.core.errors import NotFound
 CONFIG, SUMMARY, EVALUATIONS = "config.json", "summary.json", "evaluations.json"
 CURVE, FILM, REPORT = "learning_curve.png", "policy.gif", "report.md"
 REDIS, IMAGES, CHECKPOINTS, EVENTS = "redis", "redis-images", "checkpoints", "tensorboard"
+SPOOLS, QUARANTINE = "spools", "quarantine"
 
 
 def new_run_dir(runs_dir: Path, preset: str) -> Path:
