@@ -7,10 +7,10 @@ import pytest
 
 from vla_dist.core.protocols import PolicyLoader
 from vla_dist.robot.client import PolicyClient
-from vla_dist.robot.session import ReconnectConfig
+from vla_dist.robot.reconnect_config import ReconnectConfig
 from vla_dist.serving.ingest import FleetIngest, IngestConfig
 from vla_dist.serving.server import SingleServer
-from vla_dist.serving.service import ServiceConfig
+from vla_dist.serving.service_config import ServiceConfig
 from vla_dist.testing.fakes import make_spec
 from vla_dist.testing.registry import InMemoryRegistry, fake_artifact, load_fake
 from vla_dist.testing.serving import ListTable, build_service

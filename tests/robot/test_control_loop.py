@@ -13,8 +13,8 @@ from vla_dist.core.specs import Dimension, EnvSpec
 from vla_dist.core.types import Array, PolicyArtifact, Segment, Step
 from vla_dist.robot.client import PolicyClient
 from vla_dist.robot.control_loop import ControlConfig, ControlLoop
-from vla_dist.robot.session import ReconnectConfig
-from vla_dist.serving.service import ServiceConfig
+from vla_dist.robot.reconnect_config import ReconnectConfig
+from vla_dist.serving.service_config import ServiceConfig
 from vla_dist.testing.fakes import FakeEnv, FakePolicy, make_spec
 from vla_dist.testing.registry import fake_artifact
 from vla_dist.testing.serving import REFERENCE

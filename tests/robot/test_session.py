@@ -23,9 +23,10 @@ from vla_dist.core.errors import (
 )
 from vla_dist.core.types import Array, Observation, PolicyArtifact
 from vla_dist.robot.client import PolicyClient
-from vla_dist.robot.session import ReconnectConfig, Session
+from vla_dist.robot.reconnect_config import ReconnectConfig
+from vla_dist.robot.session import Session
 from vla_dist.serving.server import SingleServer
-from vla_dist.serving.service import ServiceConfig
+from vla_dist.serving.service_config import ServiceConfig
 from vla_dist.testing.fakes import FakeEnv, FakePolicy, make_spec
 from vla_dist.testing.registry import fake_artifact
 from vla_dist.testing.serving import REFERENCE, build_service
@@ -73,7 +74,7 @@ def test_all_transports_give_the_same_actions(site, client: PolicyClient) -> Non
 
     with client.open_session(SPEC, policy=REFERENCE, robot_id="stream") as session:
         assert equal(episode(over(session)), expected)
-        assert session.metrics() == {"calls": 12, "failures": 0, "reconnects": 0, "late_answers": 0}
+        assert session.metrics() == {"calls": 12, "failures": 0, "reconnects": 0, "renewals": 0, "late_answers": 0}
         assert len(session.latencies_s) == 12
 
     grant = client.check(SPEC, policy=REFERENCE)
@@ -103,11 +104,11 @@ def test_all_transports_give_the_same_actions(site, client: PolicyClient) -> Non
 def test_eight_robots_batched_give_the_same_actions(client: PolicyClient) -> None:
     results: list[list[Array]] = []
 
-    def drive() -> None:
-        with client.open_session(SPEC, policy=REFERENCE, robot_id="r") as session:
+    def drive(index: int) -> None:
+        with client.open_session(SPEC, policy=REFERENCE, robot_id=f"r{index}") as session:
             results.append(episode(over(session)))
 
-    robots = [threading.Thread(target=drive) for _ in range(8)]
+    robots = [threading.Thread(target=drive, args=(index,)) for index in range(8)]
     for robot in robots:
         robot.start()
     for robot in robots:

@@ -17,7 +17,7 @@ from vla_dist.protocol.records import SessionLimits
 from vla_dist.protocol.v1 import fleet_pb2, fleet_pb2_grpc, policy_pb2, policy_pb2_grpc
 from vla_dist.serving.ingest import FleetIngest, IngestConfig
 from vla_dist.serving.server import SingleServer
-from vla_dist.serving.service import ServiceConfig
+from vla_dist.serving.service_config import ServiceConfig
 from vla_dist.testing.fakes import make_spec
 from vla_dist.testing.registry import InMemoryRegistry, fake_artifact
 from vla_dist.testing.serving import REFERENCE, ListTable, build_service

@@ -19,7 +19,8 @@ from vla_dist.core.errors import (
 )
 from vla_dist.core.types import Observation, PolicyArtifact
 from vla_dist.protocol.records import SessionLimits
-from vla_dist.serving.service import PolicyService, ServiceConfig
+from vla_dist.serving.service import PolicyService
+from vla_dist.serving.service_config import ServiceConfig
 from vla_dist.testing.fakes import FakePolicy, make_spec
 from vla_dist.testing.registry import InMemoryRegistry, fake_artifact, load_fake
 from vla_dist.testing.serving import REFERENCE, build_service

@@ -125,13 +125,13 @@ def test_rollback_is_a_flip_like_any_other(versions: PolicyVersions, registry: I
 
 
 def test_memory_is_bounded(versions: PolicyVersions, registry: InMemoryRegistry) -> None:
-    for _ in range(4):
+    for _ in range(6):
         registry.publish(fake_artifact(SPEC))
-    held = [versions.acquire(REFERENCE, version) for version in (1, 2, 3)]
-    with pytest.raises(ResourceMissing, match="3 versions are loaded"):
-        versions.acquire(REFERENCE, 4)
+    held = [versions.acquire(REFERENCE, version) for version in (1, 2, 3, 4, 5)]
+    with pytest.raises(ResourceMissing, match="5 versions are loaded"):
+        versions.acquire(REFERENCE, 6)
     versions.release(held[1])
-    assert versions.acquire(REFERENCE, 4).version == 4
+    assert versions.acquire(REFERENCE, 6).version == 6
 
 
 def test_only_followed_references_are_served(versions: PolicyVersions) -> None:

@@ -9,9 +9,17 @@ import grpc
 from vla_dist.core.errors import DeadlineExceeded, VlaDistError
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import ActionChunk, Observation
-from vla_dist.protocol.conversion import decode_chunk, decode_grant, decode_spec, encode_observation, encode_request
+from vla_dist.protocol.conversion import (
+    decode_chunk,
+    decode_grant,
+    decode_spec,
+    encode_observation,
+    encode_plan,
+    encode_request,
+)
 from vla_dist.protocol.records import (
     FleetCommand,
+    PlanInProgress,
     PolicyInfo,
     ServiceHealth,
     SessionGrant,
@@ -20,7 +28,8 @@ from vla_dist.protocol.records import (
 )
 from vla_dist.protocol.status import error_of
 from vla_dist.protocol.v1 import fleet_pb2, fleet_pb2_grpc, policy_pb2, policy_pb2_grpc
-from vla_dist.robot.session import ReconnectConfig, Session
+from vla_dist.robot.reconnect_config import ReconnectConfig
+from vla_dist.robot.session import Session
 
 M = TypeVar("M")
 
@@ -51,6 +60,7 @@ class PolicyClient:
         token: bearer token, where the server wants one. It travels in clear: put TLS in front of the server.
         timeout_s: of each call that is not ``Session.act``, opening a session included.
         reconnect: how a session survives its server.
+        service_id: the only service to talk to, as ``vla-dist serve`` prints it; empty: the first that answers.
     """
 
     def __init__(
@@ -60,9 +70,11 @@ class PolicyClient:
         token: str | None = None,
         timeout_s: float = 10.0,
         reconnect: ReconnectConfig | None = None,
+        service_id: str = "",
     ) -> None:
         self.address = address
         self.timeout_s = timeout_s
+        self.service_id = service_id
         self._reconnect = reconnect or ReconnectConfig()
         self.call_metadata: tuple[tuple[str, str], ...] = (
             () if token is None else (("authorization", f"Bearer {token}"),)
@@ -71,7 +83,7 @@ class PolicyClient:
         self._policies = policy_pb2_grpc.PolicyServiceStub(self.channel)
         self._fleet = fleet_pb2_grpc.FleetServiceStub(self.channel)
 
-    def check(self, spec: EnvSpec, *, policy: str, policy_version: int = 0) -> SessionGrant:
+    def check(self, spec: EnvSpec, *, policy: str, policy_version: int = 0, robot_id: str = "") -> SessionGrant:
         """The handshake alone: what a session would get.
 
         Raises:
@@ -80,7 +92,9 @@ class PolicyClient:
             Unauthorised: no token, or a wrong one.
             Unreachable: no server.
         """
-        request = SessionRequest(spec=spec, policy=policy, policy_version=policy_version)
+        request = SessionRequest(
+            spec=spec, policy=policy, policy_version=policy_version, robot_id=robot_id, service_id=self.service_id
+        )
         return decode_grant(self._unary(self._policies.OpenSession, encode_request(request)))
 
     def open_session(
@@ -92,7 +106,14 @@ class PolicyClient:
         def start_call(requests: Any) -> Any:
             return self._policies.Control(requests, metadata=self.call_metadata)
 
-        return Session(start_call, request, address=self.address, timeout_s=self.timeout_s, config=self._reconnect)
+        return Session(
+            start_call,
+            request,
+            address=self.address,
+            timeout_s=self.timeout_s,
+            config=self._reconnect,
+            service_id=self.service_id,
+        )
 
     def act(
         self,
@@ -105,6 +126,7 @@ class PolicyClient:
         history_start: int = 0,
         observation_id: int = 0,
         deadline_s: float = 10.0,
+        plan: PlanInProgress | None = None,
     ) -> ActionChunk:
         """One answer without a session: the call carries all memory. For parity checks and debugging.
 
@@ -117,6 +139,7 @@ class PolicyClient:
             history_start: steps of the episode before the first of them.
             observation_id: comes back in the chunk.
             deadline_s: of the computation and of the call.
+            plan: what the robot goes on doing meanwhile; the chunk is joined onto it.
         """
         request = policy_pb2.ActRequest(
             policy=policy,
@@ -127,6 +150,7 @@ class PolicyClient:
             observation=encode_observation(observation),
             observation_id=observation_id,
             deadline_ms=1000 * deadline_s,
+            plan=None if plan is None else encode_plan(plan),
         )
         response = self._unary(self._policies.Act, request, timeout_s=deadline_s)
         return decode_chunk(response.chunk, spec, horizon=grant.horizon)

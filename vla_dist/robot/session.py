@@ -1,9 +1,9 @@
-"""One episode's session with a policy server. It survives the server: the memory is rebuilt from what the robot saw."""
+"""One episode's session with a policy server. It survives the server, and leaves a stream before it is cut."""
 
 import itertools
+import random
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -11,35 +11,24 @@ import grpc
 
 from vla_dist.core.errors import ConfigError, DataError, DeadlineExceeded, Unreachable, VlaDistError
 from vla_dist.core.types import ActionChunk, Metrics, Observation
-from vla_dist.protocol.conversion import decode_chunk, decode_grant, encode_observation, encode_request
-from vla_dist.protocol.records import SessionGrant, SessionRequest
+from vla_dist.protocol.conversion import (
+    decode_chunk,
+    decode_grant,
+    encode_goodbye,
+    encode_observation,
+    encode_plan,
+    encode_request,
+)
+from vla_dist.protocol.records import Outcome, PlanInProgress, SessionGrant, SessionRequest
 from vla_dist.protocol.status import RETRYABLE_CODES
 from vla_dist.protocol.v1 import policy_pb2, types_pb2
+from vla_dist.robot.episode_memory import EpisodeMemory
+from vla_dist.robot.reconnect_config import ReconnectConfig
+from vla_dist.robot.session_counts import SessionCounts
 from vla_dist.robot.stream import ControlStream, StartCall
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReconnectConfig:
-    """How long a robot keeps trying before it gives an episode up."""
-
-    budget_s: float = 20.0
-    """Of one outage, from the break to the first granted session."""
-    attempt_s: float = 5.0
-    """A session that is not granted by then is asked for again: a proxy may leave a stream hanging in silence."""
-    first_pause_s: float = 0.02
-    """Between attempts; doubles up to ``longest_pause_s``."""
-    longest_pause_s: float = 0.5
-    stall_s: float = 3.0
-    """A stream that leaves an observation unanswered for this much longer than its deadline counts as broken."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.first_pause_s <= self.longest_pause_s <= self.budget_s:
-            raise ConfigError(
-                f"first_pause_s {self.first_pause_s}, longest_pause_s {self.longest_pause_s} and budget_s "
-                f"{self.budget_s} must be positive and in this order"
-            )
-        if self.attempt_s <= 0 or self.stall_s <= 0:
-            raise ConfigError(f"attempt_s {self.attempt_s} and stall_s {self.stall_s} must be positive")
+_RENEWAL_RETRY_S = 5.0
+_REPEAT_DEADLINE_S = 5.0
 
 
 @dataclass(slots=True)
@@ -51,14 +40,6 @@ class _Sent:
     """By ``time.monotonic``."""
 
 
-@dataclass(slots=True)
-class _Counts:
-    calls: int = 0
-    failures: int = 0
-    reconnects: int = 0
-    late_answers: int = 0
-
-
 class Session:
     """Observations to chunks over one Control stream; not for two threads at once.
 
@@ -68,8 +49,11 @@ class Session:
             chunk = session.act(observation, deadline_s=0.1)
 
     A break of the stream is no error by itself: ``act`` reopens it on the same version, gives the server the last K
-    answered observations, and asks again, all within its deadline. An answer that comes after its deadline is counted
-    and dropped, never taken for the next one.
+    answered observations (and the last state, where the policy remembers more), and asks again, all within its
+    deadline. An answer that comes after its deadline is counted and dropped, never taken for the next one.
+
+    Args:
+        service_id: the only service to accept; empty: the first that grants a session.
     """
 
     def __init__(
@@ -80,17 +64,24 @@ class Session:
         address: str,
         timeout_s: float,
         config: ReconnectConfig,
+        service_id: str = "",
     ) -> None:
-        self.request = request
+        self.request = replace(request, service_id=service_id)
         self._start_call = start_call
         self._address = address
         self._config = config
         self._changed = threading.Condition()
         self._stream: ControlStream | None = None
         self._grant: SessionGrant | None = None
-        self._history: deque[types_pb2.Observation] = deque(maxlen=0)
-        self._num_remembered = 0
-        """Answered observations of the episode, those that left the history included."""
+        self._memory = EpisodeMemory()
+        self._renewal: ControlStream | None = None
+        """The next stream, while it is being opened beside the one in use."""
+        self._renewal_steps = 0
+        """What the next stream was told of the episode."""
+        self._renew_at = float("inf")
+        self._left: ControlStream | None = None
+        self._repeated: set[int] = set()
+        """Observations asked a second time, on a new stream, only so that its memory has them."""
         self._sent: dict[int, _Sent] = {}
         self._answers: dict[int, ActionChunk | policy_pb2.ControlRefusal] = {}
         self._awaited = -1
@@ -99,8 +90,7 @@ class Session:
         self._pause_s = config.first_pause_s
         self._attempt_since = 0.0
         self._closed = False
-        self._counts = _Counts()
-        self._latencies_s: deque[float] = deque(maxlen=10_000)
+        self._counts = SessionCounts()
         self._open_first(timeout_s)
 
     @property
@@ -117,12 +107,15 @@ class Session:
     @property
     def latencies_s(self) -> list[float]:
         """Of the last 10,000 calls that ended with a chunk, by this machine's monotonic clock."""
-        return list(self._latencies_s)
+        return list(self._counts.latencies_s)
 
-    def act(self, observation: Observation, *, deadline_s: float) -> ActionChunk:
+    def act(self, observation: Observation, *, deadline_s: float, plan: PlanInProgress | None = None) -> ActionChunk:
         """The chunk for one observation.
 
         Blocking: at most ``deadline_s``, reconnects included.
+
+        Args:
+            plan: what the robot goes on doing meanwhile; the chunk is joined onto it.
 
         Raises:
             DeadlineExceeded: no chunk in time; the next call may go well.
@@ -133,34 +126,40 @@ class Session:
         self._counts.calls += 1
         started = time.monotonic()
         deadline = started + deadline_s
-        message = encode_observation(observation)
-        observation_id = next(self._ids)
+        message = policy_pb2.ControlObservation(
+            observation=encode_observation(observation),
+            observation_id=next(self._ids),
+            plan=None if plan is None else encode_plan(plan),
+        )
         try:
             if self._closed:
                 raise ConfigError("the session is closed; open another one")
-            chunk = self._ask(observation_id, message, deadline)
+            chunk = self._ask(message, deadline)
         except BaseException:
             self._counts.failures += 1
             raise
-        self._latencies_s.append(time.monotonic() - started)
+        self._counts.latencies_s.append(time.monotonic() - started)
         return chunk
 
-    def close(self, *, timeout_s: float = 1.0) -> None:
-        """Say goodbye. A second time does nothing."""
+    def close(self, *, timeout_s: float = 1.0, outcome: Outcome | None = None, episode_id: str = "") -> None:
+        """Say goodbye. A second time does nothing.
+
+        Args:
+            outcome: of the episode, where it has ended; canaries are judged by it.
+            episode_id: its name, under which the outcome is counted once.
+        """
         if self._closed:
             return
         self._closed = True
+        for other in (self._renewal, self._left):
+            if other is not None:
+                other.cancel()
         if self._stream is not None:
-            self._stream.end(timeout_s=timeout_s)
+            self._stream.end(timeout_s=timeout_s, goodbye=encode_goodbye(outcome, episode_id))
 
     def metrics(self) -> Metrics:
         """Counts of this session. A failure is a call that ended without a chunk."""
-        return {
-            "calls": self._counts.calls,
-            "failures": self._counts.failures,
-            "reconnects": self._counts.reconnects,
-            "late_answers": self._counts.late_answers,
-        }
+        return self._counts.metrics()
 
     def __enter__(self) -> "Session":
         return self
@@ -182,7 +181,8 @@ class Session:
             self.close(timeout_s=0.0)
             raise
 
-    def _ask(self, observation_id: int, message: types_pb2.Observation, deadline: float) -> ActionChunk:
+    def _ask(self, message: policy_pb2.ControlObservation, deadline: float) -> ActionChunk:
+        observation_id = message.observation_id
         while True:
             stream = self._require_stream(deadline)
             remaining_s = deadline - time.monotonic()
@@ -190,16 +190,9 @@ class Session:
                 raise self._late(observation_id)
             with self._changed:
                 self._awaited = observation_id
-                self._sent[observation_id] = _Sent(message, deadline)
-            stream.send(
-                policy_pb2.ControlRequest(
-                    observation=policy_pb2.ControlObservation(
-                        observation=message,
-                        observation_id=observation_id,
-                        deadline_ms=1000 * min(remaining_s, self.grant.limits.max_deadline_s),
-                    )
-                )
-            )
+                self._sent[observation_id] = _Sent(message.observation, deadline)
+            message.deadline_ms = 1000 * min(remaining_s, self.grant.limits.max_deadline_s)
+            stream.send(policy_pb2.ControlRequest(observation=message))
             with self._changed:
                 self._changed.wait_for(
                     lambda: observation_id in self._answers or stream.has_ended,  # noqa: B023 - used at once
@@ -216,6 +209,7 @@ class Session:
 
     def _require_stream(self, deadline: float, *, first: bool = False) -> ControlStream:
         """A stream whose session is granted; opens one where needed."""
+        self._renew()
         while True:
             self._drop_stalled()
             stream = self._stream or self._start_stream()
@@ -238,24 +232,75 @@ class Session:
             self._changed.wait_for(lambda: stream.is_open or stream.has_ended, max(0.0, until - time.monotonic()))
 
     def _start_stream(self) -> ControlStream:
-        version = self._grant.policy_version if self._grant else self.request.policy_version
         with self._changed:
             # What was on its way is lost; only answered observations are part of the policy's memory.
             self._sent.clear()
-            history, start = list(self._history), self._num_remembered - len(self._history)
-        request = encode_request(replace(self.request, policy_version=version))
+            self._repeated.clear()
         self._attempt_since = time.monotonic()
-        stream = self._stream = ControlStream(
+        stream = self._stream = self._make_stream()
+        stream.start()
+        return stream
+
+    def _make_stream(self) -> ControlStream:
+        request = self.request
+        if self._grant is not None:
+            request = replace(request, policy_version=self._grant.policy_version, service_id=self._grant.service_id)
+        with self._changed:
+            opening = self._memory.opening(encode_request(request))
+        return ControlStream(
             self._start_call,
-            policy_pb2.ControlRequest(
-                open=policy_pb2.ControlOpen(session=request, history=history, history_start=start)
-            ),
+            policy_pb2.ControlRequest(open=opening),
             address=self._address,
             on_response=self._on_response,
             on_end=self._on_end,
         )
-        stream.start()
-        return stream
+
+    def _renew(self) -> None:
+        """Move to the next stream where it is ready, begin one where it is time; never waits."""
+        renewal = self._renewal
+        if renewal is not None and renewal.has_ended:
+            self._renewal = None
+            self._renew_at = time.monotonic() + _RENEWAL_RETRY_S
+        elif renewal is not None and renewal.is_open:
+            self._move_to(renewal)
+        elif renewal is None and self._stream is not None and time.monotonic() >= self._renew_at:
+            with self._changed:
+                self._renewal_steps = self._memory.num_steps
+            self._renewal = self._make_stream()
+            self._renewal.start()
+
+    def _move_to(self, renewal: ControlStream) -> None:
+        with self._changed:
+            missed = self._memory.since(self._renewal_steps)
+            if len(missed) < self._memory.num_steps - self._renewal_steps:
+                missed = None  # it took so long that the new stream's memory would have a gap
+            old, self._renewal = self._stream, None
+            self._sent.clear()
+            self._schedule_renewal()
+            if missed is not None:
+                self._stream = renewal
+        if missed is None:
+            renewal.cancel()
+            return
+        for observation in missed:
+            observation_id = next(self._ids)
+            with self._changed:
+                self._repeated.add(observation_id)
+            deadline_ms = 1000 * min(_REPEAT_DEADLINE_S, self.grant.limits.max_deadline_s)
+            again = policy_pb2.ControlObservation(
+                observation=observation, observation_id=observation_id, deadline_ms=deadline_ms
+            )
+            renewal.send(policy_pb2.ControlRequest(observation=again))
+        self._counts.renewals += 1
+        if self._left is not None:
+            self._left.cancel()
+        self._left = old
+        if old is not None:
+            old.leave()
+
+    def _schedule_renewal(self) -> None:
+        # Robots that began together must not renew together.
+        self._renew_at = time.monotonic() + self._config.renew_every_s * random.uniform(0.9, 1.1)
 
     def _after_end(self, stream: ControlStream, deadline: float, *, first: bool) -> None:
         self._stream = None
@@ -293,6 +338,9 @@ class Session:
             if stream is self._stream:
                 self._take(stream, response)
                 self._changed.notify_all()
+            elif stream is self._renewal and response.WhichOneof("message") == "opened":
+                self._require_same(decode_grant(response.opened))
+                stream.is_open = True
 
     def _take(self, stream: ControlStream, response: policy_pb2.ControlResponse) -> None:
         kind = response.WhichOneof("message")
@@ -308,28 +356,44 @@ class Session:
             answer, observation_id = response.refusal, response.refusal.observation_id
         else:
             raise DataError(f"the server at {self._address} sent {kind!r}, expected an answer; update one of the two")
+        if observation_id in self._repeated:
+            self._repeated.discard(observation_id)
+            if kind == "refusal":
+                raise Unreachable("the new stream's memory has a gap; the episode is opened once more")
+            return
+        if response.renew_within_s > 0:
+            self._renew_at = min(self._renew_at, time.monotonic())
         sent = self._sent.pop(observation_id, None)
         if sent is not None and kind == "chunk":
             # The server's memory moved on with it, even where the chunk came too late to be executed.
-            self._history.append(sent.message)
-            self._num_remembered += 1
+            self._memory.add(sent.message, response.state if response.HasField("state") else None)
         if observation_id == self._awaited:
             self._answers[observation_id] = answer
         elif kind == "chunk":
             self._counts.late_answers += 1
 
     def _take_grant(self, grant: SessionGrant) -> None:
-        if self._grant is None:
-            self._history = deque(maxlen=grant.context_steps)
-        elif grant.policy_version != self._grant.policy_version:
+        self._require_same(grant)
+        if self._grant is not None:
+            self._counts.reconnects += 1
+        self._memory.keep(grant.context_steps)
+        self._grant = grant
+        self._outage_since = None
+        self._schedule_renewal()
+
+    def _require_same(self, grant: SessionGrant) -> None:
+        """Raises where the episode would go on elsewhere: Unreachable of a stranger, who may be passed by."""
+        expected = self._grant.service_id if self._grant else self.request.service_id
+        if expected and grant.service_id != expected:
+            raise Unreachable(
+                f"service {grant.service_id!r} answered at {self._address}, expected {expected!r}: another fleet "
+                "shares the address"
+            )
+        if self._grant is not None and grant.policy_version != self._grant.policy_version:
             raise DataError(
                 f"the server reopened the episode on version {grant.policy_version}, "
                 f"expected {self._grant.policy_version}"
             )
-        else:
-            self._counts.reconnects += 1
-        self._grant = grant
-        self._outage_since = None
 
     def _on_end(self, stream: ControlStream) -> None:
         with self._changed:

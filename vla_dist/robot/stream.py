@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from vla_dist.core.errors import VlaDistError
+from vla_dist.core.errors import Unreachable, VlaDistError
 from vla_dist.protocol.status import error_of
 from vla_dist.protocol.v1 import policy_pb2
 
@@ -59,10 +59,14 @@ class ControlStream:
     def send(self, request: policy_pb2.ControlRequest) -> None:
         self._requests.put(request)
 
-    def end(self, *, timeout_s: float) -> None:
-        """Say goodbye and let the server end the call; cancel it where it does not."""
-        self.send(policy_pb2.ControlRequest(goodbye=policy_pb2.ControlGoodbye()))
+    def leave(self, goodbye: policy_pb2.ControlGoodbye | None = None) -> None:
+        """Say goodbye and do not wait for the server's."""
+        self.send(policy_pb2.ControlRequest(goodbye=goodbye or policy_pb2.ControlGoodbye()))
         self._requests.put(None)
+
+    def end(self, *, timeout_s: float, goodbye: policy_pb2.ControlGoodbye | None = None) -> None:
+        """Say goodbye and let the server end the call; cancel it where it does not."""
+        self.leave(goodbye)
         self._reader.join(timeout_s)
         self.cancel()
 
@@ -80,7 +84,9 @@ class ControlStream:
                 self.code = error.code()  # type: ignore[attr-defined]
                 self.error = error_of(self.code, error.details(), address=self._address)  # type: ignore[attr-defined]
         except VlaDistError as error:
-            self.code = grpc.StatusCode.INTERNAL
+            # Whoever answered is not who was asked: the right one may answer the next time.
+            is_stranger = isinstance(error, Unreachable)
+            self.code = grpc.StatusCode.UNAVAILABLE if is_stranger else grpc.StatusCode.INTERNAL
             self.error = error
             self._call.cancel()
         finally:

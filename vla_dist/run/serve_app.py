@@ -29,7 +29,7 @@ from ray import serve
 
 from vla_dist.core.errors import ConfigError, ResourceMissing, WaitTimeout, WorkerFailed
 from vla_dist.run.serve_settings import FOLDER_VARIABLE, PORTS_CLAIMED, is_node_folder, serve_settings
-from vla_dist.serving.calls import TokenCheck
+from vla_dist.serving.authorisation import TokenCheck
 from vla_dist.serving.fleet_servicer import FleetServicer
 from vla_dist.serving.ingest import FleetIngest
 from vla_dist.serving.policy_servicer import PolicyServicer

@@ -1,24 +1,39 @@
 """``PolicyService`` as gRPC sees it: messages in, messages out, errors as status codes with their whole sentence."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
-from vla_dist.core.errors import DataError, DeadlineExceeded, ResourceMissing, Unreachable, VlaDistError
+from vla_dist.core.errors import (
+    ContractMismatch,
+    DataError,
+    DeadlineExceeded,
+    ResourceMissing,
+    Unauthorised,
+    Unreachable,
+    VlaDistError,
+)
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import ActionChunk
 from vla_dist.protocol.conversion import (
+    decode_goodbye,
     decode_history,
     decode_observation,
+    decode_plan,
     decode_request,
     encode_chunk,
     encode_grant,
     encode_spec,
 )
-from vla_dist.protocol.records import SessionGrant
+from vla_dist.protocol.records import PolicyState, SessionGrant
 from vla_dist.protocol.status import status_of
 from vla_dist.protocol.v1 import policy_pb2
-from vla_dist.serving.calls import CallContext, TokenCheck, fail_call
+from vla_dist.serving.authorisation import Caller, TokenCheck
+from vla_dist.serving.calls import CallContext, fail_call
+from vla_dist.serving.event_log import EventLog
 from vla_dist.serving.service import PolicyService
+
+M = TypeVar("M")
 
 _REFUSALS: tuple[tuple[type[VlaDistError], policy_pb2.RefusalReason], ...] = (
     (DeadlineExceeded, policy_pb2.REFUSAL_REASON_LATE),
@@ -27,25 +42,38 @@ _REFUSALS: tuple[tuple[type[VlaDistError], policy_pb2.RefusalReason], ...] = (
 )
 
 
-class PolicyServicer:
-    """``vla_dist.v1.PolicyService`` over one PolicyService."""
+_AUDITED = (Unauthorised, ContractMismatch, ResourceMissing)
 
-    def __init__(self, service: PolicyService, tokens: TokenCheck) -> None:
+
+class PolicyServicer:
+    """``vla_dist.v1.PolicyService`` over one PolicyService.
+
+    Args:
+        audit: where refusals go; None: the process's log.
+    """
+
+    def __init__(self, service: PolicyService, tokens: TokenCheck, *, audit: EventLog | None = None) -> None:
         self._service = service
         self._policy_tokens = tokens
+        self._audit = audit or EventLog(None)
 
     async def OpenSession(  # noqa: N802
         self, request: policy_pb2.OpenSessionRequest, grpc_context: CallContext
     ) -> policy_pb2.OpenSessionResponse:
         try:
-            self._policy_tokens.require(grpc_context)
+            caller = self._policy_tokens.require(grpc_context)
+            caller.require_robot(request.robot_id)
             asked = decode_request(request)
             grant = await self._service.check(
-                reference=asked.policy, spec=asked.spec, policy_version=asked.policy_version
+                reference=asked.policy,
+                spec=asked.spec,
+                policy_version=asked.policy_version,
+                robot_id=asked.robot_id,
+                service_id=asked.service_id,
             )
             return encode_grant(grant)
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            return fail_call(grpc_context, error, policy_pb2.OpenSessionResponse)
+            return self._fail(grpc_context, error, policy_pb2.OpenSessionResponse)
 
     async def Act(  # noqa: N802
         self, request: policy_pb2.ActRequest, grpc_context: CallContext
@@ -54,40 +82,42 @@ class PolicyServicer:
             self._policy_tokens.require(grpc_context)
             return policy_pb2.ActResponse(chunk=encode_chunk(await self._act_once(request)))
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            return fail_call(grpc_context, error, policy_pb2.ActResponse)
+            return self._fail(grpc_context, error, policy_pb2.ActResponse)
 
     async def Control(  # noqa: N802
         self, request_iterator: AsyncIterator[policy_pb2.ControlRequest], grpc_context: CallContext
     ) -> AsyncIterator[policy_pb2.ControlResponse]:
         """One robot, one episode. The session ends with the stream, however the stream ends."""
-        session_id = ""
+        session_id, ended = "", {}
         try:
-            self._policy_tokens.require(grpc_context)
+            caller = self._policy_tokens.require(grpc_context)
             first = await self._read(request_iterator)
             if first is None:
                 return
             if first.WhichOneof("message") != "open":
                 raise DataError(f"the first message is {first.WhichOneof('message')!r}, expected 'open'")
-            grant, spec = await self._open(first.open)
+            grant, spec = await self._open(first.open, caller)
             session_id = grant.session_id
             yield policy_pb2.ControlResponse(opened=encode_grant(grant))
             while (request := await self._read(request_iterator)) is not None:
                 kind = request.WhichOneof("message")
                 if kind == "goodbye":
+                    outcome, episode_id = decode_goodbye(request.goodbye)
+                    ended = {"outcome": outcome, "episode_id": episode_id}
                     return
                 if kind != "observation":
                     raise DataError(f"the message is {kind!r}, expected 'observation' or 'goodbye'")
-                yield await self._answer(session_id, request.observation, spec)
+                yield await self._answer(session_id, request.observation, spec, grant.horizon)
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            fail_call(grpc_context, error, policy_pb2.ControlResponse)
+            self._fail(grpc_context, error, policy_pb2.ControlResponse)
         finally:
-            await self._service.close(session_id)
+            await self._service.close(session_id, **ended)
 
     async def ListPolicies(  # noqa: N802
         self, request: policy_pb2.ListPoliciesRequest, grpc_context: CallContext
     ) -> policy_pb2.ListPoliciesResponse:
         try:
-            self._policy_tokens.require(grpc_context)
+            self._policy_tokens.require(grpc_context, role="operator")
             policies = await asyncio.get_running_loop().run_in_executor(None, self._service.policies)
             response = policy_pb2.ListPoliciesResponse()
             for policy in policies:
@@ -102,7 +132,7 @@ class PolicyServicer:
                     )
             return response
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            return fail_call(grpc_context, error, policy_pb2.ListPoliciesResponse)
+            return self._fail(grpc_context, error, policy_pb2.ListPoliciesResponse)
 
     async def CheckHealth(  # noqa: N802
         self, request: policy_pb2.CheckHealthRequest, grpc_context: CallContext
@@ -120,14 +150,28 @@ class PolicyServicer:
                 replica_id=health.replica_id,
             )
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            return fail_call(grpc_context, error, policy_pb2.CheckHealthResponse)
+            return self._fail(grpc_context, error, policy_pb2.CheckHealthResponse)
 
-    async def _open(self, message: policy_pb2.ControlOpen) -> tuple[SessionGrant, EnvSpec]:
+    def _fail(self, context: CallContext, error: Exception, response: Callable[..., M]) -> M:
+        if isinstance(error, _AUDITED):
+            self._audit.write(
+                "refused", error=type(error).__name__, peer=context.peer(), reason=status_of(error)[1][:500]
+            )
+        return fail_call(context, error, response)
+
+    async def _open(self, message: policy_pb2.ControlOpen, caller: Caller) -> tuple[SessionGrant, EnvSpec]:
+        caller.require_robot(message.session.robot_id)
         asked = decode_request(message.session)
         version, history = asked.policy_version, []
         if message.history:
             # The contract comes first: it says what the arrays of the history must look like.
-            grant = await self._service.check(reference=asked.policy, spec=asked.spec, policy_version=version)
+            grant = await self._service.check(
+                reference=asked.policy,
+                spec=asked.spec,
+                policy_version=version,
+                robot_id=asked.robot_id,
+                service_id=asked.service_id,
+            )
             version = grant.policy_version
             history = decode_history(
                 message.history,
@@ -143,11 +187,15 @@ class PolicyServicer:
             policy_version=version,
             history=history,
             history_start=message.history_start,
+            state=PolicyState(num_steps=message.state.num_steps, sealed=message.state.sealed)
+            if message.HasField("state")
+            else None,
+            service_id=asked.service_id,
         )
         return grant, asked.spec
 
     async def _answer(
-        self, session_id: str, message: policy_pb2.ControlObservation, spec: EnvSpec
+        self, session_id: str, message: policy_pb2.ControlObservation, spec: EnvSpec, horizon: int
     ) -> policy_pb2.ControlResponse:
         try:
             observation = decode_observation(
@@ -158,8 +206,14 @@ class PolicyServicer:
                 observation,
                 observation_id=message.observation_id,
                 deadline_s=message.deadline_ms / 1000.0,
+                plan=decode_plan(message.plan, spec, horizon=horizon) if message.HasField("plan") else None,
             )
-            return policy_pb2.ControlResponse(chunk=encode_chunk(chunk))
+            state = self._service.state_due(session_id)
+            return policy_pb2.ControlResponse(
+                chunk=encode_chunk(chunk),
+                state=policy_pb2.PolicyState(num_steps=state.num_steps, sealed=state.sealed) if state else None,
+                renew_within_s=self._service.leaves_within_s,
+            )
         except VlaDistError as error:
             reason = next((reason for kind, reason in _REFUSALS if isinstance(error, kind)), None)
             if reason is None:
@@ -172,7 +226,7 @@ class PolicyServicer:
 
     async def _act_once(self, request: policy_pb2.ActRequest) -> ActionChunk:
         limits = self._service.config.limits
-        spec = self._service.spec_of(request.policy)
+        spec, horizon = self._service.contract_of(request.policy)
         history = decode_history(
             request.history,
             spec,
@@ -190,6 +244,7 @@ class PolicyServicer:
             ),
             observation_id=request.observation_id,
             deadline_s=request.deadline_ms / 1000.0,
+            plan=decode_plan(request.plan, spec, horizon=horizon) if request.HasField("plan") else None,
         )
 
     async def _read(self, requests: AsyncIterator[policy_pb2.ControlRequest]) -> policy_pb2.ControlRequest | None:

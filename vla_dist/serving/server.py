@@ -9,8 +9,10 @@ import grpc
 
 from vla_dist.core.errors import ConfigError, ResourceMissing, Unreachable, WaitTimeout
 from vla_dist.protocol.v1 import fleet_pb2_grpc, policy_pb2_grpc
-from vla_dist.serving.calls import TokenCheck
+from vla_dist.serving.authorisation import TokenCheck
+from vla_dist.serving.event_log import EventLog
 from vla_dist.serving.fleet_servicer import FleetServicer
+from vla_dist.serving.gate import Gate
 from vla_dist.serving.ingest import FleetIngest
 from vla_dist.serving.policy_servicer import PolicyServicer
 from vla_dist.serving.service import PolicyService
@@ -28,6 +30,9 @@ class SingleServer:
         host: address to bind, loopback unless told otherwise.
         port: 0 picks a free one, see ``port``.
         token: bearer token that every call must bring; None lets everybody in.
+        tokens: who may call, in place of ``token``: several tokens with roles.
+        audit: where refusals go; None: the process's log.
+        max_message_bytes: larger messages are refused before they are read.
     """
 
     def __init__(
@@ -38,18 +43,27 @@ class SingleServer:
         host: str = "127.0.0.1",
         port: int = 0,
         token: str | None = None,
+        tokens: TokenCheck | None = None,
+        audit: EventLog | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
-        if token == "":
-            raise ConfigError("the token is empty; give one, or None to let everybody in")
+        if token is not None and tokens is not None:
+            raise ConfigError("token and tokens are two ways to say who may call; give one of them")
         self.host = host
         self.port = port
         self._service = service
         self._ingest = ingest
-        self._tokens = TokenCheck(token)
+        self._tokens = tokens or TokenCheck(token)
+        self._audit = audit or EventLog(None)
+        self._max_message_bytes = max_message_bytes
         self._loop = asyncio.new_event_loop()
         self._server: grpc.aio.Server | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run_loop, name="policy-server", daemon=True)
+
+    @property
+    def service(self) -> PolicyService | None:
+        return self._service
 
     @property
     def address(self) -> str:
@@ -70,10 +84,12 @@ class SingleServer:
         return self
 
     def close(self, *, grace_s: float = 0.0, timeout_s: float = 10.0) -> None:
-        """Stop; running streams get ``grace_s`` to end by themselves. A second time does nothing."""
+        """Stop; running streams get ``grace_s`` to be renewed elsewhere or to end. A second time does nothing."""
         if self._closed:
             return
         self._closed = True
+        if self._service is not None and grace_s > 0:
+            self._service.leave(within_s=grace_s)
         if self._server is not None:
             self._call(self._server.stop(grace_s), grace_s + timeout_s)
         if self._thread.is_alive():
@@ -95,15 +111,18 @@ class SingleServer:
 
     async def _start(self) -> None:
         server = grpc.aio.server(
+            interceptors=[Gate(self._tokens, self._audit)],
             options=[
                 # Without this two servers share a port in silence and each gets some of the robots.
                 ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_receive_message_length", self._max_message_bytes),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ]
+            ],
         )
         if self._service is not None:
-            policy_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyServicer(self._service, self._tokens), server)
+            policy_pb2_grpc.add_PolicyServiceServicer_to_server(
+                PolicyServicer(self._service, self._tokens, audit=self._audit), server
+            )
         if self._ingest is not None:
             fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self._ingest, self._tokens), server)
         try:

@@ -8,83 +8,93 @@ One episode::
 """
 
 import asyncio
+import hashlib
 import logging
+import os
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from vla_dist.core.errors import (
-    ConfigError,
     ContractMismatch,
     DataError,
     DeadlineExceeded,
-    NotFound,
+    IntegrityError,
     ResourceMissing,
+    Unreachable,
     WorkerFailed,
 )
 from vla_dist.core.specs import EnvSpec
-from vla_dist.core.types import FALLBACKS, ActionChunk, Array, Fallback, Observation
-from vla_dist.protocol.records import PolicyInfo, ServiceHealth, SessionGrant, SessionLimits, VersionInfo
+from vla_dist.core.types import ActionChunk, Array, Observation
+from vla_dist.protocol.records import (
+    Outcome,
+    PlanInProgress,
+    PolicyInfo,
+    PolicyState,
+    ServiceHealth,
+    SessionGrant,
+    VersionInfo,
+)
+from vla_dist.serving.admission import RateLimit
+from vla_dist.serving.assignment import CANARY, ChannelAssignment
 from vla_dist.serving.batcher import DeadlineBatcher
+from vla_dist.serving.event_log import EventLog
+from vla_dist.serving.plan_joining import join_plan
+from vla_dist.serving.service_config import ServiceConfig
+from vla_dist.serving.sessions import Session, SessionTable
+from vla_dist.serving.shadow import ShadowEpisode
+from vla_dist.serving.state_sealing import StateSeal
 from vla_dist.serving.versions import LoadedPolicy, PolicyVersions
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServiceConfig:
-    """Admission and dead-man settings."""
-
-    max_sessions: int = 256
-    """Robots at once; the next one is refused. Serve's own limit does not hold for streams."""
-    limits: SessionLimits = field(default_factory=SessionLimits)
-    grace_ms: float = 100.0
-    """A chunk of H actions is valid for H control periods and this much more."""
-    fallback: Fallback = "hold"
-    """What a robot does when its chunk has run out of time."""
-
-    def __post_init__(self) -> None:
-        if self.max_sessions < 1:
-            raise ConfigError(f"max_sessions {self.max_sessions} must be at least 1")
-        if self.fallback not in FALLBACKS:
-            raise ConfigError(f"fallback {self.fallback!r} must be one of {', '.join(FALLBACKS)}")
-        if self.grace_ms < 0:
-            raise ConfigError(f"grace_ms {self.grace_ms} must not be negative")
-
-
-@dataclass(slots=True, eq=False)
-class _Session:
-    loaded: LoadedPolicy
-    state: Any
-    last_used: float
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Observations of one session are computed in turn: each starts from the state the last one left."""
-
-
 class PolicyService:
     """All policy memory of a robot lives in its session; gRPC and Serve only wrap this.
 
-    Owns ``versions`` and ``batcher``: ``shut_down`` closes both.
+    Owns ``versions``, ``batcher`` and ``assignment``: ``shut_down`` closes them.
+
+    Args:
+        key: secret that all replicas of one service share: it seals policy states that travel by the robots, and the
+            service's public id follows from it. None: one of this process's own.
+        assignment: canaries and shadows, started; None: there are none.
+        shadow_log: where differences of shadows go.
     """
 
-    def __init__(self, versions: PolicyVersions, batcher: DeadlineBatcher, config: ServiceConfig) -> None:
+    def __init__(
+        self,
+        versions: PolicyVersions,
+        batcher: DeadlineBatcher,
+        config: ServiceConfig,
+        *,
+        key: bytes | None = None,
+        assignment: ChannelAssignment | None = None,
+        shadow_log: EventLog | None = None,
+    ) -> None:
         self.versions = versions
         self.batcher = batcher
         self.config = config
         self.replica_id = uuid.uuid4().hex[:16]
-        self._sessions: dict[str, _Session] = {}
-        self._num_opening = 0
+        key = key or os.urandom(32)
+        self.service_id = hashlib.sha256(b"vla-dist service id" + key).hexdigest()[:16]
+        self.leaves_within_s = 0.0
+        """Above 0: streams should be renewed elsewhere within this time."""
+        self._seal = StateSeal(key)
+        self._assignment = assignment or ChannelAssignment(versions, None)
+        self._shadow_log = shadow_log or EventLog(None)
+        self._sessions = SessionTable(config, on_idle=lambda session: versions.release(session.loaded))
 
-    async def check(self, *, reference: str, spec: EnvSpec, policy_version: int = 0) -> SessionGrant:
+    async def check(
+        self, *, reference: str, spec: EnvSpec, policy_version: int = 0, robot_id: str = "", service_id: str = ""
+    ) -> SessionGrant:
         """What ``open`` would grant, without a session. Raises as ``open`` does."""
-        loaded = await self._acquire(reference, policy_version)
+        self._require_mine(service_id)
+        loaded, channel = await self._choose(reference, spec, policy_version, robot_id)
         try:
-            loaded.policy.spec.require_match(spec)
-            return self._grant(loaded, "")
+            return self._grant(loaded, channel, "")
         finally:
             self.versions.release(loaded)
 
@@ -98,64 +108,79 @@ class PolicyService:
         policy_version: int = 0,
         history: Sequence[Observation] = (),
         history_start: int = 0,
+        state: PolicyState | None = None,
+        service_id: str = "",
     ) -> SessionGrant:
         """Start a session.
 
         Args:
             reference: ``name@channel``.
             spec: of the robot; compared with the policy's before any motion.
-            robot_id: for the log.
+            robot_id: decides whether it gets the canary, and counts its sessions.
             task: for the log.
             policy_version: 0 for the channel's; a reconnecting episode names the one it began with.
             history: last K observations of an episode that reconnects, oldest first, with their executed actions.
             history_start: steps of the episode before the first of them.
+            state: what this service had attached to an earlier answer; ``history`` then follows it.
+            service_id: that granted the episode; empty for a new one.
 
         Raises:
             ContractMismatch: robot and policy differ; lists every difference.
             NotFound: policy or version is not served.
-            ResourceMissing: too many sessions or versions.
-            DataError: more history than the policy's context.
+            ResourceMissing: too many sessions or versions, or sessions opened too fast.
+            DataError: more history than is kept; IntegrityError: a state that this service has not sealed.
+            Unreachable: the episode belongs to another service.
         """
-        self._close_idle()
-        if len(self._sessions) + self._num_opening >= self.config.max_sessions:
-            raise ResourceMissing(
-                f"{len(self._sessions)} robots are connected, the most allowed is {self.config.max_sessions}; "
-                "add replicas or raise max_sessions"
-            )
-        self._num_opening += 1
-        try:
-            loaded = await self._acquire(reference, policy_version)
+        self._require_mine(service_id)
+        with self._sessions.opening(robot_id):
+            loaded, channel = await self._choose(reference, spec, policy_version, robot_id)
             try:
-                loaded.policy.spec.require_match(spec)
-                state = await self._rebuild(
-                    loaded, history, history_start, deadline_s=self.config.limits.max_deadline_s
+                rebuilt = await self._rebuild(
+                    loaded, history, history_start, deadline_s=self.config.limits.max_deadline_s, state=state
                 )
             except BaseException:
                 self.versions.release(loaded)
                 raise
-        finally:
-            self._num_opening -= 1
-        session_id = uuid.uuid4().hex
-        self._sessions[session_id] = _Session(loaded, state, time.monotonic())
+        session = Session(
+            loaded=loaded,
+            state=rebuilt,
+            robot_id=robot_id,
+            rate=RateLimit(self.config.max_observations_per_s),
+            num_steps=(state.num_steps if state else history_start) + len(history),
+        )
+        shadow = self._assignment.shadow(reference) if not session.num_steps else None
+        if shadow is not None and shadow is not loaded and not shadow.policy.spec.differences(spec):
+            session.shadow = ShadowEpisode(shadow, self.batcher)
         _log.info("%s opened %s version %d for %r", robot_id or "a robot", reference, loaded.version, task)
-        return self._grant(loaded, session_id)
+        return self._grant(loaded, channel, self._sessions.add(session))
 
     async def act(
-        self, session_id: str, observation: Observation, *, observation_id: int, deadline_s: float
+        self,
+        session_id: str,
+        observation: Observation,
+        *,
+        observation_id: int,
+        deadline_s: float,
+        plan: PlanInProgress | None = None,
     ) -> ActionChunk:
         """The chunk for one observation; the session's memory moves on only where a chunk is returned.
+
+        Args:
+            plan: what the robot goes on doing meanwhile; the chunk is joined onto it.
 
         Raises:
             NotFound: no such session: closed, idle for too long, or of another replica.
             DeadlineExceeded: not computed in time.
             DataError: the deadline is out of bounds.
-            ResourceMissing: the queue is full.
+            ResourceMissing: the queue is full, or the robot asks too often.
             WorkerFailed: the policy returned actions that are not finite.
         """
-        session = self._sessions.get(session_id)
-        if session is None:
-            raise NotFound(f"no session {session_id!r} here; it ended or another replica holds it. Open a new one")
+        session = self._sessions.require(session_id)
         self._require_deadline(deadline_s)
+        if not session.rate.take():
+            raise ResourceMissing(
+                f"more than {self.config.max_observations_per_s:g} observations a second in one session; ask less often"
+            )
         started = time.monotonic()
         session.last_used = started
         try:
@@ -167,9 +192,24 @@ class PolicyService:
         try:
             remaining = deadline_s - (time.monotonic() - started)
             actions, session.state = await self._advance(session.loaded, observation, session.state, remaining)
+            session.num_steps += 1
         finally:
             session.turn.release()
+        if plan is not None:
+            actions = join_plan(actions, plan, session.loaded.policy.spec)
+        if session.shadow is not None:
+            session.shadow.see(observation, actions, deadline_s=deadline_s)
         return self._chunk(session.loaded, actions, observation_id)
+
+    def state_due(self, session_id: str) -> PolicyState | None:
+        """The memory to send along with the answer just given; None where observations rebuild it, or not yet."""
+        session = self._sessions.find(session_id)
+        if session is None or not _remembers_episode(session.loaded.policy):
+            return None
+        if session.num_steps % self._state_every(session.loaded):
+            return None
+        sealed = self._seal.seal(session.state, label=_label(session.loaded))
+        return PolicyState(num_steps=session.num_steps, sealed=sealed)
 
     async def act_once(
         self,
@@ -182,6 +222,7 @@ class PolicyService:
         observation: Observation,
         observation_id: int,
         deadline_s: float,
+        plan: PlanInProgress | None = None,
     ) -> ActionChunk:
         """One answer without a session: the caller brings all memory. Raises as ``open`` and ``act`` do."""
         self._require_deadline(deadline_s)
@@ -196,15 +237,32 @@ class PolicyService:
             state = await self._rebuild(loaded, history, history_start, deadline_s=deadline_s)
             remaining = deadline_s - (time.monotonic() - started)
             actions, _ = await self._advance(loaded, observation, state, remaining)
+            if plan is not None:
+                actions = join_plan(actions, plan, loaded.policy.spec)
             return self._chunk(loaded, actions, observation_id)
         finally:
             self.versions.release(loaded)
 
-    async def close(self, session_id: str) -> None:
-        """End a session; a second time does nothing."""
-        session = self._sessions.pop(session_id, None)
-        if session is not None:
-            self.versions.release(session.loaded)
+    async def close(self, session_id: str, *, outcome: Outcome | None = None, episode_id: str = "") -> None:
+        """End a session; a second time does nothing.
+
+        Args:
+            outcome: of the episode, where it ended with the session; canaries are judged by it.
+        """
+        session = self._sessions.pop(session_id)
+        if session is None:
+            return
+        loaded = session.loaded
+        self.versions.release(loaded)
+        if outcome is not None:
+            self._assignment.record(loaded.name, loaded.version, episode_id, outcome)
+        if session.shadow is not None:
+            names = {"name": loaded.name, "version": loaded.version, "episode_id": episode_id}
+            session.shadow.finish(self._shadow_log, robot_id=session.robot_id, **names)
+
+    def leave(self, *, within_s: float) -> None:
+        """Ask every robot, with its next answer, to renew its stream elsewhere."""
+        self.leaves_within_s = within_s
 
     def policies(self) -> tuple[PolicyInfo, ...]:
         """What is served, with every version that the registry knows. Blocking: reads the registry."""
@@ -227,22 +285,23 @@ class PolicyService:
             for reference, current in self.versions.current().items()
         )
 
-    def spec_of(self, reference: str) -> EnvSpec:
-        """Contract of the version that new episodes get; what a wire message is checked against before decoding."""
+    def contract_of(self, reference: str) -> tuple[EnvSpec, int]:
+        """Spec and horizon of what new episodes get: a wire message is checked against them before it is decoded."""
         loaded = self.versions.acquire(reference)
         self.versions.release(loaded)
-        return loaded.policy.spec
+        return loaded.policy.spec, loaded.policy.horizon
 
     def health(self) -> ServiceHealth:
         return ServiceHealth(
             loaded=self.versions.sessions(),
             num_sessions=len(self._sessions),
-            problems=self.versions.problems(),
+            problems=self.versions.problems() + self._assignment.problems(),
             replica_id=self.replica_id,
         )
 
     def shut_down(self) -> None:
         """Stop following and computing; open sessions get Unreachable."""
+        self._assignment.close()
         self.batcher.close()
         self.versions.close()
 
@@ -252,19 +311,50 @@ class PolicyService:
         # Loading a pinned version takes seconds; the other robots' streams go on meanwhile.
         return await asyncio.get_running_loop().run_in_executor(None, self.versions.acquire, reference, policy_version)
 
+    async def _choose(
+        self, reference: str, spec: EnvSpec, policy_version: int, robot_id: str
+    ) -> tuple[LoadedPolicy, str]:
+        """The version for a session, acquired, and the channel it comes from."""
+        version, channel = policy_version, reference.partition("@")[2]
+        if not policy_version:
+            version, channel = self._assignment.choose(reference, robot_id)
+        loaded = await self._acquire(reference, version)
+        if channel == CANARY and loaded.policy.spec.differences(spec):
+            # A canary for other robots is no reason to stop this one.
+            self.versions.release(loaded)
+            loaded, channel = await self._acquire(reference, 0), reference.partition("@")[2]
+        try:
+            loaded.policy.spec.require_match(spec)
+        except BaseException:
+            self.versions.release(loaded)
+            raise
+        return loaded, channel
+
     async def _rebuild(
-        self, loaded: LoadedPolicy, history: Sequence[Observation], history_start: int, *, deadline_s: float
+        self,
+        loaded: LoadedPolicy,
+        history: Sequence[Observation],
+        history_start: int,
+        *,
+        deadline_s: float,
+        state: PolicyState | None = None,
     ) -> Any:
-        if len(history) > loaded.policy.context_steps:
+        if len(history) > self._context_steps(loaded):
             raise DataError(
                 f"the history has {len(history)} observations, expected at most the policy's "
-                f"{loaded.policy.context_steps}"
+                f"{self._context_steps(loaded)}"
             )
         deadline = time.monotonic() + deadline_s
-        state = loaded.policy.initial_state(timestep=history_start)
+        memory = loaded.policy.initial_state(timestep=history_start)
+        if state is not None:
+            if history and history_start != state.num_steps:
+                raise IntegrityError(
+                    f"the history begins at step {history_start}, expected {state.num_steps}, where the state ends"
+                )
+            memory = self._seal.open(state.sealed, loaded.policy.initial_state(), label=_label(loaded))
         for observation in history:
-            _, state = await self._advance(loaded, observation, state, deadline - time.monotonic())
-        return state
+            _, memory = await self._advance(loaded, observation, memory, deadline - time.monotonic())
+        return memory
 
     async def _advance(
         self, loaded: LoadedPolicy, observation: Observation, state: Any, deadline_s: float
@@ -285,24 +375,43 @@ class PolicyService:
             fallback=self.config.fallback,
         )
 
-    def _grant(self, loaded: LoadedPolicy, session_id: str) -> SessionGrant:
+    def _grant(self, loaded: LoadedPolicy, channel: str, session_id: str) -> SessionGrant:
         return SessionGrant(
             policy_version=loaded.version,
             horizon=loaded.policy.horizon,
-            context_steps=loaded.policy.context_steps,
+            context_steps=self._context_steps(loaded),
             limits=self.config.limits,
             spec_digest=loaded.policy.spec.digest,
             session_id=session_id,
+            service_id=self.service_id,
+            channel=channel,
         )
+
+    def _context_steps(self, loaded: LoadedPolicy) -> int:
+        """Observations that a robot keeps: those that rebuild the memory, or that came after its last state."""
+        steps = loaded.policy.context_steps
+        return max(steps, self._state_every(loaded)) if _remembers_episode(loaded.policy) else steps
+
+    def _state_every(self, loaded: LoadedPolicy) -> int:
+        return max(1, round(self.config.state_every_s * loaded.policy.spec.control_hz))
+
+    def _require_mine(self, service_id: str) -> None:
+        if service_id and service_id != self.service_id:
+            raise Unreachable(
+                f"service {self.service_id} answers here, and the episode belongs to {service_id[:64]!r}; another "
+                "fleet shares the address. Try again until the right one answers, or start a new episode"
+            )
 
     def _require_deadline(self, deadline_s: float) -> None:
         longest = self.config.limits.max_deadline_s
         if not 0 < deadline_s <= longest:
             raise DataError(f"deadline {deadline_s} s must be above 0 and at most {longest} s")
 
-    def _close_idle(self) -> None:
-        oldest = time.monotonic() - self.config.limits.idle_timeout_s
-        for session_id, session in list(self._sessions.items()):
-            if session.last_used < oldest and not session.turn.locked():
-                del self._sessions[session_id]
-                self.versions.release(session.loaded)
+
+def _remembers_episode(policy: Any) -> bool:
+    """Whether no number of observations rebuilds the memory; most policies do not say, and need none."""
+    return getattr(policy, "remembers_episode", False)
+
+
+def _label(loaded: LoadedPolicy) -> str:
+    return f"{loaded.name}@{loaded.version}"

@@ -24,8 +24,9 @@ class VersionsConfig:
     """``name@channel`` each; robots may ask for these only."""
     warm_up_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Batch sizes to run before a version gets its first robot: the batcher's buckets."""
-    max_loaded: int = 4
-    """Versions in memory at once; a newer one waits until an old one's last episode ends."""
+    max_loaded: int = 6
+    """Versions in memory at once, canary and shadow among them; a newer one waits until an old one's last episode
+    ends."""
     poll_s: float = 1.0
     """Longest wait for the registry in one call; also how fast a close is noticed."""
     retry_s: float = 5.0
@@ -69,6 +70,7 @@ class PolicyVersions:
         self._load_policy = load
         self._loaded: dict[tuple[str, int], LoadedPolicy] = {}
         self._current: dict[str, LoadedPolicy] = {}
+        self._kept: dict[str, LoadedPolicy] = {}
         self._problems: dict[str, str] = {}
         self._lock = threading.Lock()
         self._loading = threading.Lock()
@@ -116,6 +118,23 @@ class PolicyVersions:
         """End one session; an old version leaves with its last."""
         with self._lock:
             loaded.num_sessions -= 1
+            self._drop_unused()
+
+    def keep(self, purpose: str, name: str, version: int) -> LoadedPolicy:
+        """Have a version ready, and keep it in place of what was kept for this purpose before.
+
+        Blocking: while it is loaded. Raises what the registry and the loader raise.
+        """
+        loaded = self._make_ready(name, version)
+        with self._lock:
+            self._kept[purpose] = loaded
+            self._drop_unused()
+        return loaded
+
+    def let_go(self, purpose: str) -> None:
+        """Keep nothing for this purpose any more; running sessions go on."""
+        with self._lock:
+            self._kept.pop(purpose, None)
             self._drop_unused()
 
     def current(self) -> dict[str, int]:
@@ -185,7 +204,7 @@ class PolicyVersions:
             return loaded
 
     def _drop_unused(self) -> None:
-        served = set(map(id, self._current.values()))
+        served = set(map(id, [*self._current.values(), *self._kept.values()]))
         for key, loaded in list(self._loaded.items()):
             if loaded.num_sessions == 0 and id(loaded) not in served:
                 del self._loaded[key]

@@ -5,14 +5,20 @@ from dataclasses import replace
 
 from vla_dist.core.protocols import AppendResult, PolicyLoader
 from vla_dist.core.types import Batch, Segment, TableStats
+from vla_dist.registry.canaries import CanaryStore
+from vla_dist.serving.assignment import ChannelAssignment
 from vla_dist.serving.batcher import BatcherConfig, DeadlineBatcher
-from vla_dist.serving.service import PolicyService, ServiceConfig
+from vla_dist.serving.event_log import EventLog
+from vla_dist.serving.service import PolicyService
+from vla_dist.serving.service_config import ServiceConfig
 from vla_dist.serving.versions import PolicyVersions, VersionsConfig
 from vla_dist.testing.registry import InMemoryRegistry, load_fake
 
 REFERENCE = "demo@stable"
 VERSIONS = VersionsConfig(references=(REFERENCE,), warm_up_sizes=(1, 2), poll_s=0.05, retry_s=0.05)
 BUCKETS = (1, 2, 4, 8)
+KEY = bytes(range(32))
+"""Of the service, the same after each restart, as the registry keeps it."""
 
 
 def build_service(
@@ -22,12 +28,18 @@ def build_service(
     config: ServiceConfig | None = None,
     versions: VersionsConfig = VERSIONS,
     max_queue: int = 64,
+    canaries: CanaryStore | None = None,
+    key: bytes = KEY,
+    shadow_log: EventLog | None = None,
 ) -> PolicyService:
     """A started service; ``shut_down`` it, or give it to a server that will."""
     loaded = PolicyVersions(registry, load, replace(versions))
     loaded.start()
     batcher = DeadlineBatcher(BatcherConfig(bucket_sizes=BUCKETS, max_queue=max_queue))
-    return PolicyService(loaded, batcher, config or ServiceConfig())
+    assignment = ChannelAssignment(loaded, canaries, poll_s=0.05).start()
+    return PolicyService(
+        loaded, batcher, config or ServiceConfig(), key=key, assignment=assignment, shadow_log=shadow_log
+    )
 
 
 class ListTable:

@@ -1,0 +1,119 @@
+"""A policy's memory as bytes that travel by the robot: readable only by replicas of the service that sealed them.
+
+The bytes are a JSON header (each leaf's path, type and shape), the leaves' bytes, and a keyed digest over everything
+that must not change. A robot can neither read another policy's memory into its session nor invent one, and nothing
+is unpickled: the shape of the tree comes from ``policy.initial_state()``, never from the wire.
+"""
+
+import dataclasses
+import hashlib
+import hmac
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from vla_dist.core.errors import ConfigError, DataError, IntegrityError
+from vla_dist.core.types import Array
+
+MAX_STATE_BYTES = 4 * 2**20
+_DIGEST_BYTES = 32
+_LENGTH_BYTES = 4
+_PLAIN = (bool, int, float)
+
+
+class StateSeal:
+    """Seals and opens states with one key.
+
+    Args:
+        key: secret of the service, the same in all its replicas.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) < 16:
+            raise ConfigError(f"the key of a service has {len(key)} bytes, expected at least 16")
+        self._key = key
+
+    def seal(self, state: Any, *, label: str) -> bytes:
+        """Bytes of a state.
+
+        Args:
+            state: a tree of dataclasses with arrays, numbers and None as leaves.
+            label: what the state belongs to; ``open`` must be given the same.
+
+        Raises:
+            DataError: a leaf of another kind, or more than 4 MiB.
+        """
+        header: list[dict[str, Any]] = []
+        parts: list[bytes] = []
+        for path, leaf in _leaves("", state):
+            if isinstance(leaf, np.ndarray):
+                header.append({"path": path, "dtype": leaf.dtype.str, "shape": leaf.shape})
+                parts.append(np.ascontiguousarray(leaf).tobytes())
+            else:
+                header.append({"path": path, "value": leaf})
+        text = json.dumps(header).encode()
+        body = b"".join([len(text).to_bytes(_LENGTH_BYTES, "little"), text, *parts])
+        if len(body) > MAX_STATE_BYTES:
+            raise DataError(f"the policy's state has {len(body)} bytes, expected at most {MAX_STATE_BYTES}")
+        return self._digest(body, label) + body
+
+    def open(self, sealed: bytes, template: Any, *, label: str) -> Any:
+        """The state that was sealed.
+
+        Args:
+            template: the policy's initial state; says what the tree looks like.
+
+        Raises:
+            IntegrityError: not sealed by this service for this label.
+        """
+        digest, body = sealed[:_DIGEST_BYTES], sealed[_DIGEST_BYTES:]
+        if len(body) > MAX_STATE_BYTES or not hmac.compare_digest(digest, self._digest(body, label)):
+            raise IntegrityError(
+                "the policy state that came back was not sealed by this service for this episode's version; reopen "
+                "the episode with its last observations instead"
+            )
+        end = _LENGTH_BYTES + int.from_bytes(body[:_LENGTH_BYTES], "little")
+        leaves: dict[str, Any] = {}
+        for entry in json.loads(body[_LENGTH_BYTES:end]):
+            if "dtype" not in entry:
+                leaves[entry["path"]] = entry["value"]
+                continue
+            dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
+            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            leaves[entry["path"]] = _read_only(np.frombuffer(body[end : end + size], dtype).reshape(shape))
+            end += size
+        return _rebuilt("", template, leaves)
+
+    def _digest(self, body: bytes, label: str) -> bytes:
+        return hmac.digest(self._key, len(label).to_bytes(4, "little") + label.encode() + body, hashlib.sha256)
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _leaves(f"{path}.{field.name}", getattr(value, field.name))
+    elif value is None or isinstance(value, _PLAIN) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiub"):
+        yield path, value
+    else:
+        raise DataError(f"the policy's state has {type(value).__name__} at {path}, expected arrays and numbers only")
+
+
+def _rebuilt(path: str, template: Any, leaves: dict[str, Any]) -> Any:
+    if dataclasses.is_dataclass(template) and not isinstance(template, type):
+        return dataclasses.replace(
+            template,
+            **{f.name: _rebuilt(f"{path}.{f.name}", getattr(template, f.name), leaves) for f in _settable(template)},
+        )
+    # What is unknown at the start and only derived later (keys of attention) is computed again.
+    return leaves.get(path)
+
+
+def _settable(template: Any) -> list[Any]:
+    return [field for field in dataclasses.fields(template) if field.init]
+
+
+def _read_only(array: Array) -> Array:
+    array.flags.writeable = False
+    return array
