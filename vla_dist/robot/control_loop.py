@@ -4,13 +4,15 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from vla_dist.core.errors import ConfigError, DeadlineExceeded, Unreachable
 from vla_dist.core.protocols import RobotEnv
 from vla_dist.core.recorder import EpisodeRecorder
-from vla_dist.core.types import ActionChunk, Array, Fallback, Observation, Segment, Step
+from vla_dist.core.types import Array, Fallback, Observation, Segment, Step
 from vla_dist.robot.client import PolicyClient
 from vla_dist.robot.dead_man import DeadMan
+from vla_dist.robot.plan import Plan, PlanAhead
 from vla_dist.robot.session import Session
 
 
@@ -33,8 +35,17 @@ class ControlConfig:
     """An episode without a chunk for this long is lost, whether the server is away or always late."""
     segment_steps: int = 32
     """T of what is recorded."""
+    execution: Literal["in_turn", "real_time"] = "in_turn"
+    """How chunks are executed. in_turn: each to its end, then the next is asked for. real_time: the next is asked for
+    while the last is executed, and joined onto it, so that the robot never stands still to wait."""
+    execute_steps: int | None = None
+    """Of real_time: actions of a chunk that are executed before the next is asked for; None: a quarter of it."""
 
     def __post_init__(self) -> None:
+        if self.execution not in ("in_turn", "real_time"):
+            raise ConfigError(f"execution {self.execution!r} must be 'in_turn' or 'real_time'")
+        if self.execution == "real_time" and (self.control_hz is None or self.waits):
+            raise ConfigError("real_time execution needs a control_hz and a world that does not wait (waits=False)")
         if self.control_hz is not None and self.control_hz <= 0:
             raise ConfigError(f"control_hz {self.control_hz} must be positive, or None for as fast as possible")
         if self.deadline_s <= 0 or self.give_up_s <= 0 or self.segment_steps < 1:
@@ -63,24 +74,6 @@ class EpisodeReport:
     num_reconnects: int
     latencies_s: tuple[float, ...]
     """Of each call that brought a chunk."""
-
-
-@dataclass(slots=True)
-class _Plan:
-    """The chunk being executed."""
-
-    chunk: ActionChunk
-    sent_at: float
-    next_index: int = 0
-
-    def take(self) -> Array:
-        action = self.chunk.actions[self.next_index]
-        self.next_index += 1
-        return action
-
-    @property
-    def is_used_up(self) -> bool:
-        return self.next_index >= len(self.chunk.actions)
 
 
 class ControlLoop:
@@ -161,10 +154,13 @@ class _Episode:
         self._deadline_s = config.deadline_s if self._waits else min(config.deadline_s, self._period_s or 0.0)
         self._give_up_s = config.give_up_s
         self._last_chunk_at = time.monotonic()
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._last_action: Array | None = None
         self._fallback_kind: Fallback = "hold"
         self._num_fallbacks = 0
+        self._ahead: PlanAhead | None = None
+        if config.execution == "real_time" and self._period_s is not None:
+            self._ahead = PlanAhead(session, period_s=self._period_s, execute_steps=config.execute_steps)
 
     def run(self, step: Step) -> EpisodeReport:
         lost = ""
@@ -178,11 +174,18 @@ class _Episode:
                 break
             step = self._execute(action, step)
             due = self._wait_until_due(due)
+        if self._ahead is not None:
+            self._ahead.close()
         if self._recorder.total_steps:
             self._emit(self._recorder.finish(success=step.success and not lost))
+        if not lost:
+            outcome = "success" if step.success else "failure"
+            self._session.close(outcome=outcome, episode_id=self._recorder.episode_id)
         return self._report(success=step.success and not lost, lost=lost)
 
     def _next_action(self, observation: Observation) -> Array | None:
+        if self._ahead is not None:
+            return self._next_ahead(self._ahead, observation)
         plan = self._plan
         if plan is None or plan.is_used_up or not self._may_execute(plan):
             plan = self._plan = self._ask(observation)
@@ -190,11 +193,30 @@ class _Episode:
             return self._fallback(observation)
         return plan.take()
 
-    def _ask(self, observation: Observation) -> _Plan | None:
+    def _next_ahead(self, ahead: PlanAhead, observation: Observation) -> Array | None:
+        plan = self._plan
+        if plan is not None and not self._may_execute(plan):
+            plan = None
+        after = ahead.follow(plan, self._told(observation))
+        if after is not None and after is not plan:
+            self._last_chunk_at = time.monotonic()
+            self._fallback_kind = after.chunk.fallback
+        elif time.monotonic() - self._last_chunk_at > self._give_up_s:
+            raise Unreachable(f"no chunk for {self._give_up_s} s; the episode is lost")
+        self._plan = after
+        if after is None or after.is_used_up or not self._may_execute(after):
+            return self._fallback(observation)
+        return after.take()
+
+    def _told(self, observation: Observation) -> Observation:
+        """What was executed may be a fallback, and the server must not believe it was its own action."""
+        if observation.previous_action is not None or self._last_action is None:
+            return observation
+        return replace(observation, previous_action=self._last_action)
+
+    def _ask(self, observation: Observation) -> Plan | None:
         """The chunk for this observation; None where it did not come in time for this period."""
-        if observation.previous_action is None and self._last_action is not None:
-            # What was executed may be a fallback, and the server must not believe it was its own action.
-            observation = replace(observation, previous_action=self._last_action)
+        observation = self._told(observation)
         while True:
             sent_at = time.monotonic()
             try:
@@ -206,11 +228,11 @@ class _Episode:
                     continue
                 return None
             self._last_chunk_at = time.monotonic()
-            plan = _Plan(chunk, sent_at)
+            plan = Plan(chunk, sent_at)
             self._fallback_kind = chunk.fallback
             return plan if self._may_execute(plan) else None
 
-    def _may_execute(self, plan: _Plan) -> bool:
+    def _may_execute(self, plan: Plan) -> bool:
         if self._waits:
             return True
         return self._dead_man.is_valid(plan.chunk, sent_at=plan.sent_at, now=time.monotonic())
