@@ -193,12 +193,12 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         return _build(next(one for one in arguments if one is not type(None)), value, where)
+    if origin is typing.Literal:
+        return value
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, dict):
             raise ConfigError(f"{where} is {value!r}, expected names with values")
         return {str(name): _build(arguments[1], one, f"{where}.{name}") for name, one in value.items()}
-    if origin is typing.Literal:
-        return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from vla_dist.core.protocols import PolicyLoader, PolicyRegistry, ReplayTable, RobotEnv
 from vla_dist.core.specs import EnvSpec
+from vla_dist.data.image_codec import ImageEncoding
 from vla_dist.registry.blobs import open_blobs
 from vla_dist.registry.store import RedisPolicyRegistry
 from vla_dist.replay.config import BufferConfig, Stratified, TableConfig, Uniform
@@ -28,6 +29,8 @@ from vla_dist.run.files import SPOOLS
 from vla_dist.run.store import Store
 
 if TYPE_CHECKING:
+    from vla_dist.collection.campaign import Campaign
+    from vla_dist.collection.ledger import CampaignLedger
     from vla_dist.envs.instructions import Split
     from vla_dist.evaluation.suite import PhraseSource, VersionJudge
     from vla_dist.learner.config import Rank
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 
 _LEARNER_LANE = 10_000
 """First seed of draws by learner ranks: each rank, and each start of it, draws by a seed of its own."""
+_CAMPAIGN_CAPACITY = 200_000
+"""Steps that a campaign keeps in Redis; the archive has all of them, and eviction waits for it."""
 _ROBOT_LANE = 512
 """First seed lane of robots: rollout workers own those below."""
 
@@ -344,6 +349,53 @@ def build_robots(place: Place, address: str) -> list[SimulatedRobot]:
         SpoolUploader(FleetClient(client, robot_id=control.robot_id, spool_id=spool.spool_id), spool)
         robots.append(SimulatedRobot(env, client, control, robot, robot_index=_ROBOT_LANE + index, spool=spool))
     return robots
+
+
+def build_campaign_spec(campaign: Campaign, folder: Path) -> EnvSpec:
+    """The contract of a campaign's robots; ``folder`` is that of its file. Raises ConfigError, NotFound."""
+    if campaign.contract:
+        return campaign.spec_from_contract(folder)
+    from vla_dist.envs.make import make_env
+
+    env = make_env(
+        campaign.environment,
+        tasks=campaign.tasks,
+        cameras=campaign.cameras,
+        max_episode_steps=campaign.max_episode_steps,
+    )
+    try:
+        return env.spec
+    finally:
+        env.close()
+
+
+def build_campaign_table(campaign: Campaign, spec: EnvSpec, redis_url: str, *, seed: int = 0) -> RedisReplayTable:
+    """A table that never makes a robot wait for a reader: what is collected goes to the archive."""
+    encoding = f"jpeg:{campaign.jpeg_quality}" if campaign.jpeg_quality else "lz4"
+    config = BufferConfig(
+        name=campaign.name,
+        num_steps=campaign.segment_steps,
+        capacity_steps=_CAMPAIGN_CAPACITY + 2 * spec.max_episode_steps,
+        image_encodings={camera.name: ImageEncoding.parse(encoding) for camera in spec.cameras},
+    )
+    return RedisReplayTable(redis_url, spec, config, seed=seed)
+
+
+def build_campaign_ingest(
+    campaign: Campaign, spec: EnvSpec, redis_url: str, *, ledger: CampaignLedger, quarantine: Path
+) -> FleetIngest:
+    from vla_dist.serving.ingest import FleetIngest, IngestConfig
+    from vla_dist.serving.quarantine import QuarantineFolder
+
+    table = build_campaign_table(campaign, spec, redis_url)
+    return FleetIngest(
+        table,
+        spec,
+        IngestConfig(num_steps=campaign.segment_steps, tasks=campaign.tasks),
+        quarantine=QuarantineFolder(quarantine),
+        ledger=ledger,
+        packed=table if campaign.jpeg_quality and spec.cameras else None,
+    )
 
 
 def build_judge(place: Place, *, instructions: Split = "training") -> VersionJudge:
