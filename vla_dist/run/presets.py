@@ -69,6 +69,34 @@ def babyai() -> RunConfig:
     )
 
 
+def advantage_tiny() -> RunConfig:
+    """BabyAI from clumsy teachers, each step told how much better than expected it turned out."""
+    run = _missions("advantage-tiny", ModelSettings(preset="mini", conditioning="advantage"))
+    return dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, noise_scales=(0.0, 0.2, 0.4)))
+
+
+def online_dt() -> RunConfig:
+    """Two tabletop tasks by an Online Decision Transformer, half of each batch from its own rollouts."""
+    return RunConfig(
+        preset="online-dt",
+        env=EnvSettings(tasks=("drawer-open", "button-press-topdown")),
+        replay=ReplaySettings(min_steps=400, samples_per_insert=8.0, strata=("demo=0.5", "policy=0.5")),
+        rollout=RolloutSettings(
+            num_workers=1, episodes_per_task=20, noise_scales=(0.2, 0.4, 0.8), policy_episodes_per_task=20
+        ),
+        model=ModelSettings(preset="mini", changes=("head=gaussian",)),
+        learner=LearnerSettings(
+            algorithm="online_decision_transformer",
+            total_updates=600,
+            publish_updates=(0, 150, 300, 450, 600),
+            checkpoint_every_updates=150,
+        ),
+        fleet=FleetSettings(num_robots=1),
+        evaluation=EvaluationSettings(episodes_per_task=5, final_episodes_per_task=10, num_envs=4),
+        min_memory_gib=3.0,
+    )
+
+
 def memory_tiny() -> RunConfig:
     """BabyAI with the memory-augmented model."""
     return _missions("memory-tiny", ModelSettings(architecture="memory", preset="tiny", conditioning="none"))
@@ -101,6 +129,8 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "demo": demo,
     "demo-cameras": demo_cameras,
     "babyai": babyai,
+    "advantage-tiny": advantage_tiny,
+    "online-dt": online_dt,
     "memory-tiny": memory_tiny,
     "hierarchical-tiny": hierarchical_tiny,
     "rt1-tiny": rt1_tiny,
