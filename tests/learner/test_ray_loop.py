@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -277,3 +278,22 @@ def test_two_ranks_keep_one_model(ray_cluster, tmp_path, parallelism):
     for ranks in by_update.values():
         assert ranks[0][0] == pytest.approx(ranks[1][0], abs=1e-9)
         assert ranks[0][1] == ranks[1][1]
+
+
+@pytest.mark.slow
+def test_deleted_checkpoints_and_half_a_note_of_them_do_not_stop_a_resumption(ray_cluster, tmp_path):
+    log, storage = tmp_path / "log", tmp_path / "storage" / "run"
+    assert fit(make_build(str(log)), tmp_path, num_workers=1).metrics["updates"] == 40
+    newest = max(storage.glob("update-*"))
+    shutil.rmtree(newest)
+    assert fit(make_build(str(log), total_updates=50), tmp_path, num_workers=1).metrics["updates"] == 50
+    assert resumptions(log)[0] == [30]
+    note = storage / "checkpoint_manager_snapshot.json"
+    note.write_text(note.read_text()[:100])
+    assert fit(make_build(str(log), total_updates=60), tmp_path, num_workers=1).metrics["updates"] == 60
+    # The second run ended at 50, and the third went on from there.
+    assert resumptions(log)[0] == [30]
+    for path in storage.glob("update-*"):
+        shutil.rmtree(path)
+    assert fit(make_build(str(log), total_updates=20), tmp_path, num_workers=1).metrics["updates"] == 20
+    assert resumptions(log)[0] == [30, 0]

@@ -74,6 +74,10 @@ def checkpoint_name(updates: int) -> str:
     return f"{_PREFIX}{updates:010d}-{uuid.uuid4().hex[:8]}"
 
 
+def is_checkpoint_name(name: str) -> bool:
+    return name.startswith(_PREFIX)
+
+
 def updates_of(path: str) -> int:
     """Inverse of ``checkpoint_name``, for a whole path; 0 for another name."""
     digits = path.rpartition("/")[2].removeprefix(_PREFIX).partition("-")[0]

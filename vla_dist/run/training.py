@@ -18,6 +18,7 @@ from vla_dist.run.files import CHECKPOINTS
 from vla_dist.run.orphans import free_orphaned_reservations, kill_train_controllers
 from vla_dist.run.placement import Placement
 from vla_dist.run.roles import LEARNER
+from vla_dist.run.train_snapshot import mend_snapshot
 
 _KEEP_CHECKPOINTS = 3
 _MAX_FAILURES = 5
@@ -105,6 +106,8 @@ def fit_to_the_end(
 ) -> ray.train.Result:
     """Ray Train watches the ranks, and this its controller: one that was killed is replaced and goes on.
 
+    Checkpoints that were deleted meanwhile are forgotten first, so that it goes on from the newest that is left.
+
     Args:
         make_trainer: makes trainers of the same name and storage.
         is_closing: whether the controller was killed because the training is to end.
@@ -115,13 +118,18 @@ def fit_to_the_end(
     """
     for _ in range(_MAX_FAILURES):
         try:
-            return make_trainer().fit()
+            return _fit(make_trainer())
         except RayActorError:
             if is_closing():
                 raise
             time.sleep(_PAUSE_S)
             free_orphaned_reservations()
-    return make_trainer().fit()
+    return _fit(make_trainer())
+
+
+def _fit(trainer: TorchTrainer) -> ray.train.Result:
+    mend_snapshot(trainer.run_config)
+    return trainer.fit()
 
 
 def _reason(error: BaseException) -> str:
