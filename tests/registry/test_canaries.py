@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from vla_dist.core.errors import ConfigError
-from vla_dist.registry.canaries import CanaryPlan, RedisCanaries, sticky_share
+from vla_dist.registry.canaries import RedisCanaries
+from vla_dist.registry.canary_plan import CanaryPlan, sticky_share
 from vla_dist.registry.sequential import CanaryRule, Tally
 from vla_dist.replay.server import EmbeddedServer
 

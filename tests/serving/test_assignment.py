@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from vla_dist.core.types import Observation
-from vla_dist.registry.canaries import CanaryPlan, RedisCanaries
+from vla_dist.registry.canaries import RedisCanaries
+from vla_dist.registry.canary_plan import CanaryPlan
 from vla_dist.registry.sequential import CanaryRule
 from vla_dist.replay.server import EmbeddedServer
 from vla_dist.serving.event_log import EventLog, read_events

@@ -36,7 +36,9 @@ with --run FOLDER, of no run at all with --redis-url URL. 'vla-dist registry VER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Where:
+class RegistryPlace:
+    """Which registry a verb is about."""
+
     run: Path | None = None
     """Folder of the run, live or ended; the newest in runs/ where left out."""
     redis_url: str = ""
@@ -48,7 +50,7 @@ class _Where:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ListOptions(_Where):
+class ListOptions(RegistryPlace):
     """Every version of every policy."""
 
     name: str = ""
@@ -56,7 +58,7 @@ class ListOptions(_Where):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShowOptions(_Where):
+class ShowOptions(RegistryPlace):
     """One version."""
 
     reference: tyro.conf.Positional[str]
@@ -64,7 +66,7 @@ class ShowOptions(_Where):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiffOptions(_Where):
+class DiffOptions(RegistryPlace):
     """What differs between two versions: settings, contract, metrics, tensors."""
 
     left: tyro.conf.Positional[str]
@@ -74,7 +76,7 @@ class DiffOptions(_Where):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PullOptions(_Where):
+class PullOptions(RegistryPlace):
     """A version as files."""
 
     reference: tyro.conf.Positional[str]
@@ -84,7 +86,7 @@ class PullOptions(_Where):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GcOptions(_Where):
+class GcOptions(RegistryPlace):
     """Remove tensors of versions that no channel points at, no follower uses, and that are neither new nor young."""
 
     keep_newest: int = 10
@@ -106,12 +108,13 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"no verb {verb!r} of a registry; {hint}The verbs are {', '.join(_VERBS)}")
     options, act = _VERBS[verb]
     chosen = tyro.cli(options, args=words, prog=f"vla-dist registry {verb}")
-    with _registry(chosen) as registry:
+    with opened_registry(chosen) as registry:
         act(registry, chosen, Console())
 
 
 @contextlib.contextmanager
-def _registry(options: _Where) -> Iterator[RedisPolicyRegistry]:
+def opened_registry(options: RegistryPlace) -> Iterator[RedisPolicyRegistry]:
+    """The registry that the options name, for as long as the block runs."""
     if options.run is not None and options.redis_url:
         raise ConfigError("--run and --redis-url name two registries; give one of them")
     with reach_registry(options.run, redis_url=options.redis_url, blobs=options.blobs) as registry:

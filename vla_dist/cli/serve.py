@@ -7,7 +7,9 @@ from pathlib import Path
 import tyro
 
 from vla_dist.core.errors import ConfigError
+from vla_dist.run.files import AUDIT
 from vla_dist.run.reopen import reopen, serve_fleet, serve_single
+from vla_dist.serving.authorisation import LOOPBACK, AccessConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,21 +25,38 @@ class ServeOptions:
     port: int = 9000
     num_replicas: int = 1
     token: str = ""
-    """Bearer token that every call must carry."""
+    """Bearer token that every call must carry; it may do everything."""
+    tokens: Path | None = None
+    """File of tokens with roles, as 'vla-dist token create' writes it; read again when it changes."""
+    identity_from_front: bool = False
+    """Robots are known by the name in their certificate, as the TLS front of deploy/tls/ passes it on. The port must
+    be on loopback then, so that nobody else can pass a name."""
 
 
 def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(ServeOptions, args=arguments, prog="vla-dist serve")
-    if options.host not in ("127.0.0.1", "localhost", "::1") and not options.token:
+    is_open = options.host not in LOOPBACK
+    if is_open and not options.token and options.tokens is None:
         raise ConfigError(
-            f"--host {options.host} lets other machines in; set --token as well, so that not everybody can"
+            f"--host {options.host} lets other machines in; set --tokens or --token as well, so that not everybody can"
+        )
+    if is_open and options.identity_from_front:
+        raise ConfigError(
+            f"--identity-from-front believes whoever reaches the port, and --host {options.host} lets everybody reach "
+            "it; leave --host on loopback and let robots come through the front"
         )
     with reopen(options.run_dir) as place:
 
         def say(address: str) -> None:
             print(f"serving {place.config.reference} on {address}; Ctrl-C ends it", flush=True)
 
-        common = {"host": options.host, "port": options.port, "token": options.token or None, "on_ready": say}
+        access = AccessConfig(
+            token=options.token or None,
+            tokens_file=options.tokens,
+            identity_from_front=options.identity_from_front,
+            audit=place.run_dir / AUDIT,
+        )
+        common = {"host": options.host, "port": options.port, "access": access, "on_ready": say}
         if options.single:
             serve_single(place, **common)
         else:

@@ -6,15 +6,14 @@ Keys, under the registry's hash tag: ``{registry}:canary:NAME`` (JSON of the new
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import time
 import uuid
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast
+from typing import Any, cast
 
-from vla_dist.core.errors import ConfigError, NotFound
+from vla_dist.core.errors import NotFound
+from vla_dist.registry.canary_plan import CanaryPlan, PlanState
 from vla_dist.registry.connection import connect, named_errors
 from vla_dist.registry.sequential import CanaryRule, Tally, Verdict, judge_canary
 
@@ -22,54 +21,6 @@ _SOCKET_TIMEOUT_S = 5.0
 _KEEP_S = 90 * 86_400
 _MAX_AUDIT_ENTRIES = 10_000
 _AUDIT = "{registry}:audit"
-
-PlanState = Literal["running", "promoted", "rolled_back"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CanaryPlan:
-    """One canary: a version beside the incumbent, for a share of the robots."""
-
-    name: str
-    version: int
-    incumbent: int
-    share: float
-    """Of the robots; which ones follows from their ids, so that each keeps its channel."""
-    rule: CanaryRule = field(default_factory=CanaryRule)
-    plan_id: str = ""
-    state: PlanState = "running"
-    reason: str = ""
-    started_unix_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"share {self.share} must be above 0 and at most 1, for example 0.1")
-        if self.version == self.incumbent:
-            raise ConfigError(f"version {self.version} of {self.name} is the incumbent itself; name another version")
-
-    @property
-    def is_running(self) -> bool:
-        return self.state == "running"
-
-    def takes(self, robot_id: str) -> bool:
-        """Whether this robot runs the canary. A larger share only adds robots."""
-        return sticky_share(f"{self.name}:{robot_id}") < self.share
-
-
-class CanaryStore(Protocol):
-    """What serving asks of it."""
-
-    def plan(self, name: str) -> CanaryPlan | None:
-        """The newest plan, running or ended."""
-        ...
-
-    def record(self, name: str, version: int, episode_id: str, *, success: bool) -> Verdict | None:
-        """Count an episode once; what the running plan's episodes say now, None where none runs."""
-        ...
-
-    def end(self, name: str, state: PlanState, reason: str, *, who: str, plan_id: str = "") -> bool:
-        """End the running plan; whether there was one."""
-        ...
 
 
 class RedisCanaries:
@@ -161,11 +112,6 @@ class RedisCanaries:
 
     def close(self) -> None:
         self._client.close()
-
-
-def sticky_share(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone and is spread evenly."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _plan(name: str) -> str:

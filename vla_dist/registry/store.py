@@ -70,6 +70,7 @@ class RedisPolicyRegistry:
             url: of the Redis that holds manifests and channels.
             blobs: holds the tensors.
         """
+        self.url = url
         self._client = connect(url, socket_timeout_s=_SOCKET_TIMEOUT_S)
         self._blobs = blobs
         self._leased: dict[tuple[str, int], float] = {}

@@ -25,7 +25,7 @@ from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.shards import ShardedReplayTable, refuse_shards
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.run.config import RunConfig
-from vla_dist.run.files import SPOOLS
+from vla_dist.run.files import SHADOW_LOG, SPOOLS
 from vla_dist.run.store import Store
 
 if TYPE_CHECKING:
@@ -298,7 +298,10 @@ def _without_secrets(config: RunConfig) -> RunConfig:
 
 def build_services(place: Place) -> tuple[PolicyService, FleetIngest]:
     """What one serving replica runs; its versions are started. Blocking: until there is a first version."""
+    from vla_dist.registry.canaries import RedisCanaries
+    from vla_dist.serving.assignment import ChannelAssignment
     from vla_dist.serving.batcher import BatcherConfig, DeadlineBatcher
+    from vla_dist.serving.event_log import EventLog
     from vla_dist.serving.ingest import FleetIngest, IngestConfig
     from vla_dist.serving.quarantine import QuarantineFolder
     from vla_dist.serving.service import PolicyService
@@ -311,13 +314,22 @@ def build_services(place: Place) -> tuple[PolicyService, FleetIngest]:
     registry.follow(config.reference, after=0, timeout_s=config.serving.startup_timeout_s)
     versions = PolicyVersions(registry, build_policy_loader(config), VersionsConfig(references=(config.reference,)))
     versions.start()
+    canaries = RedisCanaries(place.redis_url)
     ingest = FleetIngest(
         build_table(place, seed=2000),
         place.spec,
         IngestConfig(num_steps=config.replay.segment_steps),
         quarantine=QuarantineFolder(place.run_dir / "quarantine"),
     )
-    return PolicyService(versions, batcher, ServiceConfig()), ingest
+    service = PolicyService(
+        versions,
+        batcher,
+        ServiceConfig(),
+        key=canaries.service_key(),
+        assignment=ChannelAssignment(versions, canaries).start(),
+        shadow_log=EventLog(place.run_dir / SHADOW_LOG),
+    )
+    return service, ingest
 
 
 def build_robots(place: Place, address: str) -> list[SimulatedRobot]:

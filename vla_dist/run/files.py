@@ -11,6 +11,7 @@ CONFIG, SUMMARY, EVALUATIONS = "config.json", "summary.json", "evaluations.json"
 CURVE, FILM, REPORT = "learning_curve.png", "policy.gif", "report.md"
 REDIS, IMAGES, CHECKPOINTS, EVENTS = "redis", "redis-images", "checkpoints", "tensorboard"
 SPOOLS, QUARANTINE = "spools", "quarantine"
+AUDIT, SHADOW_LOG = "audit.jsonl", "shadow.jsonl"
 
 
 def new_run_dir(runs_dir: Path, preset: str) -> Path:

@@ -11,6 +11,7 @@ from vla_dist.run.build import Place, build_services
 from vla_dist.run.config import load_config
 from vla_dist.run.files import CONFIG
 from vla_dist.run.store import open_store
+from vla_dist.serving.authorisation import AccessConfig
 
 
 @contextlib.contextmanager
@@ -29,18 +30,21 @@ def reopen(run_dir: Path) -> Iterator[Place]:
         yield Place.of(config, run_dir, store)
 
 
-def serve_single(place: Place, *, host: str, port: int, token: str | None, on_ready: Callable[[str], None]) -> None:
+def serve_single(place: Place, *, host: str, port: int, access: AccessConfig, on_ready: Callable[[str], None]) -> None:
     """One process on plain grpc.aio, until Ctrl-C: for one machine and few robots."""
+    from vla_dist.serving.event_log import EventLog
     from vla_dist.serving.server import SingleServer
 
+    tokens = access.token_check()
     service, ingest = build_services(place)
-    with SingleServer(service, ingest=ingest, host=host, port=port, token=token) as server:
+    audit = EventLog(access.audit)
+    with SingleServer(service, ingest=ingest, host=host, port=port, tokens=tokens, audit=audit) as server:
         on_ready(server.address)
         _wait_for_ctrl_c()
 
 
 def serve_fleet(
-    place: Place, *, host: str, port: int, token: str | None, num_replicas: int, on_ready: Callable[[str], None]
+    place: Place, *, host: str, port: int, access: AccessConfig, num_replicas: int, on_ready: Callable[[str], None]
 ) -> None:
     """Ray Serve with several replicas, until Ctrl-C."""
     from vla_dist.run.launch import ray_runtime
@@ -49,7 +53,7 @@ def serve_fleet(
     with (
         ray_runtime(num_cpus=num_replicas + 1),
         start_serving(
-            partial(build_services, place), host=host, port=port, num_replicas=num_replicas, num_cpus=1, token=token
+            partial(build_services, place), host=host, port=port, num_replicas=num_replicas, num_cpus=1, access=access
         ) as serving,
     ):
         on_ready(serving.address)

@@ -29,7 +29,8 @@ from ray import serve
 
 from vla_dist.core.errors import ConfigError, ResourceMissing, WaitTimeout, WorkerFailed
 from vla_dist.run.serve_settings import FOLDER_VARIABLE, PORTS_CLAIMED, is_node_folder, serve_settings
-from vla_dist.serving.authorisation import TokenCheck
+from vla_dist.serving.authorisation import AccessConfig
+from vla_dist.serving.event_log import EventLog
 from vla_dist.serving.fleet_servicer import FleetServicer
 from vla_dist.serving.ingest import FleetIngest
 from vla_dist.serving.policy_servicer import PolicyServicer
@@ -81,10 +82,10 @@ def apply_serving_environment(*, drain_s: float = 2.0) -> Path:
 class FleetReplica(PolicyServicer, FleetServicer):
     """What Serve runs in each replica: both services, and a health check that has a broken one replaced."""
 
-    def __init__(self, build: BuildServices, token: str | None) -> None:
+    def __init__(self, build: BuildServices, access: AccessConfig) -> None:
         service, ingest = build()
-        tokens = TokenCheck(token)
-        PolicyServicer.__init__(self, service, tokens)
+        tokens = access.token_check()
+        PolicyServicer.__init__(self, service, tokens, audit=EventLog(access.audit))
         FleetServicer.__init__(self, ingest, tokens)
         self._served = service
 
@@ -142,7 +143,8 @@ def start_serving(
     port: int,
     num_replicas: int,
     num_cpus: float,
-    token: str | None,
+    token: str | None = None,
+    access: AccessConfig | None = None,
     num_gpus: float = 0.0,
     resources: Mapping[str, float] | None = None,
     host: str = "127.0.0.1",
@@ -161,6 +163,7 @@ def start_serving(
         num_replicas: processes that each hold every loaded version.
         num_cpus: that Ray reserves for one replica.
         token: bearer token that every call must bring; None lets everybody in.
+        access: who may call, in place of ``token``.
         num_gpus: that Ray reserves for one replica.
         resources: custom ones that Ray reserves for one replica.
         host: address the ingress binds; loopback unless robots are on other machines.
@@ -200,7 +203,13 @@ def start_serving(
             ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": dict(resources or {})},
         )
         serve.run_many(
-            [serve.RunTarget(deployment.bind(build, token), name=APP_NAME, route_prefix=f"/{APP_NAME}")],
+            [
+                serve.RunTarget(
+                    deployment.bind(build, access or AccessConfig(token=token)),
+                    name=APP_NAME,
+                    route_prefix=f"/{APP_NAME}",
+                )
+            ],
             wait_for_ingress_deployment_creation=True,
             wait_for_applications_running=False,
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from vla_dist.core.errors import NotFound, VlaDistError
 from vla_dist.protocol.records import Outcome
-from vla_dist.registry.canaries import CanaryPlan, CanaryStore
+from vla_dist.registry.canary_plan import CanaryPlan, CanaryStore
 from vla_dist.serving.versions import LoadedPolicy, PolicyVersions
 
 _log = logging.getLogger(__name__)

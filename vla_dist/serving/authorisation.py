@@ -23,6 +23,7 @@ it may."""
 ROLES: tuple[Role, ...] = get_args(Role)
 IDENTITY_HEADER = "x-client-cn"
 """Set by the TLS front to the name in the client's certificate, after it has deleted what the client sent."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _RELOAD_S = 1.0
 
 
@@ -144,6 +145,25 @@ def revoke_token(path: Path, name: str) -> None:
 def list_tokens(path: Path) -> list[TokenEntry]:
     """Raises ConfigError where the file holds something else; empty where there is none."""
     return TokenFile(path).entries if path.exists() else []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessConfig:
+    """Who may call a server."""
+
+    token: str | None = None
+    """One that everybody shares and that may do everything; None: none."""
+    tokens_file: Path | None = None
+    """Of tokens with roles. Without either, everybody may do everything."""
+    identity_from_front: bool = False
+    """Believe the name that the TLS front puts into IDENTITY_HEADER: only where nobody else reaches the port."""
+    audit: Path | None = None
+    """Where refusals are written."""
+
+    def token_check(self) -> "TokenCheck":
+        """Raises ConfigError on an empty token, or a token file that is none."""
+        tokens = None if self.tokens_file is None else TokenFile(self.tokens_file)
+        return TokenCheck(self.token, tokens=tokens, identity_from_front=self.identity_from_front)
 
 
 class HasMetadata(Protocol):

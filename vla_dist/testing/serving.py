@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from vla_dist.core.protocols import AppendResult, PolicyLoader
 from vla_dist.core.types import Batch, Segment, TableStats
-from vla_dist.registry.canaries import CanaryStore
+from vla_dist.registry.canary_plan import CanaryStore
 from vla_dist.serving.assignment import ChannelAssignment
 from vla_dist.serving.batcher import BatcherConfig, DeadlineBatcher
 from vla_dist.serving.event_log import EventLog
