@@ -15,7 +15,9 @@ Images are not part of the row: see ``image_codec``.
 Dimensions: N rows, T segment steps, P proprio, A action, D = P + 2 A + 4 numbers of a step.
 """
 
+import functools
 import hashlib
+import operator
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +32,8 @@ from vla_dist.data.image_codec import RAW, ImageCodec, ImageEncoding
 from vla_dist.data.row_layout import TEXT_BYTES, StepLayout, arrow_schema, column_of, constant_layout, packed_fields
 
 _CHECKSUM = struct.Struct("<Q")
+_COLUMNS = ("proprio", "actions", "target_actions", "rewards", "interventions")
+_shapes_of = operator.attrgetter(*(f"{name}.shape" for name in _COLUMNS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,13 +81,11 @@ class SegmentCodec:
         self.image_codecs = {c.name: ImageCodec(c, encodings.get(c.name, RAW)) for c in spec.cameras}
         self.schema = arrow_schema(spec, num_steps, self.layout)
         template, self.row_dtype, header_bytes = constant_layout(self.schema, num_steps, self.layout)
-        self._shapes = {
-            "proprio": (num_steps, spec.proprio_dim),
-            "actions": (num_steps, spec.action_dim),
-            "target_actions": (num_steps, spec.action_dim),
-            "rewards": (num_steps,),
-            "interventions": (num_steps,),
-        }
+        proprio, action = (num_steps, spec.proprio_dim), (num_steps, spec.action_dim)
+        self._shapes = (proprio, action, action, (num_steps,), (num_steps,))
+        reward, intervention = self.layout.reward, self.layout.intervention
+        scalars = (slice(reward, reward + 1), slice(intervention, intervention + 1))
+        self._places = (self.layout.proprio, self.layout.actions, self.layout.target_actions, *scalars)
         self._header = template[:header_bytes]
         self._template = template.tobytes()
         self._fields, self._fields_offset = packed_fields(self.row_dtype)
@@ -129,18 +131,19 @@ class SegmentCodec:
         buffer = bytearray(self._template * num)
         strides = (self.row_bytes, self.step_bytes, 4)
         steps = np.ndarray((num, self.num_steps, layout.num_columns), "<f4", buffer, self.steps_offset, strides)
+        for segment in segments:
+            self._require_shapes(segment)
+            if frames is None:
+                self._require_images(segment)
         # What float32 cannot hold becomes infinite and is refused below.
         with np.errstate(over="ignore", invalid="ignore"):
+            for name, place in zip(_COLUMNS, self._places, strict=True):
+                # One assignment for all segments: one for each costs more than the copy.
+                joined = np.concatenate([getattr(segment, name) for segment in segments])
+                steps[..., place] = joined.reshape(num, self.num_steps, -1)
             for mine, segment in zip(steps, segments, strict=True):
-                self._require_shapes(segment)
-                if frames is None:
-                    self._require_images(segment)
-                valid = segment.length
-                mine[:valid, layout.proprio] = segment.proprio[:valid]
-                mine[:valid, layout.actions] = segment.actions[:valid]
-                mine[:valid, layout.target_actions] = segment.target_actions[:valid]
-                mine[:valid, layout.reward] = segment.rewards[:valid]
-                mine[:valid, layout.intervention] = segment.interventions[:valid]
+                if segment.length < self.num_steps:
+                    mine[segment.length :] = 0
             to_end = steps[:, ::-1, layout.reward].cumsum(axis=1, dtype=np.float64)[:, ::-1]
             steps[..., layout.segment_return] = to_end
             steps[..., layout.segment_return + 1] = to_end - steps[..., layout.segment_return]
@@ -271,7 +274,9 @@ class SegmentCodec:
         return joined.reshape(-1).view(self.row_dtype)
 
     def _require_shapes(self, segment: Segment) -> None:
-        for name, shape in self._shapes.items():
+        if _shapes_of(segment) == self._shapes:
+            return
+        for name, shape in zip(_COLUMNS, self._shapes, strict=True):
             if getattr(segment, name).shape != shape:
                 raise DataError(
                     f"segment {segment.episode_id}/{segment.segment_index}: {name} has shape "
@@ -363,6 +368,7 @@ def _not_finite(segments: Sequence[Segment], steps: Array, layout: StepLayout) -
     )
 
 
+@functools.lru_cache(4096)
 def _text_bytes(name: str, text: str, capacity: int) -> bytes:
     data = text.encode()
     if len(data) > capacity or "\0" in text:

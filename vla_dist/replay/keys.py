@@ -1,9 +1,11 @@
 """Names in Redis. Everything of a buffer lies under one hash tag, so it works on one node of a Redis Cluster."""
 
 import base64
+import functools
 import hashlib
 
 
+@functools.lru_cache(4096)
 def episode_digest(episode_id: str) -> str:
     """16 characters that stand for an episode in the names of its payloads; 96 bits, so none is met twice."""
     raw = hashlib.blake2b(episode_id.encode(), digest_size=12).digest()

@@ -3,10 +3,12 @@
 Everything here is safe to use from several threads: each exchange takes a connection of its own.
 """
 
+import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -97,9 +99,7 @@ class RedisLink:
         """Connections that broke: the server may have restarted, perhaps without its newest data."""
         self._lock = threading.Lock()
 
-    def call(
-        self, commands: Sequence[Command], *, timeout_s: float, meanwhile: Callable[[], None] | None = None
-    ) -> list[Any]:
+    def call(self, commands: Sequence[Command], *, timeout_s: float) -> list[Any]:
         """Replies of all commands, tried again while the server does not answer; so they must bear repetition.
 
         Blocking: at most ``timeout_s``, and 1 s more so that even an impatient caller gets one honest try.
@@ -107,32 +107,44 @@ class RedisLink:
         Args:
             commands: sent together.
             timeout_s: see above.
-            meanwhile: done once, while the server works on what was sent.
 
         Raises:
             Unreachable: no answer within that time.
             ServerFull, Unauthorised, NotFound, DataError: what the first error among the replies means.
         """
-        replies = self.exchange(commands, timeout_s=timeout_s, meanwhile=meanwhile)
+        replies = self.exchange(commands, timeout_s=timeout_s)
         for reply in replies:
             if isinstance(reply, ReplyError):
                 raise self.meaning(reply)
         return replies
 
-    def exchange(
-        self, commands: Sequence[Command], *, timeout_s: float, meanwhile: Callable[[], None] | None = None
-    ) -> list[Any]:
+    def exchange(self, commands: Sequence[Command], *, timeout_s: float) -> list[Any]:
         """As ``call``, with error replies left among the others for the caller to judge by ``meaning``."""
         buffers = pack(commands)
-        waiting = [] if meanwhile is None else [meanwhile]
 
         def send_and_read(wire: Wire, end: float) -> list[Any]:
             wire.send(buffers, end)
-            if waiting:
-                waiting.pop()()
             return _read_ready(wire, len(commands), end)
 
         return self._patiently(send_and_read, timeout_s)
+
+    @contextlib.contextmanager
+    def converse(self, *, timeout_s: float) -> Iterator["Conversation"]:
+        """Exchanges over one connection, of which the next may begin before the last one ended; tried once.
+
+        Raises:
+            Unreachable: no answer within ``timeout_s``, or 1 s if that is more; what was sent may have been done.
+            ServerFull, Unauthorised, NotFound, DataError: it refused the connection.
+        """
+        try:
+            with self._connection(max(timeout_s, _LEAST_S)) as (wire, end):
+                talk = Conversation(wire, end)
+                yield talk
+                if talk.num_pending:
+                    raise ConnectionError(f"{talk.num_pending} exchanges were left unfinished")
+        except _Moved as moved:
+            self._move(*moved.args)
+            raise Unreachable(f"another node of the Redis Cluster, {self.address}, has these keys now") from moved
 
     def bulks(self, request: bytes, layout: BulkLayout, arena: Array, *, timeout_s: float) -> tuple[Array, Array]:
         """Packed commands that answer one string each, of known sizes: see ``Wire.read_bulks``. Errors as ``call``."""
@@ -217,11 +229,17 @@ class RedisLink:
         self.close()
 
     def _once(self, exchange: Callable[[Wire, float], R], *, timeout_s: float) -> R:
+        with self._connection(timeout_s) as (wire, end):
+            return exchange(wire, end)
+
+    @contextlib.contextmanager
+    def _connection(self, timeout_s: float) -> Iterator[tuple[Wire, float]]:
+        """One that nobody else uses, and until when."""
         end = time.monotonic() + timeout_s
         wire = None
         try:
             wire = self._take(timeout_s)
-            result = exchange(wire, end)
+            yield wire, end
         except ReplyError as error:
             if wire is not None:
                 wire.close()
@@ -244,7 +262,6 @@ class RedisLink:
             raise
         with self._lock:
             self._idle.append(wire)
-        return result
 
     def _take(self, timeout_s: float) -> Wire:
         while True:
@@ -275,6 +292,34 @@ class RedisLink:
             # Just restarted: whoever owns the server loads the library again.
             return Unreachable(f"Redis at {self.address} has no replay functions; was it restarted without its data?")
         return DataError(f"Redis at {self.address} refused a command: {text}")
+
+
+class Conversation:
+    """Exchanges over one connection; made by ``RedisLink.converse``.
+
+    Replies come in the order of what was sent, error replies among the others, see ``RedisLink.meaning``.
+    """
+
+    def __init__(self, wire: Wire, end: float) -> None:
+        self._wire = wire
+        self._end = end
+        self._pending: deque[tuple[int, Callable[[list[Any]], None]]] = deque()
+
+    @property
+    def num_pending(self) -> int:
+        """Exchanges whose replies were not received."""
+        return len(self._pending)
+
+    def send(self, commands: Sequence[Command], then: Callable[[list[Any]], None]) -> None:
+        """``then`` is given the replies when their turn comes."""
+        self._wire.send(pack(commands), self._end)
+        self._pending.append((len(commands), then))
+
+    def receive(self, *, leave: int = 0) -> None:
+        """Until no more than ``leave`` exchanges are pending."""
+        while len(self._pending) > leave:
+            num, then = self._pending.popleft()
+            then(_read_ready(self._wire, num, self._end))
 
 
 def _read_ready(wire: Wire, num_replies: int, end: float) -> list[Any]:

@@ -274,7 +274,9 @@ class EmbeddedServer:
             "appendfsync no",
             "appenddirname appendonlydir",
             "auto-aof-rewrite-percentage 100",
-            "auto-aof-rewrite-min-size 256mb",
+            "auto-aof-rewrite-min-size 512mb",
+            # Floats do not get smaller, and the effort is missing elsewhere.
+            "rdbcompression no",
             'save ""',
             "client-query-buffer-limit 1gb",
             "user default off",

@@ -34,12 +34,13 @@ from vla_dist.replay.keys import Keys
 from vla_dist.replay.limiter import LimiterConfig, LimiterState
 from vla_dist.replay.link import Deadline, RedisLink, function_name
 from vla_dist.replay.losses import LossCheck
+from vla_dist.replay.refusals import wait_reason
 from vla_dist.replay.samplers import Drawn, make_sampler
 from vla_dist.replay.state import BufferState
 from vla_dist.replay.sweeping import ImagesGone
 from vla_dist.replay.window_plan import WindowPlan
 from vla_dist.replay.wire import Command
-from vla_dist.replay.writing import SegmentWriter, wait_reason
+from vla_dist.replay.writing import SegmentWriter
 
 _PATIENCE_S = 10.0
 """For calls that no caller gives a timeout."""

@@ -1,0 +1,111 @@
+"""Segments on their way into a buffer, and how the commit is told of them.
+
+consumes: segments. emits: batches of arrivals.
+"""
+
+import itertools
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from vla_dist.core.errors import DataError
+from vla_dist.core.protocols import AppendResult
+from vla_dist.core.types import SOURCES, Segment
+from vla_dist.data.segment_codec import EncodedSegment, SegmentCodec
+from vla_dist.replay.keys import episode_digest
+
+_MOST_SEGMENTS = 20
+_MOST_BYTES = 3 << 20
+"""In one batch: large enough that an exchange costs little, small enough that the server works on one while the next
+is encoded."""
+MOST_SEGMENTS_PER_EPISODE = 1 << 16
+# See functions.lua.
+_RUN = struct.Struct("<16sBHHHH")
+_ARRIVAL = struct.Struct("<IIBBBdd8s")
+
+
+@dataclass(slots=True)
+class Arrival:
+    """One segment that is to be stored."""
+
+    segment: Segment
+    encoded: EncodedSegment
+    digest: str
+    packed: bytes
+    """What the commit must know of it."""
+    result: AppendResult | None = None
+    inserted: bool = False
+    """By this call, even if its images had to be brought again."""
+
+
+@dataclass(slots=True)
+class ArrivalBatch:
+    """Some that are sent together."""
+
+    arrivals: list[Arrival]
+    staged: bool = False
+    """Whether their payloads lie on the servers, under an expiry."""
+    wait_reason: str = ""
+    """Why they are not stored yet."""
+    refused: DataError | None = None
+    """The first that contradicts its episode."""
+
+    def keep_unstored(self) -> None:
+        """The others are done with."""
+        self.arrivals = [arrival for arrival in self.arrivals if arrival.result is None]
+
+    @property
+    def runs(self) -> Iterator[bytes]:
+        """Packed for the commit: what neighbours of one episode have in common is said once."""
+        for (digest, source, task, instruction), run in itertools.groupby(self.arrivals, _in_common):
+            arrivals = list(run)
+            texts = (arrivals[0].segment.episode_id.encode(), task.encode(), instruction.encode())
+            head = _RUN.pack(digest.encode(), SOURCES.index(source), len(arrivals), *map(len, texts))
+            yield b"".join((head, *texts, *(arrival.packed for arrival in arrivals)))
+
+
+def arrival_batches(
+    codec: SegmentCodec, segments: Sequence[Segment], frames: Sequence[Mapping[str, bytes | memoryview]] | None
+) -> Iterator[ArrivalBatch]:
+    """All are checked at once, and encoded when their batch is asked for.
+
+    Raises:
+        DataError: one of them does not fit.
+    """
+    for segment in segments:
+        if segment.segment_index >= MOST_SEGMENTS_PER_EPISODE:
+            raise DataError(
+                f"segment_index {segment.segment_index} must be below {MOST_SEGMENTS_PER_EPISODE}; end the episode "
+                "earlier"
+            )
+    checked = codec.check(segments, frames)
+    count = max(1, min(_MOST_SEGMENTS, _MOST_BYTES // codec.largest_bytes))
+    return (
+        ArrivalBatch(
+            [
+                Arrival(segment, encoded, episode_digest(segment.episode_id), _packed(codec, segment, encoded))
+                for segment, encoded in zip(segments[start:stop], checked.encode(start, stop), strict=True)
+            ]
+        )
+        for start in range(0, len(segments), count)
+        for stop in (min(start + count, len(segments)),)
+    )
+
+
+def _packed(codec: SegmentCodec, segment: Segment, encoded: EncodedSegment) -> bytes:
+    at = codec.checksum_offset
+    return _ARRIVAL.pack(
+        segment.segment_index,
+        segment.length,
+        segment.is_last,
+        segment.is_last and segment.success,
+        bool(segment.interventions[: segment.length].any()),
+        segment.policy_version,
+        encoded.segment_return,
+        bytes(encoded.row[at : at + 8]),
+    )
+
+
+def _in_common(arrival: Arrival) -> tuple[str, str, str, str]:
+    segment = arrival.segment
+    return arrival.digest, segment.source, segment.task, segment.instruction
