@@ -145,16 +145,13 @@ def test_a_writer_that_died_half_way_is_made_good_by_its_retry(
 ):
     table = make_apart()
     (segment,) = make_images(make_episode, "e", 3)
-    link, attribute = (table.link, "exchange") if point == "after the images" else (table.images_link, "call")
-    original, calls = getattr(link, attribute), []
+    # What comes first after each point.
+    step = {"after the images": "_commands", "after the commit": "_judge"}[point]
 
-    def dying(commands, **options):
-        calls.append(commands)
-        if point == "after the images" or len(calls) == 2:
-            raise Died
-        return original(commands, **options)
+    def dying(*_, **__):
+        raise Died
 
-    monkeypatch.setattr(link, attribute, dying)
+    monkeypatch.setattr(table._writer, step, dying)
     with pytest.raises(Died):
         table.append(segment, timeout_s=5.0)
     expiries = image_keys(table, apart)
@@ -210,7 +207,7 @@ def test_images_whose_writer_died_at_eviction_are_removed_by_the_next(
         raise Died
 
     other = make_client(table, images_url=apart.url)
-    monkeypatch.setattr(other._writer, "_settle_images", dying)
+    monkeypatch.setattr(other._writer._images, "settlement", dying)
     with pytest.raises(Died):
         other.append_all(make_images(make_episode, "f", 3), timeout_s=5.0)
     assert len(image_keys(table, apart)) == 5 * 6 + 2
@@ -220,16 +217,16 @@ def test_images_whose_writer_died_at_eviction_are_removed_by_the_next(
 
 def test_images_that_vanish_during_an_append_come_again(make_apart, make_episode, image_keys, apart, monkeypatch):
     table = make_apart()
-    original, calls = table.link.exchange, []
+    original, calls = table._writer._commands, []
 
-    def forgetful(commands, **options):
-        calls.append(commands)
+    def forgetful(*arguments):
+        calls.append(arguments)
         if len(calls) == 1:
             with redis.Redis.from_url(apart.url) as client:
                 client.unlink(*client.scan_iter(table.keys.prefix + "image:*"))
-        return original(commands, **options)
+        return original(*arguments)
 
-    monkeypatch.setattr(table.link, "exchange", forgetful)
+    monkeypatch.setattr(table._writer, "_commands", forgetful)
     assert table.append_all(make_images(make_episode, "e", 10), timeout_s=5.0) == ["inserted"] * 3
     assert set(image_keys(table, apart).values()) == {-1}
     assert len(image_keys(table, apart)) == 6

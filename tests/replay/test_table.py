@@ -11,7 +11,7 @@ import redis
 from vla_dist.core.errors import ConfigError, DataError, ReplayWait
 from vla_dist.core.specs import CameraSpec
 from vla_dist.core.types import Segment
-from vla_dist.replay import writing
+from vla_dist.replay import image_uploads
 from vla_dist.replay.config import BufferConfig, Prioritised, Recency, TableConfig
 from vla_dist.replay.keys import episode_digest
 from vla_dist.replay.limiter import LimiterConfig
@@ -104,7 +104,7 @@ def test_many_segments_go_in_one_round_trip(make_table, make_episode, monkeypatc
     episodes = [make_episode(f"e{n}", length, seed=n) for n, length in enumerate([9, 20, 1, 4, 7])]
     mixed = [segment for episode in episodes for segment in episode]
     assert table.append_all(mixed, timeout_s=5.0) == ["inserted"] * len(mixed)
-    assert exchanges == [len(mixed) + 1]
+    assert exchanges == [1]
     assert table.append_all([*mixed[:3], *make_episode("f", 3)], timeout_s=5.0) == ["duplicate"] * 3 + ["inserted"]
     for found, expected in zip(table.episodes(), episodes, strict=False):
         for mine, theirs in zip(found, expected, strict=True):
@@ -172,8 +172,8 @@ def test_a_writer_that_dies_before_the_commit_leaves_nothing(make_table, make_ep
     (segment,) = make_episode("e", 3, spec=table.spec)
     encoded = table.codec.encode(segment)
     digest = episode_digest("e")
-    left = [(table.keys.row(digest, 0), encoded.row), (table.keys.image(digest, 0, 0), encoded.images["c"])]
-    table.link.call([("SET", name, data, "NX", "PX", 200) for name, data in left], timeout_s=5.0)
+    staged = ("SET", table.keys.image(digest, 0, 0), encoded.images["c"], "NX", "PX", 200)
+    table.link.call([staged], timeout_s=5.0)
     assert not table.has_episode("e")
     assert table.stats().num_steps == 0
     assert list(table.episodes()) == []
@@ -182,7 +182,7 @@ def test_a_writer_that_dies_before_the_commit_leaves_nothing(make_table, make_ep
     time.sleep(0.3)
     assert_same_segment(next(table.episodes())[0], segment)
     (other,) = make_episode("other", 3, spec=table.spec)
-    table.link.call([("SET", table.keys.row(episode_digest("other"), 0), "x", "PX", 100)], timeout_s=5.0)
+    table.link.call([("SET", table.keys.image(episode_digest("other"), 0, 0), "x", "PX", 100)], timeout_s=5.0)
     time.sleep(0.2)
     assert len(payload_keys(keys_of(table))) == 2, "nothing of the dead writer's is left"
     assert append_all(table, [other]) == ["inserted"]
@@ -197,19 +197,40 @@ def test_stored_payloads_never_expire(make_table, make_episode, append_all, serv
         assert [client.pttl(key) for key in keys] == [-1] * len(keys)
 
 
-def test_a_payload_that_expired_before_its_commit_is_sent_again(make_table, make_episode, monkeypatch):
-    table = make_table(limiter=LimiterConfig(samples_per_insert=1.0, error_buffer_steps=0.0))
-    monkeypatch.setattr(writing, "_STAGE_MS", b"50")
-    table.append_all(make_episode("first", 20), timeout_s=5.0)
-    table.append_all(make_episode("second", 4), timeout_s=5.0)
-    # The third waits for the limiter longer than its payload lives.
+def test_images_that_expired_before_their_commit_are_sent_again(make_table, make_episode, monkeypatch):
+    spec = make_spec(cameras=(CameraSpec(name="c", height=2, width=2),))
+    table = make_table(spec=spec, limiter=LimiterConfig(samples_per_insert=1.0, error_buffer_steps=0.0))
+    monkeypatch.setattr(image_uploads, "_STAGE_MS", b"50")
+    table.append_all(make_episode("first", 20, spec=spec), timeout_s=5.0)
+    table.append_all(make_episode("second", 4, spec=spec), timeout_s=5.0)
+    # The third waits for the limiter longer than its images live.
     reader = threading.Timer(0.3, table.sample, args=(8,), kwargs={"timeout_s": 5.0})
     reader.start()
-    third = make_episode("third", 4)
+    third = make_episode("third", 4, spec=spec)
     assert table.append_all(third, timeout_s=10.0) == ["inserted"]
     reader.join()
     *_, (found,) = table.episodes()
     assert_same_segment(found, third[0])
+
+
+def test_who_waits_asks_without_its_rows(make_table, make_episode, monkeypatch):
+    table = make_table(limiter=LimiterConfig(samples_per_insert=1.0, error_buffer_steps=0.0))
+    table.append_all(make_episode("first", 20), timeout_s=5.0)
+    table.append_all(make_episode("second", 4), timeout_s=5.0)
+    sent, send = [], Wire.send
+
+    def count(wire, buffers, end):
+        sent.append(sum(memoryview(buffer).nbytes for buffer in buffers))
+        return send(wire, buffers, end)
+
+    monkeypatch.setattr(Wire, "send", count)
+    with pytest.raises(ReplayWait, match=r"within 0\.5 s: the limiter makes inserts wait"):
+        table.append_all(make_episode("third", 4), timeout_s=0.5)
+    assert len(sent) > 3
+    assert max(sent[1:]) < table.codec.row_bytes < sent[0]
+    assert table.limiter_state().balance == pytest.approx(4.0)
+    table.override_limiter(LimiterConfig())
+    assert table.append_all(make_episode("third", 4), timeout_s=0.5) == ["inserted"]
 
 
 def write_episodes(url, name, writer, num_episodes):

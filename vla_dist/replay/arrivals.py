@@ -21,7 +21,7 @@ is encoded."""
 MOST_SEGMENTS_PER_EPISODE = 1 << 16
 # See functions.lua.
 _RUN = struct.Struct("<16sBHHHH")
-_ARRIVAL = struct.Struct("<IIBBBdd8s")
+_ARRIVAL = struct.Struct("<IIBBBdd")
 
 
 @dataclass(slots=True)
@@ -43,8 +43,10 @@ class ArrivalBatch:
     """Some that are sent together."""
 
     arrivals: list[Arrival]
+    asks: bool = False
+    """Whether to find out first if they must wait: their rows are not sent before they need not."""
     staged: bool = False
-    """Whether their payloads lie on the servers, under an expiry."""
+    """Whether their images lie on a server, under an expiry."""
     wait_reason: str = ""
     """Why they are not stored yet."""
     refused: DataError | None = None
@@ -55,13 +57,14 @@ class ArrivalBatch:
         self.arrivals = [arrival for arrival in self.arrivals if arrival.result is None]
 
     @property
-    def runs(self) -> Iterator[bytes]:
-        """Packed for the commit: what neighbours of one episode have in common is said once."""
+    def packed(self) -> Iterator[bytes | memoryview]:
+        """For the commit: what neighbours of one episode have in common is said once, then come their rows."""
         for (digest, source, task, instruction), run in itertools.groupby(self.arrivals, _in_common):
             arrivals = list(run)
             texts = (arrivals[0].segment.episode_id.encode(), task.encode(), instruction.encode())
             head = _RUN.pack(digest.encode(), SOURCES.index(source), len(arrivals), *map(len, texts))
             yield b"".join((head, *texts, *(arrival.packed for arrival in arrivals)))
+            yield from (b"" if self.asks else arrival.encoded.row for arrival in arrivals)
 
 
 def arrival_batches(
@@ -83,7 +86,7 @@ def arrival_batches(
     return (
         ArrivalBatch(
             [
-                Arrival(segment, encoded, episode_digest(segment.episode_id), _packed(codec, segment, encoded))
+                Arrival(segment, encoded, episode_digest(segment.episode_id), _packed(segment, encoded))
                 for segment, encoded in zip(segments[start:stop], checked.encode(start, stop), strict=True)
             ]
         )
@@ -92,8 +95,7 @@ def arrival_batches(
     )
 
 
-def _packed(codec: SegmentCodec, segment: Segment, encoded: EncodedSegment) -> bytes:
-    at = codec.checksum_offset
+def _packed(segment: Segment, encoded: EncodedSegment) -> bytes:
     return _ARRIVAL.pack(
         segment.segment_index,
         segment.length,
@@ -102,7 +104,6 @@ def _packed(codec: SegmentCodec, segment: Segment, encoded: EncodedSegment) -> b
         bool(segment.interventions[: segment.length].any()),
         segment.policy_version,
         encoded.segment_return,
-        bytes(encoded.row[at : at + 8]),
     )
 
 

@@ -2,8 +2,8 @@
 -- What must happen at once: taking a segment in, making room for it, and the limiters. Loaded under a name that holds
 -- a digest of this file, so that clients of different versions do not overwrite each other's functions.
 --
--- Payloads never pass through here: a client writes them under their final names with an expiry, and `commit` takes the
--- expiry away. Nothing is drawn here either: clients hold a copy of the index and follow the streams below.
+-- Frames never pass through here: a client writes them under their final names with an expiry, which is taken away once
+-- their row is committed. Nothing is drawn here either: clients hold a copy of the index and follow the streams below.
 --
 -- Keys under one prefix "{buffer:NAME}:". Completions, 1, 2, 3, ..., number the episodes in the order they became whole;
 -- rows number the segments of complete episodes in the same order; both are never used again.
@@ -35,13 +35,13 @@ local EPISODE = '<di4I4I4BBBBc16I2'
 local OPEN, COMPLETE, EVICTED = 0, 1, 2
 local SEGMENT = '<dd' -- sum of rewards (NaN: not seen), policy version
 -- what segments of one episode have in common: digest, source, how many there are, bytes of the id, task, instruction;
--- and of each segment: index, length, is last, success, intervened, policy version, sum of rewards, checksum of the row
-local RUN, ARRIVAL = '<c16BI2I2I2I2', '<I4I4BBBddc8'
-local ARRIVAL_BYTES = 35
+-- and of each segment: index, length, is last, success, intervened, policy version, sum of rewards
+local RUN, ARRIVAL = '<c16BI2I2I2I2', '<I4I4BBBdd'
+local ARRIVAL_BYTES = 27
 -- completion, first row, length, segments, source, success, intervened, unused, completed at, digest, bytes of the id,
 -- task and instruction
 local LIVE = '<ddI4I4BBBBdc16I2I2I2'
-local STAGE_MS = 60000
+local STAGE_MS = 3600000
 local GONE_KEPT, EVENTS_KEPT = 65536, 4096
 local MOST_KEYS, MOST_IMAGES_GONE = 4000, 128
 
@@ -296,24 +296,17 @@ local function counts_inserts(b, t) return t.ratio >= 0 and (t.queue == 1 or has
 
 local function insert_waits(b, t) return t.ratio >= 0 and has_least(b, t) and t.balance > t.buffer / b.s.shards end
 
--- Takes the expiry off; false where a payload is not there, and then all expire as before. What an earlier attempt left
--- under these names may be another segment: a writer that died and acted anew. It goes, and the payload must come again.
-local function keep_payload(b, digest, a)
-  local row = b.prefix .. 'row:' .. digest .. ':' .. a.index
-  local stored = redis.call('GETRANGE', row, b.checksum_at, b.checksum_to)
-  if stored ~= a.checksum then
-    if stored ~= '' then redis.call('UNLINK', unpack(payload_names(b, digest, a.index, a.index))) end
-    return false
-  end
-  if redis.call('PERSIST', row) == 0 then return false end
-  if b.s.cameras_here == 0 then return true end
-  local names = payload_names(b, digest, a.index, a.index)
+-- False where a part of the payload is not there; then nothing is kept.
+local function keep_payload(b, digest, index, row)
+  if row == '' then return false end
+  local names = payload_names(b, digest, index, index)
   for i = 2, #names do
     if redis.call('PERSIST', names[i]) == 0 then
-      for j = 1, i - 1 do redis.call('PEXPIRE', names[j], STAGE_MS) end
+      for j = 2, i - 1 do redis.call('PEXPIRE', names[j], STAGE_MS) end
       return false
     end
   end
+  redis.call('SET', names[1], row)
   return true
 end
 
@@ -331,8 +324,8 @@ local function outstayed(b, a, e)
 end
 
 -- One segment of a run. Answers a letter: o taken in, d a duplicate, either as a capital if its episode is evicted;
--- c contradicts its episode, with the last index of that; m its payload is gone; w must wait, with the reason.
-local function take_in(b, r, a)
+-- c contradicts its episode, with the last index of that; m its payload is missing; w must wait, with the reason.
+local function take_in(b, r, a, row)
   local s, e = b.s, read_episode(b, r.id)
   if e then
     if is_seen(e, a.index) then
@@ -371,9 +364,9 @@ local function take_in(b, r, a)
   if not e then
     e = {completion = 0, last_index = -1, seen = 0, steps = 0, status = OPEN, success = 0, source = r.source,
       intervened = 0, digest = r.digest, task = r.task, segments = ''}
-    if not keep_payload(b, r.digest, a) then return 'm' end
+    if not keep_payload(b, r.digest, a.index, row) then return 'm' end
     redis.call('RPUSH', b.prefix .. 'order', r.id)
-  elseif e.status == OPEN and not keep_payload(b, r.digest, a) then
+  elseif e.status == OPEN and not keep_payload(b, r.digest, a.index, row) then
     return 'm'
   end
   s.inserted = s.inserted + a.length
@@ -397,15 +390,15 @@ local function take_in(b, r, a)
   return 'o'
 end
 
--- args: 1 at the first try of this append, where in a row its checksum stands, then runs of segments: packed RUN, id,
--- task, instruction, and each segment as packed ARRIVAL.
+-- args: 1 at the first try of this append, then runs of segments: packed RUN, id, task, instruction, and each segment as
+-- packed ARRIVAL; after each run the rows of its segments, empty where the caller only asks whether it must wait.
 -- Answers a letter for each segment up to the first that must wait or is missing, see take_in; for each c its last index;
 -- why it must wait; and the oldest of images_gone.
 local function commit(keys, args)
   local b, letters, last_indices, why = open_buffer(keys), {}, {}, {}
-  b.first_try, b.checksum_at = args[1] == '1', tonumber(args[2])
-  b.checksum_to = b.checksum_at + 7
-  for i = 3, #args do
+  b.first_try = args[1] == '1'
+  local i, stopped = 2, false
+  while i <= #args and not stopped do
     local packed, r, a = args[i], {}, {}
     local num, id_bytes, task_bytes, instruction_bytes, at
     r.digest, r.source, num, id_bytes, task_bytes, instruction_bytes, at = struct.unpack(RUN, packed)
@@ -415,17 +408,17 @@ local function commit(keys, args)
     at = at + task_bytes
     r.instruction = string.sub(packed, at, at + instruction_bytes - 1)
     at = at + instruction_bytes
-    for _ = 1, num do
-      a.index, a.length, a.is_last, a.success, a.intervened, a.version, a.sum, a.checksum =
-        struct.unpack(ARRIVAL, packed, at)
+    for place = i + 1, i + num do
+      a.index, a.length, a.is_last, a.success, a.intervened, a.version, a.sum = struct.unpack(ARRIVAL, packed, at)
       at = at + ARRIVAL_BYTES
-      local letter, more = take_in(b, r, a)
+      local letter, more = take_in(b, r, a, args[place])
       letters[#letters + 1] = letter
       if letter == 'c' then last_indices[#last_indices + 1] = more end
       if letter == 'w' then why = more end
-      if letter == 'w' or letter == 'm' then break end
+      stopped = letter == 'w' or letter == 'm'
+      if stopped then break end
     end
-    if letters[#letters] == 'w' or letters[#letters] == 'm' then break end
+    i = i + num + 1
   end
   close_episode(b)
   save(b)

@@ -1,4 +1,4 @@
-"""Appending segments: payloads first, under an expiry, then one commit for all of a batch.
+"""Appending segments: images first, under an expiry, then one commit with the rows of a batch.
 
 consumes: segments. waits for: the limiters, room, the archive. unblocked by: samples, evictions, the archiver.
 """
@@ -13,15 +13,11 @@ from vla_dist.core.protocols import AppendResult
 from vla_dist.core.types import Segment
 from vla_dist.data.segment_codec import SegmentCodec
 from vla_dist.replay.arrivals import Arrival, ArrivalBatch, arrival_batches
-from vla_dist.replay.images_apart import ApartImages
+from vla_dist.replay.image_uploads import ImageUploads
 from vla_dist.replay.keys import Keys
 from vla_dist.replay.link import Conversation, Deadline, RedisLink, ServerFull, function_name
 from vla_dist.replay.refusals import contradiction, wait_reason
 from vla_dist.replay.wire import Command, ReplyError
-
-_STAGE_MS = b"60000"
-_IMAGE_STAGE_MS = b"50000"
-"""Images go first: what is left of an earlier attempt shows by the checksum of its row."""
 
 
 class SegmentWriter:
@@ -36,12 +32,11 @@ class SegmentWriter:
             keys: of the buffer.
         """
         self._link = link
-        self._images = images
+        self._images_link = images or link
         self._codec = codec
         self._keys = keys
-        self._apart = None
-        if images is not None and codec.image_codecs:
-            self._apart = ApartImages(link, images, keys, len(codec.image_codecs))
+        cameras = len(codec.image_codecs)
+        self._images = ImageUploads(link, self._images_link, keys, cameras) if cameras else None
         self.on_wait: Callable[[], None] = _nothing
         """Called each time the limiter or the archive makes an append wait."""
 
@@ -67,8 +62,11 @@ class SegmentWriter:
 
         stream = met()
         # Whatever the stream could not store is stored with patience.
-        with contextlib.suppress(Unreachable, ServerFull):
+        try:
             self._stream(stream, deadline)
+        except (Unreachable, ServerFull):
+            if deadline.left_s <= 0:
+                raise
         for batch in (*batches, *stream):
             batch.keep_unstored()
             self._store(batch, deadline, timeout_s)
@@ -79,7 +77,7 @@ class SegmentWriter:
 
     def close(self) -> None:
         """Say what is left to say; the links are their owner's."""
-        left = [] if self._apart is None else self._apart.forget_unlinked()
+        left = [] if self._images is None else self._images.forget_unlinked()
         if left:
             with contextlib.suppress(Unreachable):
                 self._link.call(left, timeout_s=0.0)
@@ -92,8 +90,8 @@ class SegmentWriter:
         with contextlib.ExitStack() as stack:
             rows = stack.enter_context(self._link.converse(timeout_s=deadline.left_s))
             frames = None
-            if self._images is not None and self._apart is not None:
-                frames = stack.enter_context(self._images.converse(timeout_s=deadline.left_s))
+            if self._images is not None:
+                frames = stack.enter_context(self._images_link.converse(timeout_s=deadline.left_s))
             for batch in batches:
                 if frames is not None and not self._stream_images(batch, rows, frames):
                     break
@@ -107,51 +105,59 @@ class SegmentWriter:
 
     def _stream_images(self, batch: ArrivalBatch, rows: Conversation, frames: Conversation) -> bool:
         """Stage the images of a batch; False where some are there already."""
-        assert self._apart is not None
+        assert self._images is not None
         fresh: list[bool] = []
-        frames.send(self._apart.staging(batch.arrivals), lambda replies: fresh.append(all(self._done(replies))))
+        frames.send(self._images.staging(batch.arrivals), lambda replies: fresh.append(all(self._done(replies))))
         # The commits before this one were done meanwhile. Their answers say what becomes of their images.
         rows.receive()
         while not fresh:
             frames.receive(leave=frames.num_pending - 1)
-        return fresh[0]
+        (batch.staged,) = fresh
+        return batch.staged
 
     def _hear(
         self, batch: ArrivalBatch, deadline: Deadline, frames: Conversation | None, replies: Sequence[Any]
     ) -> None:
         """The answer to a commit in the stream."""
         answered, images_gone = self._judge(batch, replies, deadline)
-        settlement = None if self._apart is None else self._apart.settlement(answered, images_gone)
-        if self._apart is None or frames is None or settlement is None or not settlement.commands:
+        if self._images is None or frames is None:
             _assign(answered, lost=frozenset())
             return
-        apart, settlement = self._apart, settlement
+        images, settlement = self._images, self._images.settlement(answered, images_gone)
 
         def settled(replies: Sequence[Any]) -> None:
             # Those without an expiry may be there or not: that is looked at with patience.
-            _assign(answered, lost={digest for digest, _ in apart.done(settlement, self._done(replies))})
+            _assign(answered, lost={digest for digest, _ in images.done(settlement, self._done(replies))})
 
-        frames.send(settlement.commands, settled)
+        if settlement.commands:
+            frames.send(settlement.commands, settled)
+        else:
+            settled(())
 
     def _store(self, batch: ArrivalBatch, deadline: Deadline, timeout_s: float) -> None:
         """Commit all of ``batch``, again and again until it is stored."""
         while batch.arrivals:
+            asked = batch.asks
             try:
-                if self._apart is not None and not batch.staged:
-                    self._apart.stage(batch.arrivals, timeout_s=deadline.left_s)
+                if self._images is not None and not batch.staged:
+                    self._images.stage(batch.arrivals, timeout_s=deadline.left_s)
+                    batch.staged = True
                 replies = self._link.exchange(self._commands(batch, deadline), timeout_s=deadline.left_s)
                 answered, images_gone = self._judge(batch, replies, deadline)
             except ServerFull as full:
-                batch.staged, batch.wait_reason = False, str(full)
+                batch.asks, batch.wait_reason = False, str(full)
             else:
                 lost: Set[str] = frozenset()
-                if self._apart is not None:
-                    settlement = self._apart.settlement(answered, images_gone)
-                    lost = self._apart.settle(settlement, timeout_s=deadline.left_s)
+                if self._images is not None:
+                    settlement = self._images.settlement(answered, images_gone)
+                    lost = self._images.settle(settlement, timeout_s=deadline.left_s)
                 if lost:
                     batch.staged, batch.wait_reason = False, "the server of the images forgot them"
                 _assign(answered, lost=lost)
                 batch.keep_unstored()
+            if asked and not batch.asks:
+                # It need not wait any more.
+                continue
             if batch.arrivals and not deadline.pause():
                 first = batch.arrivals[0].segment
                 raise ReplayWait(
@@ -170,59 +176,32 @@ class SegmentWriter:
         answer = replies[-1]
         if isinstance(answer, ReplyError):
             raise self._link.meaning(answer)
-        full = next((reply for reply in replies if isinstance(reply, ReplyError)), None)
-        batch.staged = False
-        batch.wait_reason = (
-            "the payload expired before it was committed" if full is None else str(self._link.meaning(full))
-        )
         letters, last_indices, why, images_gone = answer
         answered = list(zip(batch.arrivals, letters.decode(), strict=False))
         numbers = iter(last_indices)
+        asked, batch.asks = batch.asks, False
         for arrival, letter in answered:
             arrival.inserted |= letter in "oO"
             if letter == "c":
                 batch.refused = batch.refused or contradiction(arrival.segment, next(numbers))
             elif letter == "w":
-                batch.staged, batch.wait_reason = True, wait_reason("inserts", why)
+                batch.asks, batch.wait_reason = True, wait_reason("inserts", why)
                 deadline.first = False
                 self.on_wait()
+            elif letter == "m" and not asked:
+                batch.staged, batch.wait_reason = False, "the images expired before they were committed"
         return answered, images_gone
 
     def _commands(self, batch: ArrivalBatch, deadline: Deadline) -> list[Command]:
-        """The payloads, unless they are there, and the commit."""
-        return [
-            *([] if batch.staged else self._payloads(batch)),
-            *([] if self._apart is None else self._apart.forget_unlinked()),
-            (
-                "FCALL",
-                function_name("commit"),
-                1,
-                self._keys.state,
-                int(deadline.first),
-                self._codec.checksum_offset,
-                *batch.runs,
-            ),
-        ]
-
-    def _payloads(self, batch: ArrivalBatch) -> list[Command]:
-        # NX: what is committed already stays as it is, whatever a retry brings.
-        commands: list[Command] = []
-        for arrival in batch.arrivals:
-            index = arrival.segment.segment_index
-            row = self._keys.row(arrival.digest, index)
-            commands.append((b"SET", row, arrival.encoded.row, b"NX", b"PX", _STAGE_MS))
-            if self._apart is None:
-                commands += (
-                    (b"SET", self._keys.image(arrival.digest, index, number), data, b"NX", b"PX", _IMAGE_STAGE_MS)
-                    for number, data in enumerate(arrival.encoded.images.values())
-                )
-        return commands
+        """The commit, last."""
+        commit = ("FCALL", function_name("commit"), 1, self._keys.state, int(deadline.first), *batch.packed)
+        return [*([] if self._images is None else self._images.forget_unlinked()), commit]
 
     def _done(self, replies: Sequence[Any]) -> Sequence[Any]:
         """Replies of the server of the images. Raises what the first error among them means."""
         for reply in replies:
-            if isinstance(reply, ReplyError) and self._images is not None:
-                raise self._images.meaning(reply)
+            if isinstance(reply, ReplyError):
+                raise self._images_link.meaning(reply)
         return replies
 
 

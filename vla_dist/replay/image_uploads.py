@@ -1,4 +1,4 @@
-"""Writing images to a server of their own, in step with the commits on the main one; see ``sweeping``."""
+"""Writing images in step with the commits of their rows; see ``sweeping`` about those on a server of their own."""
 
 import threading
 from collections.abc import Sequence, Set
@@ -27,15 +27,16 @@ class Settlement:
     """Entries of ``ImagesGone`` whose images are removed."""
 
 
-class ApartImages:
+class ImageUploads:
     """Images of one writer's segments; threads may share it."""
 
     def __init__(self, link: RedisLink, images: RedisLink, keys: Keys, num_cameras: int) -> None:
-        """``link`` leads to the main server, ``images`` to the other."""
+        """``link`` leads to the main server, ``images`` to that of the images, which may be the same."""
         self._images = images
         self._keys = keys
         self._num_cameras = num_cameras
-        self._gone = ImagesGone(link, images, keys, num_cameras)
+        # Of its own images the main server takes care.
+        self._gone = None if images is link else ImagesGone(link, images, keys, num_cameras)
         self._lock = threading.Lock()
         self._unlinked: list[bytes] = []
 
@@ -63,6 +64,8 @@ class ApartImages:
             answered: arrivals with their letters, see ``take_in`` in functions.lua.
             images_gone: the commit's word on what was evicted.
         """
+        if self._gone is None:
+            return Settlement([], [], [])
         unlink: list[Command] = []
         kept: list[tuple[str, str]] = []
         for arrival, letter in answered:
@@ -99,6 +102,8 @@ class ApartImages:
 
         Where that fails they stay on the list, and their images are removed once more.
         """
+        if self._gone is None:
+            return []
         with self._lock:
             unlinked, self._unlinked = self._unlinked, []
         return self._gone.forget(unlinked)
