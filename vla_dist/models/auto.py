@@ -62,7 +62,7 @@ def build_model(
     goal_dim = cast(PolicyModelConfig, config).goal_dim
     if table is not None and table.shape != (len(instructions), goal_dim):
         raise DataError(f"{GOAL_EMBEDDINGS} has shape {table.shape}, expected ({len(instructions)}, {goal_dim})")
-    model = member.model(config)
+    model = _without_weights(member, config)
     load_tensors(model, weights)
     cast(torch.nn.Module, model).to(device)
     goals = None
@@ -157,6 +157,18 @@ def load_tensors(model: torch.nn.Module, tensors: Mapping[str, Array]) -> None:
         shown = "; ".join(sorted(wrong)[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
         raise DataError(f"the tensors do not fit the model: {shown}. They belong to another config or were damaged")
     model.load_state_dict({name: torch.from_numpy(np.array(tensors[name])) for name in expected})
+
+
+def _without_weights(member: Architecture, config: Any) -> Any:
+    """A model whose weights are about to be loaded: drawing random ones first would take longer than loading them."""
+    with torch.device("meta"):
+        model = member.model(config)
+    loaded = model.state_dict().keys()
+    others = {name for name, _ in model.named_buffers()} - loaded
+    if others or any(isinstance(value, torch.Tensor) for part in model.modules() for value in vars(part).values()):
+        # Tensors that no artifact holds must be computed.
+        return member.model(config)
+    return model.to_empty(device="cpu")
 
 
 def _known_settings(member: Architecture, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""Policies from artifacts: whatever a model holds that no artifact does is computed, everything else only loaded."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from vla_dist.models import auto
+from vla_dist.models.auto import build_model, make_artifact
+from vla_dist.models.conditioning import ReturnConditioning
+from vla_dist.models.decision_transformer import DecisionTransformer
+from vla_dist.models.presets import preset
+from vla_dist.testing.fakes import make_spec
+
+
+def test_building_a_policy_draws_no_weights_that_are_replaced_at_once():
+    spec = make_spec()
+    model = DecisionTransformer(preset("mini", spec, goal_dim=0))
+    artifact = make_artifact(model, name="p", spec=spec, conditioning=ReturnConditioning())
+    before = torch.get_rng_state()
+    built, _, _ = build_model(artifact)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, value in model.state_dict().items():
+        assert torch.equal(built.state_dict()[name], value)
+    assert all(p.requires_grad for p in built.parameters())
+
+
+class WithTable(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.project = nn.Linear(2, 2)
+        self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+
+class WithPlainTensor(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.plain = torch.arange(3.0)
+
+
+def test_what_no_artifact_holds_is_computed():
+    for kind, name in ((WithTable, "table"), (WithPlainTensor, "plain")):
+        model = auto._without_weights(SimpleNamespace(model=kind), None)
+        assert getattr(model, name).tolist() == [0, 1, 2]
