@@ -30,6 +30,7 @@ from vla_dist.protocol.status import error_of
 from vla_dist.protocol.v1 import fleet_pb2, fleet_pb2_grpc, policy_pb2, policy_pb2_grpc
 from vla_dist.robot.reconnect_config import ReconnectConfig
 from vla_dist.robot.session import Session
+from vla_dist.robot.tls import TlsFiles
 
 M = TypeVar("M")
 
@@ -57,7 +58,8 @@ class PolicyClient:
 
     Args:
         address: ``host:port``.
-        token: bearer token, where the server wants one. It travels in clear: put TLS in front of the server.
+        token: bearer token, where the server wants one. Without ``tls`` it travels in clear.
+        tls: certificates, where a TLS front stands before the server.
         timeout_s: of each call that is not ``Session.act``, opening a session included.
         reconnect: how a session survives its server.
         service_id: the only service to talk to, as ``vla-dist serve`` prints it; empty: the first that answers.
@@ -68,6 +70,7 @@ class PolicyClient:
         address: str,
         *,
         token: str | None = None,
+        tls: TlsFiles | None = None,
         timeout_s: float = 10.0,
         reconnect: ReconnectConfig | None = None,
         service_id: str = "",
@@ -79,7 +82,11 @@ class PolicyClient:
         self.call_metadata: tuple[tuple[str, str], ...] = (
             () if token is None else (("authorization", f"Bearer {token}"),)
         )
-        self.channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self.channel = (
+            grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+            if tls is None
+            else grpc.secure_channel(address, tls.credentials(), options=CHANNEL_OPTIONS)
+        )
         self._policies = policy_pb2_grpc.PolicyServiceStub(self.channel)
         self._fleet = fleet_pb2_grpc.FleetServiceStub(self.channel)
 
