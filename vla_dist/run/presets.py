@@ -80,7 +80,10 @@ def online_dt() -> RunConfig:
     return RunConfig(
         preset="online-dt",
         env=EnvSettings(tasks=("drawer-open", "button-press-topdown")),
-        replay=ReplaySettings(min_steps=400, samples_per_insert=8.0, strata=("demo=0.5", "policy=0.5")),
+        # A small buffer: a learner that runs ahead of the rollouts learns from demonstrations alone.
+        replay=ReplaySettings(
+            min_steps=400, samples_per_insert=4.0, error_buffer_steps=4_000.0, strata=("demo=0.5", "policy=0.5")
+        ),
         rollout=RolloutSettings(
             num_workers=1, episodes_per_task=20, noise_scales=(0.2, 0.4, 0.8), policy_episodes_per_task=20
         ),
