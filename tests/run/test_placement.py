@@ -7,11 +7,12 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from vla_dist.core.errors import ConfigError, ResourceMissing
+from vla_dist.core.errors import ConfigError, ResourceMissing, Unreachable
+from vla_dist.replay.server import EmbeddedServer
 from vla_dist.run.board import BoardLink
 from vla_dist.run.hosts import HostedWorker
 from vla_dist.run.launch import fit_cluster
-from vla_dist.run.nodes import NodeReport, _require_fit, versions
+from vla_dist.run.nodes import NodeReport, _require_fit, require_fit_nodes, versions
 from vla_dist.run.placement import Placement, parts, survey_cluster
 from vla_dist.run.presets import preset
 from vla_dist.run.roles import LEARNER, ROLLOUT, SERVING, PlacementSettings, largest_load
@@ -136,6 +137,13 @@ def test_a_node_with_another_version_or_without_the_folder_is_named(tmp_path):
     _require_fit(here, blind, needs_folder=False, folder=tmp_path)
     with pytest.raises(ConfigError, match=r"10\.0\.0\.8 is to train and does not see"):
         _require_fit(here, blind, needs_folder=True, folder=tmp_path)
+
+
+def test_every_node_is_asked(cluster, tmp_path):
+    with EmbeddedServer(tmp_path / "redis") as server:
+        require_fit_nodes([server.url], tmp_path / "missing", folder_is_shared=True)
+    with pytest.raises(Unreachable, match=r"node \S+ does not reach the replay: .*redis"):
+        require_fit_nodes([server.url], tmp_path, folder_is_shared=True)
 
 
 def test_one_machine_asks_for_no_roles():

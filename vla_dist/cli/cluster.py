@@ -14,6 +14,7 @@ from vla_dist.core.errors import ConfigError
 from vla_dist.run.head_store import HeadStoreConfig, ensure_store, keep_store
 from vla_dist.run.node import (
     STORE_FOLDER,
+    WATCH_FOLDER,
     Host,
     address_towards,
     become,
@@ -24,6 +25,7 @@ from vla_dist.run.node import (
     worker_command,
     write_tokens,
 )
+from vla_dist.run.node_watch import start_watch, watch_node
 
 _USAGE = """usage: vla-dist cluster VERB [options]
 
@@ -32,6 +34,7 @@ _USAGE = """usage: vla-dist cluster VERB [options]
   start-head      start Redis and Ray on this machine as a cluster's head
   start-worker    join this machine to a cluster
   store           the head's two Redis servers in the foreground; start-head starts it
+  watch           ends what Ray leaves behind when it goes; start-worker starts it
 
 'vla-dist cluster VERB --help' explains one. See docs/cluster.md."""
 
@@ -91,6 +94,14 @@ class StoreOptions:
     gcs_port: int = 6379
     grace_s: float = 60.0
     max_memory_gib: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchOptions:
+    """Wait until Ray has gone from this node, then end what it left behind."""
+
+    folder: Path
+    grace_s: float = 10.0
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -155,7 +166,9 @@ def _start_worker(options: StartWorkerOptions) -> None:
     hosts = [Host.parse(text) for text in options.hosts]
     addresses = own_addresses() if hosts else [address_towards(options.head)]
     command = worker_command(options.head, hosts, addresses, gcs_port=options.port, more=options.ray)
-    become(command, node_environment(Path.home()))
+    environment = node_environment(Path.home())
+    start_watch(Path.home() / WATCH_FOLDER)
+    become(command, environment)
 
 
 def _store(options: StoreOptions) -> None:
@@ -172,10 +185,15 @@ def _store(options: StoreOptions) -> None:
     )
 
 
+def _watch(options: WatchOptions) -> None:
+    watch_node(options.folder, grace_s=options.grace_s)
+
+
 _VERBS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "check": (CheckOptions, _check),
     "tokens": (TokensOptions, _tokens),
     "start-head": (StartHeadOptions, _start_head),
     "start-worker": (StartWorkerOptions, _start_worker),
     "store": (StoreOptions, _store),
+    "watch": (WatchOptions, _watch),
 }

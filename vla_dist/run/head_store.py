@@ -1,8 +1,9 @@
 """The two Redis servers of a cluster's head: one for replay and registry, one for what Ray must remember of itself.
 
 Two, because what fills or flushes the one must not erase the other. A process of their own keeps them: it starts a
-killed one again from its log, lives through a restart of Ray on the head, and ends when Ray has been gone for a while, as
-after `ray down`. Data stay on the head's disk; what Ray remembers is then removed, so that the next `ray up` begins anew.
+killed one again from its log, lives through a restart of Ray on the head, and ends when Ray has been gone for a while,
+as after `ray down`. Data stay on the head's disk; what Ray remembers is then removed, so that the next `ray up` begins
+anew.
 """
 
 import contextlib

@@ -23,6 +23,7 @@ RAY_TOKEN = Path(".ray/auth_token")
 FLEET_TOKEN = Path(".vla-dist/fleet_token")
 """Below the home of whoever launches a cluster, and of each of its nodes."""
 STORE_FOLDER = Path(".vla-dist/store")
+WATCH_FOLDER = Path(".vla-dist")
 _AUTOSCALER_CONFIG = Path("ray_bootstrap_config.yaml")
 """Where `ray up` leaves the cluster file for the head's autoscaler."""
 _OPEN_FILES = 65_536
@@ -76,8 +77,8 @@ def read_token(home: Path, name: Path) -> str:
     token = path.read_text().strip() if path.exists() else ""
     if not token:
         raise NotFound(
-            f"{path} is missing or empty, and without it strangers could use the cluster; run 'vla-dist cluster tokens' "
-            "on the machine that launches, and ship the file with file_mounts"
+            f"{path} is missing or empty, and without it strangers could use the cluster; run 'vla-dist cluster "
+            "tokens' on the machine that launches, and ship the file with file_mounts"
         )
     return token
 

@@ -45,12 +45,13 @@ def require_fit_nodes(redis_urls: Sequence[str], folder: Path, *, folder_is_shar
     """
     here = versions()
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    ask = ray.remote(_report).options(num_cpus=0, max_retries=0)
+    ask = ray.remote(_report)
     asked = {}
     for node in nodes:
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         address = node["NodeManagerAddress"]
-        reference = ask.options(scheduling_strategy=strategy).remote(address, list(redis_urls), str(folder))
+        asking = ask.options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
+        reference = asking.remote(address, list(redis_urls), str(folder))
         asked[reference] = node
     for reference, node in asked.items():
         learns = bool(node["Resources"].get(LEARNER))
@@ -59,7 +60,8 @@ def require_fit_nodes(redis_urls: Sequence[str], folder: Path, *, folder_is_shar
 
 def versions() -> dict[str, str]:
     """Of this process."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    # A GPU machine has another build of the same torch: what follows a plus does not count.
+    found = {name: importlib.metadata.version(name).partition("+")[0] for name in _PACKAGES}
     return {"Python": platform.python_version(), **found, "vla-dist": package_digest()}
 
 
