@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from vla_dist.learner.algorithms.catalogue import make_algorithm
 from vla_dist.learner.parallel import make_parallel
 from vla_dist.learner.train_step import OptimiserConfig, TrainStep
 from vla_dist.models.decision_transformer import DecisionTransformer
@@ -26,7 +27,13 @@ def make_model(seed):
     torch.manual_seed(seed)
     size = {"hidden_dim": 32, "n_layers": 2, "n_heads": 4, "context_steps": 4, "goal_dim": 8}
     off = {"dropout": 0.0, "action_dropout": 0.0, "return_dropout": 0.0}
-    return DecisionTransformer(preset("small", make_spec(), **size, **off))
+    return DecisionTransformer(preset("small", make_spec(), **size, **off, head="gaussian"))
+
+
+def make_own(model):
+    """An algorithm with a parameter of its own."""
+    name = "online_decision_transformer"
+    return make_algorithm(name, model=model.config, conditioning="steps_to_success")
 
 
 def batch_of(model, update, rank, num_ranks):
@@ -39,17 +46,21 @@ def batch_of(model, update, rank, num_ranks):
 def train(parallel, rank, *, config=CONFIG, restart_at=None):
     """All whole tensors after some updates; ranks begin with unlike weights, of which rank 0's must hold."""
     model = make_model(seed=1 + rank)
-    step = TrainStep(model, config, parallel=parallel)
+    algorithm = make_own(model)
+    step = TrainStep(model, config, algorithm=algorithm, parallel=parallel)
     for update in range(NUM_UPDATES):
         if update == restart_at:
-            weights, memory = step.weights(), step.tensors()
+            weights, own, memory = step.weights(), step.algorithm_tensors(), step.tensors()
             model = make_model(seed=77)
             model.load_state_dict(weights)
-            step = TrainStep(model, config, parallel=parallel)
+            algorithm = make_own(model)
+            algorithm.load_state_dict(own)
+            step = TrainStep(model, config, algorithm=algorithm, parallel=parallel)
             step.load_tensors(memory)
         step(batch_of(model, update, rank, parallel.num_ranks), update)
     named = {f"published/{name}": value for name, value in step.published_weights().items()}
     named |= {f"model/{name}": value for name, value in step.weights().items()} | step.tensors()
+    named |= {f"algorithm/{name}": value for name, value in step.algorithm_tensors().items()}
     return {name: value.clone().contiguous() for name, value in named.items()}
 
 

@@ -54,9 +54,15 @@ def require_close(found, expected):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def make_temperature():
+    """As it begins."""
+    return rank_program.make_own(rank_program.make_model(seed=1)).log_temperature.detach()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_of_half_a_batch_are_one_rank_of_the_whole(trained, alone, kind):
     assert any(name.startswith("ema/") for name in alone)
+    assert alone["algorithm/log_temperature"] != make_temperature()
     require_close(trained[kind], alone)
 
 
