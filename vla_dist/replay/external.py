@@ -20,7 +20,6 @@ _PROBES: tuple[Command, ...] = (
     ("SET", _KEY, "", "XX"),
     ("SETRANGE", _KEY, 0, ""),
     ("PERSIST", _KEY),
-    ("PEXPIRE", _KEY, 1),
     ("DEL", _KEY),
     ("HSET", _KEY, "field", 1),
     ("HSETNX", _KEY, "field", 1),

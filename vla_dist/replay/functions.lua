@@ -41,7 +41,6 @@ local ARRIVAL_BYTES = 27
 -- completion, first row, length, segments, source, success, intervened, unused, completed at, digest, bytes of the id,
 -- task and instruction
 local LIVE = '<ddI4I4BBBBdc16I2I2I2'
-local STAGE_MS = 3600000
 local GONE_KEPT, EVENTS_KEPT = 65536, 4096
 local MOST_KEYS, MOST_IMAGES_GONE = 4000, 128
 
@@ -300,12 +299,8 @@ local function insert_waits(b, t) return t.ratio >= 0 and has_least(b, t) and t.
 local function keep_payload(b, digest, index, row)
   if row == '' then return false end
   local names = payload_names(b, digest, index, index)
-  for i = 2, #names do
-    if redis.call('PERSIST', names[i]) == 0 then
-      for j = 2, i - 1 do redis.call('PEXPIRE', names[j], STAGE_MS) end
-      return false
-    end
-  end
+  if #names > 1 and redis.call('EXISTS', unpack(names, 2)) < #names - 1 then return false end
+  for i = 2, #names do redis.call('PERSIST', names[i]) end
   redis.call('SET', names[1], row)
   return true
 end
