@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vla_dist.core.errors import ConfigError, DeadlineExceeded, ResourceMissing, Unreachable
 from vla_dist.core.protocols import Policy
@@ -33,21 +33,27 @@ class BatcherConfig:
     """A batch is padded to the next of these, so that a compiled model sees few shapes; the last is the largest."""
     max_queue: int = 256
     """Requests that may wait; the next one is refused at once."""
+    order: Literal["deadline", "arrival"] = "deadline"
+    """Who is computed first. By arrival is only there to measure what deadlines are worth."""
 
     def __post_init__(self) -> None:
         sizes = self.bucket_sizes
         if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
             raise ConfigError(f"bucket_sizes {sizes} must be positive and increasing, for example (1, 4, 16)")
+        if self.order not in ("deadline", "arrival"):
+            raise ConfigError(f"order {self.order!r} must be 'deadline' or 'arrival'")
         if self.max_queue < sizes[-1]:
             raise ConfigError(f"max_queue {self.max_queue} must hold at least one largest batch, {sizes[-1]}")
 
 
 @dataclass(slots=True, order=True)
 class _Request:
-    deadline: float
-    """By ``time.monotonic``."""
+    priority: float
+    """The deadline, or nothing where requests are computed by arrival."""
     order: int
     """Arrival breaks ties, and keeps the heap from comparing arrays."""
+    deadline: float = field(compare=False)
+    """By ``time.monotonic``."""
     policy: Policy[Any] = field(compare=False)
     observation: Observation = field(compare=False)
     state: Any = field(compare=False)
@@ -93,9 +99,11 @@ class DeadlineBatcher:
             Unreachable: the batcher is closed.
         """
         loop = asyncio.get_running_loop()
+        deadline = time.monotonic() + deadline_s
         request = _Request(
-            time.monotonic() + deadline_s,
+            deadline if self.config.order == "deadline" else 0.0,
             next(self._orders),
+            deadline,
             policy,
             observation,
             state,

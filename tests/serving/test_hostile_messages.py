@@ -1,0 +1,164 @@
+"""Ten thousand hostile messages: each gets a clear status, the server lives, and other robots notice nothing."""
+
+import gc
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import grpc
+import psutil
+import pytest
+
+from vla_dist.protocol.v1 import policy_pb2
+from vla_dist.robot.client import PolicyClient
+from vla_dist.serving.server import SingleServer
+from vla_dist.testing import hostile
+from vla_dist.testing.fakes import FakeEnv
+from vla_dist.testing.registry import InMemoryRegistry, fake_artifact
+from vla_dist.testing.serving import REFERENCE, build_service
+
+SERVICE = "/vla_dist.v1.PolicyService"
+ALLOWED = {
+    grpc.StatusCode.OK,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNAVAILABLE,  # an episode that belongs to another service
+    grpc.StatusCode.UNAUTHENTICATED,
+}
+
+
+@pytest.fixture
+def server() -> Iterator[SingleServer]:
+    registry = InMemoryRegistry()
+    registry.publish(fake_artifact(hostile.SPEC, bias=0.1), channel="stable")
+    with SingleServer(build_service(registry), max_message_bytes=2**20) as server:
+        yield server
+
+
+class Bystander:
+    """An honest robot beside it all: every answer must come, and be right."""
+
+    def __init__(self, address: str) -> None:
+        self.failures: list[object] = []
+        self.num_answers = 0
+        self._stop = threading.Event()
+        self._address = address
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Bystander":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join(20)
+
+    def _run(self) -> None:
+        observation = FakeEnv(hostile.SPEC).reset(seed=1, task="go").observation
+        try:
+            with (
+                PolicyClient(self._address) as client,
+                client.open_session(hostile.SPEC, policy=REFERENCE, robot_id="honest") as session,
+            ):
+                while not self._stop.is_set():
+                    session.act(observation, deadline_s=5.0)
+                    self.num_answers += 1
+                    time.sleep(0.02)
+                assert session.metrics()["reconnects"] == 0
+        except Exception as error:
+            self.failures.append(error)
+
+
+def attack(address: str, *, num_unary: int, num_streams: int, seed: int) -> Counter[grpc.StatusCode]:
+    """Codes of all calls; fails at the first that is not allowed."""
+    rng = random.Random(seed)
+    codes: Counter[grpc.StatusCode] = Counter()
+    same = {"request_serializer": lambda raw: raw, "response_deserializer": lambda raw: raw}
+    with grpc.insecure_channel(address) as channel:
+        methods = {name: channel.unary_unary(f"{SERVICE}/{name}", **same) for name in hostile.METHODS}
+        control = channel.stream_stream(f"{SERVICE}/Control", **same)
+        for method, raw in hostile.unary_calls(rng, num_unary):
+            try:
+                methods[method](raw, timeout=10)
+                codes[grpc.StatusCode.OK] += 1
+            except grpc.RpcError as error:
+                codes[_allowed(error, method, raw)] += 1
+        for messages in hostile.streams(rng, num_streams):
+            try:
+                for _ in control(iter(messages), timeout=10):
+                    codes[grpc.StatusCode.OK] += 1
+            except grpc.RpcError as error:
+                codes[_allowed(error, "Control", messages[-1])] += 1
+    return codes
+
+
+def _allowed(error: grpc.RpcError, method: str, raw: bytes) -> grpc.StatusCode:
+    code, details = error.code(), error.details() or ""  # type: ignore[attr-defined]
+    assert code in ALLOWED, (method, code, details, raw[:200])
+    assert code is not grpc.StatusCode.DEADLINE_EXCEEDED or "Deadline Exceeded" not in details, (method, raw[:200])
+    return code
+
+
+@pytest.mark.parametrize(
+    ("num_unary", "num_streams"),
+    [(1000, 150), pytest.param(9000, 2500, marks=pytest.mark.chaos)],
+    ids=["short", "long"],
+)
+def test_hostile_messages_hurt_nobody(server: SingleServer, num_unary: int, num_streams: int) -> None:
+    attack(server.address, num_unary=200, num_streams=20, seed=0)
+    gc.collect()
+    before = psutil.Process(os.getpid()).memory_info().rss
+    with Bystander(server.address) as bystander:
+        codes = attack(server.address, num_unary=num_unary, num_streams=num_streams, seed=1)
+    gc.collect()
+    grown = psutil.Process(os.getpid()).memory_info().rss - before
+    assert bystander.failures == []
+    assert bystander.num_answers > 5
+    assert codes[grpc.StatusCode.INVALID_ARGUMENT] > num_unary / 10, codes
+    assert grown < 40 * 2**20, f"{grown / 2**20:.0f} MiB more after {sum(codes.values())} calls"
+    assert server.service is not None
+    assert server.service.health().num_sessions == 0
+
+
+def test_a_message_above_the_limit_is_refused_before_it_is_read(server: SingleServer) -> None:
+    request = hostile.act_request()
+    request.observation.proprio.data = bytes(2 * 2**20)
+    with grpc.insecure_channel(server.address) as channel:
+        act = channel.unary_unary(f"{SERVICE}/Act", request_serializer=policy_pb2.ActRequest.SerializeToString)
+        with pytest.raises(grpc.RpcError) as caught:
+            act(request, timeout=10)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_nothing_is_decoded_of_a_caller_without_a_token() -> None:
+    registry = InMemoryRegistry()
+    registry.publish(fake_artifact(hostile.SPEC), channel="stable")
+    same = {"request_serializer": lambda raw: raw, "response_deserializer": lambda raw: raw}
+    with (
+        SingleServer(build_service(registry), token="secret") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        # Bytes that no parser takes: an answer about the token shows that none was asked.
+        for call in (
+            lambda: channel.unary_unary(f"{SERVICE}/Act", **same)(b"\xff" * 50, timeout=5),
+            lambda: list(channel.stream_stream(f"{SERVICE}/Control", **same)(iter([b"\xff" * 50]), timeout=5)),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                call()
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_reflection_is_off(server: SingleServer) -> None:
+    same = {"request_serializer": lambda raw: raw, "response_deserializer": lambda raw: raw}
+    with grpc.insecure_channel(server.address) as channel:
+        for version in ("v1", "v1alpha"):
+            reflect = channel.stream_stream(f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo", **same)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(reflect(iter([b""]), timeout=5))
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
