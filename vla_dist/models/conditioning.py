@@ -52,6 +52,11 @@ class ReturnConditioning:
                 f"{self.ceiling} must be below 0"
             )
 
+    @property
+    def is_relative(self) -> bool:
+        """Whether the learner replaces ``training_values`` before the model sees them."""
+        return self.kind in ("advantage", "reward_advantage")
+
     def training_values(self, batch: Batch, *, max_episode_steps: int) -> Array:
         """(B, K) float32, scaled; padded steps are not meaningful."""
         if self.kind == "none":

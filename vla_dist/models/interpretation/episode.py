@@ -4,6 +4,7 @@ Shapes: B windows, K context steps, N heads, L queries, S keys.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class EpisodeWindows:
         goals = None
         if config.goal_dim and self._goals is not None:
             goals = self._goals.lookup([self.instruction])
-        return to_train_batch(
+        window = to_train_batch(
             batch,
             codec=ActionCodec.of(self._spec),
             conditioning=self._conditioning,
@@ -115,6 +116,11 @@ class EpisodeWindows:
             horizon=config.horizon,
             cameras=tuple(config.cameras or ()),
         )
+        if self._conditioning.is_relative:
+            # How good each step was only the learner knew; a policy is asked for the best.
+            asked = self._conditioning.target / self._conditioning.scale
+            window = replace(window, returns_to_go=asked * window.padding_mask)
+        return window
 
     def _column(self, name: str) -> Array:
         return np.concatenate([getattr(segment, name)[: segment.length] for segment in self._segments])
