@@ -62,6 +62,7 @@ def cluster():
     cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_a_vanished_spot_node_costs_no_life_and_the_worker_goes_on(cluster, tmp_path):
     spot = cluster.add_node(num_cpus=2, resources={"rollout": 2}, object_store_memory=80 * 2**20)
     placement = survey_cluster()
@@ -100,6 +101,7 @@ def test_a_vanished_spot_node_costs_no_life_and_the_worker_goes_on(cluster, tmp_
     host.close()
 
 
+@pytest.mark.slow
 def test_a_run_that_no_cluster_could_take_is_refused_before_it_starts(cluster):
     config, placement = preset("babyai"), survey_cluster()
     many = dataclasses.replace(config, serving=dataclasses.replace(config.serving, num_replicas=3))
@@ -112,12 +114,14 @@ def test_a_run_that_no_cluster_could_take_is_refused_before_it_starts(cluster):
         placement.require_room(greedy)
 
 
+@pytest.mark.slow
 def test_a_store_that_only_this_machine_reaches_is_refused_on_a_cluster(cluster, tmp_path):
     store = Store(redis_url="unix:///nowhere.sock", images_url=None)
     with pytest.raises(ResourceMissing, match=r"other nodes; give --replay\.redis-url"):
         fit_cluster(preset("babyai"), tmp_path, store, Placement(is_cluster=True, roles=frozenset({"gateway"})))
 
 
+@pytest.mark.slow
 def test_other_machines_need_a_token(cluster, tmp_path, monkeypatch):
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     monkeypatch.setattr("vla_dist.run.launch.require_fit_nodes", lambda *a, **k: None)
@@ -139,6 +143,7 @@ def test_a_node_with_another_version_or_without_the_folder_is_named(tmp_path):
         _require_fit(here, blind, needs_folder=True, folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_every_node_is_asked(cluster, tmp_path):
     with EmbeddedServer(tmp_path / "redis") as server:
         require_fit_nodes([server.url], tmp_path / "missing", folder_is_shared=True)

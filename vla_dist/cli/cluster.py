@@ -1,6 +1,7 @@
 """``vla-dist cluster``: what cluster files and their operators call."""
 
 import difflib
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,11 +27,13 @@ from vla_dist.run.node import (
     write_tokens,
 )
 from vla_dist.run.node_watch import start_watch, watch_node
+from vla_dist.run.serve_settings import node_serve_settings
 
 _USAGE = """usage: vla-dist cluster VERB [options]
 
   check FILE      a cluster file before money is spent: schema, roles against a preset, tokens, ports
   tokens          make the tokens that cluster files ship, where there are none
+  environment     what Ray must find in its environment on a node, as shell exports: for images
   start-head      start Redis and Ray on this machine as a cluster's head
   start-worker    join this machine to a cluster
   store           the head's two Redis servers in the foreground; start-head starts it
@@ -51,6 +54,11 @@ class CheckOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokensOptions:
     """Ray's token and the fleet's, below the home of whoever runs `ray up`. What is there is kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentOptions:
+    """Shell exports for images; start-head and start-worker set the same by themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +148,11 @@ def _tokens(options: TokensOptions) -> None:
     print("\n".join(f"made {path}" for path in made) or "both tokens are there already")
 
 
+def _environment(options: EnvironmentOptions) -> None:
+    for name, value in node_serve_settings().items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
 def _start_head(options: StartHeadOptions) -> None:
     home = Path.home()
     host = options.node_ip or _only(own_addresses())
@@ -192,6 +205,7 @@ def _watch(options: WatchOptions) -> None:
 _VERBS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "check": (CheckOptions, _check),
     "tokens": (TokensOptions, _tokens),
+    "environment": (EnvironmentOptions, _environment),
     "start-head": (StartHeadOptions, _start_head),
     "start-worker": (StartWorkerOptions, _start_worker),
     "store": (StoreOptions, _store),

@@ -259,4 +259,4 @@ def _secrets(cluster: ClusterFile) -> Iterator[Finding]:
         yield _wrong("gcsFaultToleranceOptions is missing: a head that is replaced would forget the cluster")
 
 
-_SECRETS = ("RAY_AUTH_TOKEN", "VLA_DIST_FLEET_TOKEN", "VLA_DIST_REDIS_URL")
+_SECRETS = ("RAY_AUTH_TOKEN", "VLA_DIST_FLEET_TOKEN", "VLA_DIST_REDIS_PASSWORD")

@@ -45,6 +45,7 @@ from vla_dist.run.memory import MemoryWatch
 from vla_dist.run.metrics_log import MetricsLog
 from vla_dist.run.placement import Placement
 from vla_dist.run.roles import ROLLOUT, SERVING
+from vla_dist.run.run_gauges import RunGauges
 from vla_dist.run.serve_app import ServingHandle, start_serving
 from vla_dist.run.serving_start import ServingStart
 from vla_dist.run.status import RunStatus
@@ -100,6 +101,7 @@ class RunController:
             self._memory = stack.enter_context(contextlib.closing(MemoryWatch(os.getpid())))
             board = BoardLink(self._place.run_id)
             board.start(self._placement.beside_driver(cpus=0))
+            self._gauges = RunGauges(self._place.run_id)
             self._telemetry = Telemetry(self._place, self._table, self._registry, board)
             stack.callback(self._close_hosts)
             self._start_archiver(board, stack)
@@ -270,7 +272,9 @@ class RunController:
         self._notice_versions()
         if self._judged is not None:
             self._judged.poll()
-        self._on_status(self.status())
+        status = self.status()
+        self._gauges.show(status)
+        self._on_status(status)
 
     def _notice_versions(self) -> None:
         try:
