@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vla_dist.core.errors import ConfigError, Unreachable, WaitTimeout
+from vla_dist.core.errors import ConfigError, Unreachable, VlaDistError, WaitTimeout
 from vla_dist.core.protocols import RobotEnv
 from vla_dist.core.types import Metrics, Source
 from vla_dist.protocol.fleet_records import Assignment, NextTask
@@ -111,6 +111,9 @@ def open_station(
             uploader.flush(timeout_s=config.flush_timeout_s)
         except WaitTimeout as error:
             _log.warning("%s", error)
+        # The last word: whoever waits for this robot learns what it still holds.
+        with contextlib.suppress(VlaDistError):
+            fleet.heartbeat(spool.metrics())
 
 
 def run_station(

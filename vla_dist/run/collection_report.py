@@ -133,7 +133,7 @@ def _thumbnail(episode: Sequence[Segment], entry: Entry | None) -> Image.Image:
     draw.rectangle((_BORDER, top, picture.width - _BORDER - 1, picture.height - _BORDER - 1), fill=(255, 255, 255))
     steps = sum(segment.length for segment in episode)
     draw.text((_BORDER + 3, top + 2), f"{last.task}"[:26], fill=(0, 0, 0))
-    draw.text((_BORDER + 3, top + 15), f"{last.robot_id} {steps} steps {verdict}"[:28], fill=(90, 90, 90))
+    draw.text((_BORDER + 3, top + 15), f"{last.robot_id}, {steps} steps, {verdict}"[:30], fill=(90, 90, 90))
     return picture
 
 
