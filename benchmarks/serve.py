@@ -1,164 +1,121 @@
-"""Control streams through Ray Serve against a plain grpc.aio server around the same service, in one run.
+"""Robots as separate processes against Ray Serve, a plain grpc.aio server, and a fixed-window batcher, in one run.
 
-    vla-dist bench serve [--robots 1 8 32] [--seconds 5] [--json FILE]
+    vla-dist bench serve [--robots 1 8 32 64] [--hz 10] [--json FILE] [--plot FILE]
 
-Both sides serve the same small Decision Transformer (untrained) to robots that ask again as soon as they are answered.
+All serve the same small Decision Transformer (untrained). Flat out, each robot asks again as soon as it is answered; at
+a rate, an answer that takes longer than a period is a miss.
 """
 
 import argparse
-import contextlib
 import json
-import multiprocessing
+import os
 import sys
 import tempfile
-import time
-from functools import partial
 from pathlib import Path
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).parent))
 
-REFERENCE = "bench@stable"
-
-
-def build_services(redis_url: str):
-    from vla_dist.envs.metaworld import tabletop_spec
-    from vla_dist.models.auto import build_policy
-    from vla_dist.registry.blobs import RedisBlobs
-    from vla_dist.registry.store import RedisPolicyRegistry
-    from vla_dist.replay.config import BufferConfig
-    from vla_dist.replay.table import RedisReplayTable
-    from vla_dist.serving.batcher import BatcherConfig, DeadlineBatcher
-    from vla_dist.serving.ingest import FleetIngest, IngestConfig
-    from vla_dist.serving.service import PolicyService, ServiceConfig
-    from vla_dist.serving.versions import PolicyVersions, VersionsConfig
-
-    registry = RedisPolicyRegistry(redis_url, RedisBlobs(redis_url))
-    versions = PolicyVersions(registry, build_policy, VersionsConfig(references=(REFERENCE,)))
-    versions.start()
-    spec = tabletop_spec()
-    table = RedisReplayTable(redis_url, spec, BufferConfig(name="bench"))
-    service = PolicyService(
-        versions, DeadlineBatcher(BatcherConfig(bucket_sizes=(1, 2, 4, 8, 16, 32))), ServiceConfig()
-    )
-    return service, FleetIngest(table, spec, IngestConfig())
-
-
-def publish(redis_url: str) -> None:
-    import torch
-
-    from vla_dist.envs.metaworld import tabletop_spec
-    from vla_dist.models.auto import make_artifact
-    from vla_dist.models.conditioning import ReturnConditioning
-    from vla_dist.models.decision_transformer import DecisionTransformer
-    from vla_dist.models.goals import GoalTable
-    from vla_dist.models.presets import preset
-    from vla_dist.registry.blobs import RedisBlobs
-    from vla_dist.registry.store import RedisPolicyRegistry
-
-    torch.manual_seed(0)
-    spec = tabletop_spec()
-    model = DecisionTransformer(preset("small", spec, hidden_dim=64, n_layers=2, context_steps=5))
-    goals = GoalTable(lambda texts: np.ones((len(texts), model.config.goal_dim), np.float32))
-    goals.remember(["go"])
-    artifact = make_artifact(model, name="bench", spec=spec, conditioning=ReturnConditioning(), goals=goals)
-    RedisPolicyRegistry(redis_url, RedisBlobs(redis_url)).publish(artifact, channel="stable")
-
-
-def drive(address: str, num_robots: int, seconds: float, ready, go, results) -> None:
-    """One process of robots, each a thread that keeps exactly one observation in flight."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from vla_dist.core.types import Observation
-    from vla_dist.envs.metaworld import tabletop_spec
-    from vla_dist.robot.client import PolicyClient
-
-    spec = tabletop_spec()
-    observation = Observation(proprio=np.zeros(spec.proprio_dim, np.float32), instruction="go")
-
-    def one(index: int) -> list[float]:
-        with (
-            PolicyClient(address) as client,
-            client.open_session(spec, policy=REFERENCE, robot_id=str(index)) as session,
-        ):
-            session.act(observation, deadline_s=5.0)
-            ready.release()
-            go.wait(60)
-            latencies, end = [], time.monotonic() + seconds
-            while time.monotonic() < end:
-                started = time.monotonic()
-                session.act(observation, deadline_s=5.0)
-                latencies.append(time.monotonic() - started)
-            return latencies
-
-    with ThreadPoolExecutor(num_robots) as threads:
-        results.put([latency for part in threads.map(one, range(num_robots)) for latency in part])
-
-
-def measure(address: str, num_robots: int, seconds: float) -> dict[str, float]:
-    context = multiprocessing.get_context("spawn")
-    processes = min(2, num_robots)
-    ready, go, results = context.Semaphore(0), context.Event(), context.Queue()
-    shares = [num_robots // processes + (i < num_robots % processes) for i in range(processes)]
-    robots = [context.Process(target=drive, args=(address, n, seconds, ready, go, results)) for n in shares]
-    for process in robots:
-        process.start()
-    for _ in range(num_robots):
-        if not ready.acquire(timeout=60):
-            raise TimeoutError("the robots did not connect within 60 s")
-    go.set()
-    latencies = np.array([latency for _ in robots for latency in results.get(timeout=seconds + 60)])
-    for process in robots:
-        process.join(timeout=30)
-    p50, p99 = np.percentile(latencies, [50, 99]) * 1000
-    return {"calls_per_s": len(latencies) / seconds, "p50_ms": float(p50), "p99_ms": float(p99)}
-
-
-@contextlib.contextmanager
-def serving(system: str, redis_url: str):
-    if system == "grpc_aio":
-        from vla_dist.serving.server import SingleServer
-
-        service, ingest = build_services(redis_url)
-        with SingleServer(service, ingest=ingest) as server:
-            yield server.address
-        return
-    from vla_dist.run.launch import ray_runtime
-    from vla_dist.run.serve_app import free_ports, start_serving
-
-    build = partial(build_services, redis_url)
-    with (
-        ray_runtime(num_cpus=4),
-        start_serving(build, port=free_ports(1)[0], num_replicas=1, num_cpus=1, token=None) as handle,
-    ):
-        yield handle.address
+SYSTEMS = ("serve", "grpc_aio", "fixed_window")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--robots", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--robots", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--hz", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement flat out")
+    parser.add_argument("--paced-seconds", type=float, default=20.0, help="of each measurement at a rate")
+    parser.add_argument("--swaps", type=int, default=100)
+    parser.add_argument("--swap-robots", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=2, help="measurements flat out, servers by turns; the best counts")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--device", default="cpu", help="cuda: where the replica computes")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+    from serve_parts.fleet import Fleet
+    from serve_parts.overload import edf_against_fifo
+    from serve_parts.workload import make_artifact, registry_of
+
     from vla_dist.replay.server import EmbeddedServer
 
-    curve: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer(Path(folder) / "redis") as store:
-        publish(store.url)
-        for system in ("grpc_aio", "serve"):
-            with serving(system, store.url) as address:
-                for robots in options.robots:
-                    found = measure(address, robots, options.seconds)
-                    curve.setdefault(str(robots), {})[system] = found
-                    print(
-                        f"{system:>9} {robots:3d} robots: {found['calls_per_s']:7.0f} calls/s, "
-                        f"p50 {found['p50_ms']:6.1f} ms, p99 {found['p99_ms']:6.1f} ms",
-                        file=sys.stderr,
-                    )
-    ratios = {n: row["serve"]["calls_per_s"] / row["grpc_aio"]["calls_per_s"] for n, row in curve.items()}
-    answer = {"curve": curve, "throughput_ratio_vs_grpc_aio": ratios}
+        registry_of(store.url).publish(make_artifact(0), channel="stable")
+        with Fleet(max(options.robots)) as fleet:
+            answer = measure(fleet, store.url, options)
+        answer["edf_vs_fifo"] = edf_against_fifo(store.url, seconds=6.0, load=1.3)
     print(json.dumps(answer, indent=2))
     if options.json:
         options.json.write_text(json.dumps(answer, indent=2))
+    if options.plot:
+        from serve_parts.figure import draw
+
+        draw(answer, options.plot)
+
+
+def measure(fleet, redis_url: str, options) -> dict:
+    from serve_parts.servers import serving
+    from serve_parts.swaps import swap_under_load
+
+    curve: dict[str, dict] = {str(num_robots): {} for num_robots in options.robots}
+    paced: dict[str, dict] = {str(num_robots): {} for num_robots in options.robots}
+    swaps: dict = {}
+    memory: dict = {}
+    num_gpus = 1.0 if options.device.startswith("cuda") else 0.0
+    for turn in range(options.turns):
+        for system in options.systems:
+            with serving(system, redis_url, device=options.device, num_gpus=num_gpus) as address:
+                for num_robots in options.robots:
+                    before = server_rss(system)
+                    found = fleet.run(address, num_robots, seconds=options.seconds)
+                    if num_robots == max(options.robots) and turn == 0:
+                        memory[system] = max(0, server_rss(system) - before) / num_robots
+                    best = curve[str(num_robots)].get(system)
+                    if best is None or found["calls_per_s"] > best["calls_per_s"]:
+                        curve[str(num_robots)][system] = found
+                    say(system, num_robots, found)
+                    if turn == 0:
+                        order = {"hz": options.hz, "deadline_s": 1 / options.hz, "seconds": options.paced_seconds}
+                        paced[str(num_robots)][system] = found = fleet.run(address, num_robots, **order)
+                        say(f"{system} {options.hz:g} Hz", num_robots, found)
+                if system == "serve" and turn == 0 and options.swaps:
+                    swaps = swap_under_load(
+                        fleet, address, redis_url, num_swaps=options.swaps, num_robots=options.swap_robots
+                    )
+                    print(f"swaps: {swaps}", file=sys.stderr)
+    at = "32" if "32" in curve else str(max(options.robots))
+    mine, peer = curve[at].get("serve"), curve[at].get("grpc_aio")
+    both = mine is not None and peer is not None
+    return {
+        "throughput_ratio_vs_grpc_aio_at_32": mine["calls_per_s"] / peer["calls_per_s"] if both else None,
+        "p50_ratio_vs_grpc_aio_at_32": mine["p50_ms"] / peer["p50_ms"] if both else None,
+        "miss_rate_32_robots_10_hz": paced[at].get("serve", {}).get("miss_rate"),
+        "swaps": swaps,
+        "curve": curve,
+        "paced": {"hz": options.hz, **paced},
+        "bytes_per_session": memory,
+        "ratios_at": int(at),
+    }
+
+
+def server_rss(system: str) -> int:
+    """Bytes of the process that holds the sessions: the replica, or this one."""
+    import psutil
+
+    me = psutil.Process()
+    if system != "serve":
+        return me.memory_info().rss
+    return sum(p.memory_info().rss for p in me.children(recursive=True) if "ServeReplica" in " ".join(p.cmdline()))
+
+
+def say(what: str, num_robots: int, found: dict) -> None:
+    print(
+        f"{what:>20} {num_robots:3d} robots: {found['calls_per_s']:7.0f} calls/s, p50 {found['p50_ms']:6.1f} ms, "
+        f"p99 {found['p99_ms']:6.1f} ms, missed {found['miss_rate']:.2%}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from vla_dist.protocol.records import (
 )
 from vla_dist.protocol.status import error_of
 from vla_dist.protocol.v1 import fleet_pb2, fleet_pb2_grpc, policy_pb2, policy_pb2_grpc
+from vla_dist.robot.control_calls import ControlCalls
 from vla_dist.robot.reconnect_config import ReconnectConfig
 from vla_dist.robot.session import Session
 from vla_dist.robot.tls import TlsFiles
@@ -82,11 +83,8 @@ class PolicyClient:
         self.call_metadata: tuple[tuple[str, str], ...] = (
             () if token is None else (("authorization", f"Bearer {token}"),)
         )
-        self.channel = (
-            grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-            if tls is None
-            else grpc.secure_channel(address, tls.credentials(), options=CHANNEL_OPTIONS)
-        )
+        self._credentials = None if tls is None else tls.credentials()
+        self.channel = self._make_channel()
         self._policies = policy_pb2_grpc.PolicyServiceStub(self.channel)
         self._fleet = fleet_pb2_grpc.FleetServiceStub(self.channel)
 
@@ -110,11 +108,9 @@ class PolicyClient:
         """Start an episode. Raises as ``check`` does, and ResourceMissing where the server is full."""
         request = SessionRequest(spec=spec, policy=policy, robot_id=robot_id, task=task, policy_version=policy_version)
 
-        def start_call(requests: Any) -> Any:
-            return self._policies.Control(requests, metadata=self.call_metadata)
-
+        calls = ControlCalls(self.channel, self._make_channel, self.call_metadata)
         return Session(
-            start_call,
+            calls,
             request,
             address=self.address,
             timeout_s=self.timeout_s,
@@ -200,6 +196,11 @@ class PolicyClient:
 
     def close(self) -> None:
         self.channel.close()
+
+    def _make_channel(self) -> grpc.Channel:
+        if self._credentials is None:
+            return grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        return grpc.secure_channel(self.address, self._credentials, options=CHANNEL_OPTIONS)
 
     def __enter__(self) -> "PolicyClient":
         return self

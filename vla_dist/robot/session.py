@@ -22,10 +22,11 @@ from vla_dist.protocol.conversion import (
 from vla_dist.protocol.records import Outcome, PlanInProgress, SessionGrant, SessionRequest
 from vla_dist.protocol.status import RETRYABLE_CODES
 from vla_dist.protocol.v1 import policy_pb2, types_pb2
+from vla_dist.robot.control_calls import ControlCalls
 from vla_dist.robot.episode_memory import EpisodeMemory
 from vla_dist.robot.reconnect_config import ReconnectConfig
 from vla_dist.robot.session_counts import SessionCounts
-from vla_dist.robot.stream import ControlStream, StartCall
+from vla_dist.robot.stream import ControlStream
 
 _RENEWAL_RETRY_S = 5.0
 _REPEAT_DEADLINE_S = 5.0
@@ -58,7 +59,7 @@ class Session:
 
     def __init__(
         self,
-        start_call: StartCall,
+        calls: ControlCalls,
         request: SessionRequest,
         *,
         address: str,
@@ -67,7 +68,7 @@ class Session:
         service_id: str = "",
     ) -> None:
         self.request = replace(request, service_id=service_id)
-        self._start_call = start_call
+        self._calls = calls
         self._address = address
         self._config = config
         self._changed = threading.Condition()
@@ -156,6 +157,7 @@ class Session:
                 other.cancel()
         if self._stream is not None:
             self._stream.end(timeout_s=timeout_s, goodbye=encode_goodbye(outcome, episode_id))
+        self._calls.close()
 
     def metrics(self) -> Metrics:
         """Counts of this session. A failure is a call that ended without a chunk."""
@@ -220,9 +222,7 @@ class Session:
             if stream.has_ended:
                 self._after_end(stream, deadline, first=first)
             elif time.monotonic() >= self._attempt_since + self._config.attempt_s:
-                self._note_outage()
-                stream.cancel()
-                self._stream = None
+                self._give_up_on(stream)
             self._require_budget(stream)
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded(f"the connection to {self._address} is being rebuilt; hold until it is")
@@ -248,7 +248,7 @@ class Session:
         with self._changed:
             opening = self._memory.opening(encode_request(request))
         return ControlStream(
-            self._start_call,
+            self._calls.start,
             policy_pb2.ControlRequest(open=opening),
             address=self._address,
             on_response=self._on_response,
@@ -319,9 +319,14 @@ class Session:
         with self._changed:
             oldest = min((sent.give_up_at for sent in self._sent.values()), default=None)
         if stream is not None and oldest is not None and time.monotonic() > oldest + self._config.stall_s:
-            self._note_outage()
-            stream.cancel()
-            self._stream = None
+            self._give_up_on(stream)
+
+    def _give_up_on(self, stream: ControlStream) -> None:
+        """Of a stream that is silent; its connection may be dead without having said so."""
+        self._note_outage()
+        stream.cancel()
+        self._stream = None
+        self._calls.use_new_connection()
 
     def _note_outage(self) -> None:
         if self._outage_since is None:
@@ -344,6 +349,8 @@ class Session:
 
     def _take(self, stream: ControlStream, response: policy_pb2.ControlResponse) -> None:
         kind = response.WhichOneof("message")
+        if kind == "opened" and stream.is_open:
+            return  # it came twice
         if kind == "opened":
             self._take_grant(decode_grant(response.opened))
             stream.is_open = True

@@ -99,14 +99,20 @@ class PolicyServicer:
             grant, spec = await self._open(first.open, caller)
             session_id = grant.session_id
             yield policy_pb2.ControlResponse(opened=encode_grant(grant))
+            newest_id = -1
             while (request := await self._read(request_iterator)) is not None:
                 kind = request.WhichOneof("message")
+                if kind == "open" and request.open == first.open:
+                    continue  # what comes twice from a network counts once
                 if kind == "goodbye":
                     outcome, episode_id = decode_goodbye(request.goodbye)
                     ended = {"outcome": outcome, "episode_id": episode_id}
                     return
                 if kind != "observation":
                     raise DataError(f"the message is {kind!r}, expected 'observation' or 'goodbye'")
+                if request.observation.observation_id <= newest_id:
+                    continue
+                newest_id = request.observation.observation_id
                 yield await self._answer(session_id, request.observation, spec, grant.horizon)
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
             self._fail(grpc_context, error, policy_pb2.ControlResponse)

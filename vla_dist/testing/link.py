@@ -22,7 +22,7 @@ class Link:
         self.delay_s = 0.0
         """Added to each direction; order is kept."""
         self.is_silent = False
-        """Bytes vanish and connections stay: what a pulled cable looks like."""
+        """Nothing arrives and connections stay, as with a pulled cable; what was sent arrives when it is over."""
         self.refuses = False
         """New connections are closed at once."""
         self.duplicate_share = 0.0
@@ -101,8 +101,7 @@ class Link:
         sender = asyncio.ensure_future(self._send(pieces, writer))
         try:
             while data := await reader.read(65536):
-                if not self.is_silent:
-                    pieces.put_nowait((self._loop.time() + self.delay_s, data))
+                pieces.put_nowait((self._loop.time() + self.delay_s, data))
         except (ConnectionError, OSError):
             pass
         finally:
@@ -113,7 +112,9 @@ class Link:
         while True:
             due, data = await pieces.get()
             await asyncio.sleep(max(0.0, due - self._loop.time()))
-            if self.is_silent or writer.transport.is_closing():
+            while self.is_silent:
+                await asyncio.sleep(0.005)
+            if writer.transport.is_closing():
                 continue
             copies = 2 if self._random.random() < self.duplicate_share else 1
             writer.write(data * copies)
