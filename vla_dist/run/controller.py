@@ -81,6 +81,7 @@ class RunController:
         self._place = place
         self._config = place.config
         self._placement = placement
+        self._comeback_s = _CLUSTER_COMEBACK_S if placement.is_cluster else COMEBACK_S
         self._on_status = on_status
         self._registry = build_registry(place)
         self._table = build_table(place, seed=_TABLE_SEED)
@@ -111,7 +112,8 @@ class RunController:
             self._enter("collecting")
             # Serve takes as long to start as the learner to publish version 1: both at once.
             starting = stack.enter_context(contextlib.closing(ServingStart(self._start_serving)))
-            self._tick_until(lambda: starting.is_done, timeout_s=_FIRST_VERSION_TIMEOUT_S, what="the policy service")
+            patience_s = max(_FIRST_VERSION_TIMEOUT_S, self._config.serving.startup_timeout_s)
+            self._tick_until(lambda: starting.is_done, timeout_s=patience_s, what="the policy service")
             self._start_fleet(board, starting.result())
             self._enter("training")
             self._tick_until(self._is_trained)
@@ -167,9 +169,8 @@ class RunController:
     def _host(
         self, name: str, build: Callable[[], Sequence[Worker]], board: BoardLink, options: Mapping[str, Any]
     ) -> None:
-        comeback_s = _CLUSTER_COMEBACK_S if self._placement.is_cluster else COMEBACK_S
         self._hosts.append(
-            HostedWorker(name, build, board, max_seconds=_RUN_TIMEOUT_S, options=options, comeback_s=comeback_s)
+            HostedWorker(name, build, board, max_seconds=_RUN_TIMEOUT_S, options=options, comeback_s=self._comeback_s)
         )
 
     def _rollout_options(self) -> Mapping[str, Any]:
@@ -212,7 +213,8 @@ class RunController:
         if self._judged is None:
             make = ray.remote(JudgeHost).options(max_restarts=-1, **self._rollout_options())
             actors = [make.remote(self._place) for _ in range(self._config.evaluation.num_workers)]
-            self._judged = EvaluationBoard(actors, self._place.run_dir / EVALUATIONS)
+            path = self._place.run_dir / EVALUATIONS
+            self._judged = EvaluationBoard(actors, path, comeback_s=self._comeback_s)
         return self._judged
 
     def _ask(self, suites: list[SuiteConfig]) -> None:

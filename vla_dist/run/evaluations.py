@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from vla_dist.core.errors import WorkerFailed
 from vla_dist.evaluation.statistics import SuccessRate
 from vla_dist.evaluation.suite import EpisodeOutcome, SuiteConfig, overall
-from vla_dist.run.comeback import Comeback
+from vla_dist.run.comeback import COMEBACK_S, Comeback
 from vla_dist.run.files import write_atomically
 
 _MAX_DEATHS = 5
@@ -27,13 +27,15 @@ class EvaluationBoard:
     that job is run again.
     """
 
-    def __init__(self, judges: Sequence[Any], path: Path) -> None:
+    def __init__(self, judges: Sequence[Any], path: Path, *, comeback_s: float = COMEBACK_S) -> None:
         """Args:
         judges: Ray actors with VersionJudge's methods.
         path: JSON of all outcomes; what it holds already is not run again.
+        comeback_s: how long a judge that died may take to be started again.
         """
         self._idle = deque(judges)
         self._path = path
+        self._comeback_s = comeback_s
         self._jobs: deque[tuple[int, SuiteConfig]] = deque()
         self._running: dict[Any, tuple[Any, tuple[int, SuiteConfig]]] = {}
         self._outcomes: dict[str, list[EpisodeOutcome]] = {}
@@ -69,7 +71,7 @@ class EvaluationBoard:
                     if self._deaths > _MAX_DEATHS:
                         raise WorkerFailed(f"evaluation workers died {self._deaths} times: {error}") from error
                     self._jobs.appendleft(job)
-                    self._returning.append((judge, Comeback("an evaluation worker", judge)))
+                    self._returning.append((judge, Comeback("an evaluation worker", judge, timeout_s=self._comeback_s)))
                     continue
                 self._idle.append(judge)
             if done:

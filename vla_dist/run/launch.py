@@ -27,6 +27,10 @@ from vla_dist.run.store import STORE_VARIABLE, Store, open_store
 from vla_dist.run.summary import RunSummary
 
 
+_NODE_START_S = 1800.0
+"""What an autoscaler may take to launch the nodes that learner and replicas wait for, and to set them up."""
+
+
 def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume: Path | None = None) -> RunSummary:
     """Run to the end. Ctrl-C ends everything within seconds and leaves what ``resume`` needs.
 
@@ -78,7 +82,8 @@ def fit_cluster(config: RunConfig, run_dir: Path, store: Store, placement: Place
             f"robots would reach the policy service without a token; give --serving.token, or {TOKEN_VARIABLE} in the "
             "environment of the head node (cluster files ship one)"
         )
-    return replace(config, serving=replace(config.serving, token=token))
+    patience_s = max(config.serving.startup_timeout_s, _NODE_START_S)
+    return replace(config, serving=replace(config.serving, token=token, startup_timeout_s=patience_s))
 
 
 def _begin(config: RunConfig) -> Path:
