@@ -33,8 +33,8 @@ _USAGE = """usage: vla-dist data VERB PLACE [options]
   import    from a LeRobot or Minari data set into an archive: --to FOLDER
   validate  every byte, index and hash; exit status 1 where anything is wrong
 
-PLACE is an archive (a folder or a URI), a campaign's folder, or a LeRobot data set. An archive fills any replay:
-vla-dist replay refill RUN --from ARCHIVE. 'vla-dist data VERB --help' explains one."""
+PLACE is an archive (a folder or a URI), a campaign's folder, a LeRobot data set, or minari:NAME. An archive fills any
+replay: vla-dist replay refill RUN --from ARCHIVE. 'vla-dist data VERB --help' explains one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

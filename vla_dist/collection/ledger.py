@@ -259,10 +259,10 @@ class CampaignLedger:
             for index, quota in enumerate(self._campaign.quotas)
             if (quota.task, quota.source) == (record.task, record.source)
             and self._campaign.allows(quota, record.robot_id)
-            and quota.success in (None, record.success)
         ]
-        unmet = [i for i in fitting if int(counts.get(f"{i}:accepted".encode(), 0)) < self._campaign.quotas[i].episodes]
-        return (unmet or fitting or [-1])[0]
+        wanted = [i for i in fitting if self._campaign.quotas[i].success in (None, record.success)]
+        unmet = [i for i in wanted if int(counts.get(f"{i}:accepted".encode(), 0)) < self._campaign.quotas[i].episodes]
+        return (unmet or wanted or fitting or [-1])[0]
 
     def _judge(self, record: EpisodeRecord, index: int, counts: Mapping[bytes, bytes]) -> tuple[Verdict, str]:
         if index < 0:

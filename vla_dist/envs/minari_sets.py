@@ -193,8 +193,8 @@ def _first(values: Any) -> str:
 
 def _minari() -> Any:
     try:
-        import minari
-        import minari.data_collector
+        import minari  # type: ignore[import-not-found]
+        import minari.data_collector  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
         raise ResourceMissing(f"Minari needs the package {error.name!r}: pip install 'minari[hdf5]'") from error
     return minari

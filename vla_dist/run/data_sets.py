@@ -25,6 +25,7 @@ from vla_dist.replay.keys import episode_digest
 from vla_dist.run.collect import RECORDS
 from vla_dist.run.collection_report import ArchiveCheck
 
+_MINARI = "minari:"
 _EPISODES_PER_PART = 256
 _BYTES_PER_PART = 64 << 20
 
@@ -35,7 +36,7 @@ class DataSet:
 
     place: str
     kind: str
-    """``archive`` or ``lerobot``."""
+    """``archive``, ``lerobot`` or ``minari``."""
     spec: EnvSpec
     segment_steps: int
     """T of an archive; 0 where there are no segments."""
@@ -62,11 +63,13 @@ class DataSet:
 
 
 def open_data_set(place: str, *, assumptions: Assumptions | None = None) -> DataSet:
-    """A folder, a URI, or the folder of a campaign or run with an archive in it.
+    """A folder, a URI, ``minari:NAME``, or the folder of a campaign or run with an archive in it.
 
     Raises:
         NotFound: nothing that can be read lies there.
     """
+    if place.startswith(_MINARI):
+        return _open_minari(place, assumptions or Assumptions())
     if "://" not in place:
         path = Path(place)
         if (path / INFO).exists():
@@ -194,6 +197,20 @@ def check_data_set(place: str) -> tuple[int, list[str]]:
         except (IntegrityError, DataError) as error:
             problems.append(str(error))
     return check.count, [*problems, *check.problems()]
+
+
+def _open_minari(place: str, assumptions: Assumptions) -> DataSet:
+    from vla_dist.envs.minari_sets import read_minari
+
+    spec, episodes = read_minari(place.removeprefix(_MINARI), source=assumptions.source)
+    return DataSet(
+        place=place,
+        kind="minari",
+        spec=spec,
+        segment_steps=0,
+        read=lambda where: (one for one in episodes() if _is_wanted(one, where)),
+        records={},
+    )
 
 
 def _read_records(folder: ArchiveFolder) -> dict[str, Entry]:

@@ -2,12 +2,15 @@
 
 Source: Ramos et al. 2021, "RLDS: an Ecosystem to Generate, Share and Use Datasets in Reinforcement Learning"
 (https://arxiv.org/abs/2111.02767), and https://github.com/google-research/rlds: ``is_first``, ``is_last``,
-``is_terminal``, ``observation``, ``action``, ``reward``, ``discount``; ``language_instruction`` as in Open X-Embodiment.
+``is_terminal``, ``observation``, ``action``, ``reward``, ``discount``; and ``language_instruction`` of Open
+X-Embodiment.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vla_dist.core.errors import ConfigError, DataError, ResourceMissing
 from vla_dist.core.specs import EnvSpec
@@ -49,7 +52,7 @@ def write_rlds(
 
 def _features(datasets: Any, spec: EnvSpec) -> Any:
     kinds = datasets.features
-    observation: dict[str, Any] = {"state": kinds.Tensor(shape=(spec.proprio_dim,), dtype="float32")}
+    observation: dict[str, Any] = {"state": kinds.Tensor(shape=(spec.proprio_dim,), dtype=np.float32)}
     for camera in spec.cameras:
         observation[camera.name] = kinds.Image(shape=(camera.height, camera.width, 3), encoding_format="png")
     return kinds.FeaturesDict(
@@ -57,14 +60,14 @@ def _features(datasets: Any, spec: EnvSpec) -> Any:
             "steps": kinds.Dataset(
                 {
                     "observation": kinds.FeaturesDict(observation),
-                    "action": kinds.Tensor(shape=(spec.action_dim,), dtype="float32"),
-                    "target_action": kinds.Tensor(shape=(spec.action_dim,), dtype="float32"),
-                    "reward": kinds.Scalar(dtype="float32"),
-                    "discount": kinds.Scalar(dtype="float32"),
-                    "is_first": kinds.Scalar(dtype="bool"),
-                    "is_last": kinds.Scalar(dtype="bool"),
-                    "is_terminal": kinds.Scalar(dtype="bool"),
-                    "is_intervention": kinds.Scalar(dtype="bool"),
+                    "action": kinds.Tensor(shape=(spec.action_dim,), dtype=np.float32),
+                    "target_action": kinds.Tensor(shape=(spec.action_dim,), dtype=np.float32),
+                    "reward": kinds.Scalar(dtype=np.float32),
+                    "discount": kinds.Scalar(dtype=np.float32),
+                    "is_first": kinds.Scalar(dtype=np.bool_),
+                    "is_last": kinds.Scalar(dtype=np.bool_),
+                    "is_terminal": kinds.Scalar(dtype=np.bool_),
+                    "is_intervention": kinds.Scalar(dtype=np.bool_),
                     "language_instruction": kinds.Text(),
                 }
             ),
@@ -74,7 +77,7 @@ def _features(datasets: Any, spec: EnvSpec) -> Any:
                     "robot_id": kinds.Text(),
                     "task": kinds.Text(),
                     "source": kinds.Text(),
-                    "success": kinds.Scalar(dtype="bool"),
+                    "success": kinds.Scalar(dtype=np.bool_),
                 }
             ),
         }
