@@ -6,10 +6,13 @@ from pathlib import Path
 from lab import SHARED, Done, Lab, Node
 
 _API = "http://127.0.0.1:8265/api/jobs/"
-SMALL = (
-    "--rollout.num-workers 2 --rollout.episodes-per-task 60 --replay.min-steps 150 --fleet.num-robots 0 "
-    "--evaluation.episodes-per-task 8 --evaluation.final-episodes-per-task 40 --learner.checkpoint-every-updates 25"
+MILESTONES = [0, 300, 600, 1200]
+OPTIONS = (
+    "--rollout.num-workers 2 --rollout.episodes-per-task 3000 --replay.min-steps 150 --fleet.num-robots 0 "
+    f"--learner.total-updates {MILESTONES[-1]} --learner.publish-updates {' '.join(map(str, MILESTONES))} "
+    "--learner.checkpoint-every-updates 100 --evaluation.episodes-per-task 8 --evaluation.final-episodes-per-task 40"
 )
+"""Of the preset babyai: long enough that its parts can be killed at work."""
 
 
 def submit(head: Node, name: str, command: str) -> None:
@@ -18,15 +21,23 @@ def submit(head: Node, name: str, command: str) -> None:
 
 def status(head: Node, name: str) -> str:
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; empty while the API does not answer."""
-    done = head.ssh(f'curl -s -m 10 -H "Authorization: Bearer $(cat ~/.ray/auth_token)" {_API}{name}')
-    try:
-        return json.loads(done.out)["status"]
-    except (ValueError, KeyError, TypeError):
-        return ""
+    return _get(head, name, "status")
 
 
 def log(head: Node, name: str) -> str:
-    return head.ssh(f"ray job logs {name}", timeout_s=90).out
+    return _get(head, f"{name}/logs", "logs")
+
+
+def last_line(head: Node, name: str) -> str:
+    return (log(head, name).strip().splitlines() or [""])[-1]
+
+
+def _get(head: Node, path: str, key: str) -> str:
+    done = head.ssh(f'curl -s -m 10 -H "Authorization: Bearer $(cat ~/.ray/auth_token)" {_API}{path}')
+    try:
+        return str(json.loads(done.out)[key])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def finish(lab: Lab, head: Node, name: str, *, timeout_s: float) -> dict:

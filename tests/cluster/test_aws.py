@@ -39,8 +39,7 @@ def test_the_root_file_launches_runs_and_terminates(lab, fake_cloud, record_prop
     up.ok()
     (head,) = fake_cloud.machines.values()
     milestone("head is up")
-    many = jobs.SMALL.replace("--rollout.episodes-per-task 60", "--rollout.episodes-per-task 300")
-    jobs.submit(head, "run", f"vla-dist run babyai {many} --runs-dir {SHARED}/runs")
+    jobs.submit(head, "run", f"vla-dist run babyai {jobs.OPTIONS} --runs-dir {SHARED}/runs")
     # Nothing but the head is there: the slots that the run asks for make the autoscaler launch one node of each kind.
     lab.wait_for(lambda: len(fake_cloud.machines) == 4, what="four instances", timeout_s=300, every_s=2)
     milestone("the autoscaler launched a node of each kind")
@@ -60,7 +59,7 @@ def test_the_root_file_launches_runs_and_terminates(lab, fake_cloud, record_prop
     summary = jobs.finish(lab, head, "run", timeout_s=500)
     milestone("the run has ended with its target")
     assert any("lost its node" in note for note in summary["notes"])
-    assert [version["updates"] for version in summary["versions"]] == [0, 100, 200, 300]
+    assert [version["updates"] for version in summary["versions"]] == jobs.MILESTONES
 
     lab.run(["ray", "down", "-y", str(path)], timeout_s=200, env=fake_cloud.environment()).ok()
     lab.wait_for(lambda: not fake_cloud.machines, what="empty cloud", timeout_s=120, every_s=2)

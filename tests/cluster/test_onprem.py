@@ -38,7 +38,7 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
     assert jobs.api_answer(head, token=False).out == "401"
     assert jobs.api_answer(head, token=True).out == "200"
 
-    jobs.submit(head, "first", f"vla-dist run babyai {jobs.SMALL} --runs-dir {SHARED}/runs")
+    jobs.submit(head, "first", f"vla-dist run babyai {jobs.OPTIONS} --runs-dir {SHARED}/runs")
     token = (lab.home / ".vla-dist" / "fleet_token").read_text()
 
     def fleet(address, seconds, *, secret=token):
@@ -83,12 +83,7 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
     milestone("rollouts go on on the added node")
 
     # Robots outside reach the gateway with the token, and only with it.
-    lab.wait_for(
-        lambda: "collecting" not in (line := jobs.log(head, "first").strip().splitlines()[-1]) and "training" in line,
-        what="training",
-        timeout_s=240,
-        every_s=5,
-    )
+    lab.wait_for(lambda: "] training" in jobs.last_line(head, "first"), what="training", timeout_s=240, every_s=3)
     told = json.loads(fleet(HEAD, 15).ok().out.strip().splitlines()[-1])
     assert told["calls"] > 20, told
     assert told["failed_calls"] == 0, told
@@ -115,7 +110,7 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
     jobs.submit(head, "second", f"vla-dist run babyai --resume {run}")
     summary = jobs.finish(lab, head, "second", timeout_s=500)
     milestone("the run has ended with its target")
-    assert [version["updates"] for version in summary["versions"]] == [0, 100, 200, 300]
+    assert [version["updates"] for version in summary["versions"]] == jobs.MILESTONES
     assert summary["versions"][-1]["success_mean"] > summary["versions"][0]["success_mean"]
 
     lab.run(["ray", "down", "-y", str(path)], timeout_s=200).ok()
@@ -124,8 +119,10 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
     def left():
         found = {}
         for node in (head, box, added):
-            lines = [line for line in node.ssh("ps -eo args --no-headers").out.splitlines() if pattern.search(line)]
-            found |= {node.name: lines} if [line for line in lines if "ps -eo" not in line] else {}
+            lines = node.ssh("ps -eo pid,args --no-headers").out.splitlines()
+            # The first process is the lab's own.
+            rest = [line for line in lines if pattern.search(line) and line.split()[0] != "1"]
+            found |= {node.name: rest} if rest else {}
         return found
 
     lab.wait_for(lambda: not left(), what="clean nodes", timeout_s=180, every_s=5)

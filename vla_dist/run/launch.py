@@ -26,7 +26,6 @@ from vla_dist.run.status import RunStatus
 from vla_dist.run.store import STORE_VARIABLE, Store, open_store
 from vla_dist.run.summary import RunSummary
 
-
 _NODE_START_S = 1800.0
 """What an autoscaler may take to launch the nodes that learner and replicas wait for, and to set them up."""
 
