@@ -39,12 +39,16 @@ def ray_cluster(tmp_path_factory):
     del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
 
 
-def make_build(log, *, dies_at=None, damages=None, pause_s=0.0, registry_url=None, total_updates=40):
+def make_build(
+    log, *, dies_at=None, storage_fails_at=None, damages=None, pause_s=0.0, registry_url=None, total_updates=40
+):
     """A build function that is sent by value, so everything it needs is imported inside."""
 
     def build(rank):
         import torch
 
+        from vla_dist.learner import ray_loop
+        from vla_dist.learner.checkpoint import updates_of
         from vla_dist.learner.config import LearnerConfig
         from vla_dist.learner.learner import Learner
         from vla_dist.learner.train_step import OptimiserConfig
@@ -55,6 +59,16 @@ def make_build(log, *, dies_at=None, damages=None, pause_s=0.0, registry_url=Non
         from vla_dist.testing.episodes import EpisodeTable, fill
         from vla_dist.testing.fakes import make_spec
         from vla_dist.testing.registry import InMemoryRegistry
+
+        upload = ray_loop.upload_checkpoint
+
+        def upload_unless_full(directory, filesystem, path):
+            if updates_of(path) == storage_fails_at and not os.path.exists(log + ".full"):
+                open(log + ".full", "w").close()
+                raise OSError(28, "No space left on device")
+            return upload(directory, filesystem, path)
+
+        ray_loop.upload_checkpoint = upload_unless_full
 
         class LoggedLearner(Learner):
             def step(self):
@@ -297,3 +311,14 @@ def test_deleted_checkpoints_and_half_a_note_of_them_do_not_stop_a_resumption(ra
         shutil.rmtree(path)
     assert fit(make_build(str(log), total_updates=20), tmp_path, num_workers=1).metrics["updates"] == 20
     assert resumptions(log)[0] == [30, 0]
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_the_updates_since_the_last_checkpoint(ray_cluster, tmp_path):
+    log = tmp_path / "log"
+    result = fit(make_build(str(log), storage_fails_at=20), tmp_path, num_workers=1)
+    assert result.metrics["updates"] == 40
+    assert (tmp_path / "log.full").exists()
+    resumed, starts = resumptions(log)
+    assert resumed == [10]
+    assert starts[-1] == 35

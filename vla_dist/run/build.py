@@ -24,7 +24,7 @@ from vla_dist.replay.config import BufferConfig, Stratified, TableConfig, Unifor
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.shards import ShardedReplayTable, refuse_shards
 from vla_dist.replay.table import RedisReplayTable
-from vla_dist.run.config import RunConfig
+from vla_dist.run.config import LearnerSettings, RunConfig
 from vla_dist.run.files import SHADOW_LOG, SPOOLS
 from vla_dist.run.store import Store
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vla_dist.collection.ledger import CampaignLedger
     from vla_dist.envs.instructions import Split
     from vla_dist.evaluation.suite import PhraseSource, VersionJudge
+    from vla_dist.learner.algorithms.interventions import InterventionWeights
     from vla_dist.learner.config import Rank
     from vla_dist.learner.learner import Learner
     from vla_dist.models.member import PolicyModelConfig
@@ -212,7 +213,16 @@ def build_model_config(config: RunConfig, spec: EnvSpec) -> PolicyModelConfig:
     learner, conditioning = config.learner, config.model.conditioning
     name = learner.algorithm or algorithm_for(model, conditioning)
     make_algorithm(name, learner.algorithm_changes, model=model, conditioning=conditioning)
+    _build_intervention_weights(learner)
     return model
+
+
+def _build_intervention_weights(settings: LearnerSettings) -> InterventionWeights | None:
+    from vla_dist.learner.algorithms.interventions import InterventionWeights
+
+    if not settings.intervention_share:
+        return None
+    return InterventionWeights(share=settings.intervention_share, before_steps=settings.steps_before_takeover)
 
 
 def build_policy_loader(config: RunConfig, *, explores: bool = False) -> PolicyLoader:
@@ -230,7 +240,6 @@ def build_learner(place: Place, rank: Rank, *, registry: PolicyRegistry | None =
     """Args:
     registry: that versions go to; None: the run's.
     """
-    from vla_dist.learner.algorithms.interventions import InterventionWeights
     from vla_dist.learner.config import LearnerConfig
     from vla_dist.learner.learner import Learner
     from vla_dist.learner.train_step import OptimiserConfig
@@ -240,11 +249,7 @@ def build_learner(place: Place, rank: Rank, *, registry: PolicyRegistry | None =
     config = place.config
     spec, settings, learner = place.spec, config.model, config.learner
     model_config = build_model_config(config, spec)
-    interventions = None
-    if learner.intervention_share:
-        interventions = InterventionWeights(
-            share=learner.intervention_share, before_steps=learner.steps_before_takeover
-        )
+    interventions = _build_intervention_weights(learner)
     learner_config = LearnerConfig(
         policy_name=config.preset,
         run_id=place.run_id,
