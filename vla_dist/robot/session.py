@@ -129,7 +129,6 @@ class Session:
         deadline = started + deadline_s
         message = policy_pb2.ControlObservation(
             observation=encode_observation(observation),
-            observation_id=next(self._ids),
             plan=None if plan is None else encode_plan(plan),
         )
         try:
@@ -141,6 +140,12 @@ class Session:
             raise
         self._counts.latencies_s.append(time.monotonic() - started)
         return chunk
+
+    def reconnect(self) -> None:
+        """Leave the stream as if it had broken: the next ``act`` opens another, and the memory is rebuilt."""
+        if self._stream is not None:
+            self._stream.cancel()
+            self._stream = None
 
     def close(self, *, timeout_s: float = 1.0, outcome: Outcome | None = None, episode_id: str = "") -> None:
         """Say goodbye. A second time does nothing.
@@ -184,9 +189,10 @@ class Session:
             raise
 
     def _ask(self, message: policy_pb2.ControlObservation, deadline: float) -> ActionChunk:
-        observation_id = message.observation_id
         while True:
             stream = self._require_stream(deadline)
+            # Only now: what a new stream is told again comes before it, and identities grow within a stream.
+            observation_id = message.observation_id = next(self._ids)
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0:
                 raise self._late(observation_id)
