@@ -21,8 +21,11 @@ _SOCKET_TIMEOUT_S = 60.0
 class BlobStore(Protocol):
     """Content-addressed bytes; every ``get`` returns what was ``put`` or raises."""
 
-    def put(self, data: bytes) -> str:
+    def put(self, data: bytes, *, digest: str = "") -> str:
         """Store and return the SHA-256 in hexadecimal; storing the same bytes again changes nothing.
+
+        Args:
+            digest: that of ``data``, where the caller has computed it already.
 
         Raises:
             IntegrityError: other bytes already lie under that hash.
@@ -66,10 +69,10 @@ class RedisBlobs:
     def __init__(self, url: str) -> None:
         self._client = connect(url, socket_timeout_s=_SOCKET_TIMEOUT_S)
 
-    def put(self, data: bytes) -> str:
+    def put(self, data: bytes, *, digest: str = "") -> str:
         if len(data) > _LARGEST_VALUE:
             raise DataError(f"{len(data)} bytes of tensors, Redis takes at most {_LARGEST_VALUE}; use DirectoryBlobs")
-        digest = hashlib.sha256(data).hexdigest()
+        digest = digest or hashlib.sha256(data).hexdigest()
         with named_errors():
             stored = self._client.set(_key(digest), data, nx=True)
         if not stored:
@@ -100,8 +103,8 @@ class DirectoryBlobs:
         except OSError as error:
             raise ConfigError(f"cannot keep blobs in {path} ({error}); give a directory you may write to") from error
 
-    def put(self, data: bytes) -> str:
-        digest = hashlib.sha256(data).hexdigest()
+    def put(self, data: bytes, *, digest: str = "") -> str:
+        digest = digest or hashlib.sha256(data).hexdigest()
         target = self._file(digest)
         if target.exists():
             self.get(digest)
@@ -149,8 +152,8 @@ class ArrowBlobs:
         self._filesystem = filesystem
         self._path = path.rstrip("/")
 
-    def put(self, data: bytes) -> str:
-        digest = hashlib.sha256(data).hexdigest()
+    def put(self, data: bytes, *, digest: str = "") -> str:
+        digest = digest or hashlib.sha256(data).hexdigest()
         with _named_storage_errors(self._path):
             if self._is_there(digest):
                 self.get(digest)

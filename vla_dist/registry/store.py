@@ -106,7 +106,7 @@ class RedisPolicyRegistry:
             try:
                 with named_errors():
                     self._announce(mark, deadline)
-                    self._blobs.put(data)
+                    self._blobs.put(data, digest=manifest.tensors_sha256)
                     if base is None:
                         base = self._count(name)
                     version = self._try_publish(manifest, channel, base)
