@@ -250,3 +250,81 @@ def test_nothing_but_haproxys_own_ports_listens_for_the_world(serving: ServingHa
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == serving.port
     }
     assert addresses == {"127.0.0.1"}
+
+
+def robots_beside(serving: ServingHandle, trouble: Any, *, num_robots: int = 4, seconds: float = 12.0) -> list[Any]:
+    """Episodes of several robots while ``trouble()`` happens; every action is compared with the policy's own."""
+    stop, results = threading.Event(), []
+
+    def robot(index: int) -> None:
+        with PolicyClient(serving.address, token=TOKEN, timeout_s=30.0) as client:
+            while not stop.is_set():
+                with client.open_session(SPEC, policy=REFERENCE, robot_id=f"r{index}") as session:
+                    chunks = drive(session, 40)
+                    right = equal(chunks, in_process(BIASES[session.policy_version - 1], 40))
+                    results.append((right, session.metrics()))
+
+    robots = [threading.Thread(target=robot, args=(index,)) for index in range(num_robots)]
+    for thread in robots:
+        thread.start()
+    time.sleep(1.0)
+    before = len(results)
+    trouble()
+    deadline = time.monotonic() + 60
+    until = time.monotonic() + seconds
+    while (time.monotonic() < until or len(results) < before + 2 * num_robots) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    stop.set()
+    for thread in robots:
+        thread.join(60)
+    assert len(results) >= before + 2 * num_robots, "the robots did not come back"
+    return results
+
+
+@pytest.mark.slow
+def test_robots_go_on_when_the_controller_is_killed(serving: ServingHandle) -> None:
+    def kill() -> None:
+        pids = [p.pid for p in psutil.Process().children(recursive=True) if "ServeController" in p.name()]
+        assert pids
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    results = robots_beside(serving, kill)
+    assert all(right for right, _ in results), "an action changed"
+    assert sum(metrics["failures"] for _, metrics in results) == 0
+
+
+@pytest.mark.slow
+def test_robots_come_back_by_themselves_when_the_ingress_is_killed(serving: ServingHandle) -> None:
+    def kill() -> None:
+        pids = serving.haproxy_pids
+        assert pids
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    results = robots_beside(serving, kill)
+    assert all(right for right, _ in results), "an action changed"
+    assert sum(metrics["reconnects"] for _, metrics in results) >= 1
+
+
+@pytest.mark.slow
+def test_a_replica_killed_under_load_changes_no_action(serving: ServingHandle) -> None:
+    def kill() -> None:
+        for pid in replica_pids():
+            os.kill(pid, signal.SIGKILL)
+
+    results = robots_beside(serving, kill)
+    assert all(right for right, _ in results), "an action changed"
+    assert sum(metrics["failures"] for _, metrics in results) == 0
+
+
+@pytest.mark.slow
+def test_a_deploy_under_load_changes_no_action(serving: ServingHandle) -> None:
+    def deploy() -> None:
+        serving.scale(2)
+        time.sleep(4.0)
+        serving.scale(1)
+
+    results = robots_beside(serving, deploy, seconds=20.0)
+    assert all(right for right, _ in results), "an action changed"
+    assert sum(metrics["failures"] for _, metrics in results) == 0

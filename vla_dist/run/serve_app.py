@@ -98,11 +98,13 @@ class FleetReplica(PolicyServicer, FleetServicer):
 class ServingHandle:
     """The running application; ``close`` ends it and whatever HAProxy it left behind."""
 
-    def __init__(self, *, host: str, port: int, folder: Path) -> None:
+    def __init__(self, *, host: str, port: int, folder: Path, deploy: Callable[[int], None]) -> None:
         """Args:
         host: that robots reach it by.
         folder: of this machine's HAProxy.
+        deploy: asks Serve for so many replicas; returns at once.
         """
+        self._deploy = deploy
         self.host = host
         self.port = port
         self._folder = folder
@@ -115,6 +117,15 @@ class ServingHandle:
     @property
     def haproxy_pids(self) -> list[int]:
         return [process.pid for process in _haproxies(self._folder)]
+
+    def scale(self, num_replicas: int, *, timeout_s: float = 120.0) -> None:
+        """Serve with so many replicas from now on, new ones all of them; robots move by themselves.
+
+        Raises:
+            WorkerFailed, WaitTimeout: as ``start_serving``; what served before goes on.
+        """
+        self._deploy(num_replicas)
+        _wait_until_running(timeout_s, lambda: False)
 
     def close(self) -> None:
         """A second time does nothing."""
@@ -190,29 +201,27 @@ def start_serving(
             http_options={"host": host, "port": free_ports(1)[0]},
             grpc_options={"port": port, "grpc_servicer_functions": _SERVICERS, "enable_reflection": False},
         )
-    handle = ServingHandle(host=public_host or host, port=port, folder=Path(folder))
-    try:
-        deployment = serve.deployment(FleetReplica).options(
-            name="FleetReplica",
-            num_replicas=num_replicas,
-            # A stream is one request for its whole life; admission is the service's own max_sessions.
-            max_ongoing_requests=10_000,
-            graceful_shutdown_timeout_s=1.0,
-            graceful_shutdown_wait_loop_s=0.2,
-            health_check_period_s=2.0,
-            ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": dict(resources or {})},
-        )
+    deployment = serve.deployment(FleetReplica).options(
+        name="FleetReplica",
+        # A stream is one request for its whole life; admission is the service's own max_sessions.
+        max_ongoing_requests=10_000,
+        graceful_shutdown_timeout_s=1.0,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2.0,
+        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": dict(resources or {})},
+    )
+
+    def deploy(num_replicas: int) -> None:
+        application = deployment.options(num_replicas=num_replicas).bind(build, access or AccessConfig(token=token))
         serve.run_many(
-            [
-                serve.RunTarget(
-                    deployment.bind(build, access or AccessConfig(token=token)),
-                    name=APP_NAME,
-                    route_prefix=f"/{APP_NAME}",
-                )
-            ],
+            [serve.RunTarget(application, name=APP_NAME, route_prefix=f"/{APP_NAME}")],
             wait_for_ingress_deployment_creation=True,
             wait_for_applications_running=False,
         )
+
+    handle = ServingHandle(host=public_host or host, port=port, folder=Path(folder), deploy=deploy)
+    try:
+        deploy(num_replicas)
         _wait_until_running(timeout_s, is_cancelled)
     except BaseException:
         handle.close()
