@@ -54,7 +54,7 @@ def test_what_was_seen_before_the_window_is_known_by_its_stored_state_alone(trai
         corridors(),
         make_memory_model(),
         algorithm_changes=(f"stored_mb={stored_mb}",),
-        updates=250,
+        updates=160,
         learning_rate=1e-2,
     )
     margin = min(turn(policy, 1.0), -turn(policy, -1.0))
