@@ -36,3 +36,30 @@ def test_the_sdk_imports_fast_and_brings_nothing_heavy() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_syntax_is_python_3_10(path: Path) -> None:
     ast.parse(path.read_text(), feature_version=(3, 10))
+
+
+_ALONE = """
+import importlib.abc, sys
+ALLOWED = {{"numpy", "grpc", "google", "vla_dist", "typing_extensions"}} | sys.stdlib_module_names
+
+class Nothing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in ALLOWED and not path:
+            raise ModuleNotFoundError(f"{{name}} is not installed on a robot", name=name)
+
+sys.meta_path.insert(0, Nothing())
+import {imports}
+"""
+
+
+def test_the_sdk_needs_numpy_and_grpc_alone() -> None:
+    program = _ALONE.format(imports=", ".join(f"vla_dist.robot.{name}" for name in MODULES))
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    broken = subprocess.run(
+        [sys.executable, "-c", _ALONE.format(imports="vla_dist.models.auto")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "is not installed on a robot" in broken.stderr, "nothing was blocked"
