@@ -39,15 +39,8 @@ class Algorithm(nn.Module):
         super().__init__()
         self.settings = settings
 
-    def set_normaliser(
-        self,
-        *,
-        proprio_mean: Tensor,
-        proprio_std: Tensor,
-        goal_mean: Tensor | None = None,
-        goal_std: Tensor | None = None,
-    ) -> None:
-        """Take over the data's scales, as the model does."""
+    def set_normaliser(self, **scales: Tensor | None) -> None:
+        """Take over the data's scales; the names are those of ``PolicyModel.set_normaliser``."""
 
     def prepare(self, batch: TrainBatch) -> TrainBatch:
         """The batch, still on the host, with what this algorithm adds."""

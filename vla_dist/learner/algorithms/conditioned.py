@@ -87,22 +87,9 @@ class Conditioned(Algorithm):
                 visual=getattr(model, "visual", None),
             )
 
-    def set_normaliser(
-        self,
-        *,
-        proprio_mean: Tensor,
-        proprio_std: Tensor,
-        goal_mean: Tensor | None = None,
-        goal_std: Tensor | None = None,
-    ) -> None:
+    def set_normaliser(self, **scales: Tensor | None) -> None:
         if self.value is not None:
-            fill_normaliser(
-                self.value.encoder,
-                proprio_mean=proprio_mean,
-                proprio_std=proprio_std,
-                goal_mean=goal_mean,
-                goal_std=goal_std,
-            )
+            fill_normaliser(self.value.encoder, **scales)
 
     def prepare(self, batch: TrainBatch) -> TrainBatch:
         self._batch_quantiles = []
