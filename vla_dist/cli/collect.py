@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vla_dist.collection.campaign import load_campaign
+from vla_dist.collection.ledger import QuotaState
 from vla_dist.run.build import build_campaign_spec
 from vla_dist.run.collect import CampaignRun, CampaignStatus
 from vla_dist.run.collection_report import CONTACT_SHEET, REPORT, write_report
@@ -69,7 +70,7 @@ def draw_status(status: CampaignStatus) -> Group:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[more]}")
     )
     for one in status.state.quotas:
-        more = f"{one.leased} under way, {one.attempts} recorded"
+        more = f"{one.leased} under way, {one.attempts} recorded" + _rejection(one)
         bars.add_task(one.quota.title, total=one.quota.episodes, completed=one.accepted, more=more)
     table = Table(box=None, pad_edge=False)
     for heading in ("robot", "episodes", "successes", "waiting", "seen"):
@@ -94,12 +95,20 @@ class _Lines:
         self._said = ""
 
     def show(self, status: CampaignStatus) -> None:
-        quotas = "; ".join(f"{one.quota.title} {one.accepted}/{one.quota.episodes}" for one in status.state.quotas)
+        quotas = "; ".join(
+            f"{one.quota.title} {one.accepted}/{one.quota.episodes}{_rejection(one)}" for one in status.state.quotas
+        )
         line = f"{_head(status)}: {quotas}"
         due = time.monotonic() - self._said_at >= _LINE_EVERY_S
         if due and line != self._said:
             print(line, flush=True)
             self._said, self._said_at = line, time.monotonic()
+
+
+def _rejection(state: QuotaState) -> str:
+    """How many did not count, and why the last of them did not."""
+    missed = state.attempts - state.accepted
+    return f", {missed} did not count: {state.last_rejection}" if missed and state.last_rejection else ""
 
 
 def _head(status: CampaignStatus) -> str:

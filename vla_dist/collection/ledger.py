@@ -79,6 +79,8 @@ class QuotaState:
     """Episodes recorded for it, whatever became of them."""
     leased: int
     """Under way now."""
+    last_rejection: str = ""
+    """Why the last one that did not count did not."""
 
     @property
     def is_met(self) -> bool:
@@ -248,6 +250,8 @@ class CampaignLedger:
             pipe.hincrby(self._counts, f"{index}:attempts", 1)
         if verdict == "accepted":
             pipe.hincrby(self._counts, f"{index}:accepted", 1)
+        elif reason:
+            pipe.hset(self._counts, f"{index}:rejection", reason)
 
     def _quota_of(self, record: EpisodeRecord, counts: Mapping[bytes, bytes]) -> int:
         """By the lease it was recorded for, or else the first unmet one that it fits."""
@@ -292,6 +296,7 @@ class CampaignLedger:
                 accepted=int(counts.get(f"{index}:accepted".encode(), 0)),
                 attempts=int(counts.get(f"{index}:attempts".encode(), 0)),
                 leased=leased.count(index),
+                last_rejection=counts.get(f"{index}:rejection".encode(), b"").decode(),
             )
             for index, quota in enumerate(self._campaign.quotas)
         )

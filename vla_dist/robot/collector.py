@@ -143,10 +143,13 @@ class Collector:
 
     def _finish(self, lost: str) -> EpisodeRecord | None:
         try:
-            return self._robot.finish(lost=lost)
+            record = self._robot.finish(lost=lost)
         except VlaDistError as error:
             _log.error("an episode could not be closed: %s", error)
             return None
+        if record is not None:
+            _log.info("closed episode %s: %d steps, %s", record.episode_id, record.num_steps, record.content_sha256)
+        return record
 
     def _run(self, actor: Actor, assignment: Assignment) -> None:
         robot = self._robot

@@ -46,6 +46,7 @@ class VideoWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.num_frames = 0
+        self._num_bytes = 0
         self._shape = (height, width, 3)
         self._container: Any = av.open(str(path), "w")
         rate = Fraction(fps).limit_denominator(_MAX_DENOMINATOR)
@@ -61,8 +62,8 @@ class VideoWriter:
 
     @property
     def num_bytes(self) -> int:
-        """On the disk so far; the encoder holds back the newest."""
-        return self.path.stat().st_size
+        """Encoded so far; the encoder holds back the newest frames."""
+        return self._num_bytes
 
     def add(self, frames: Array) -> None:
         """(L, H, W, 3) uint8."""
@@ -71,6 +72,7 @@ class VideoWriter:
                 raise DataError(f"{image.dtype} frame of shape {image.shape}, expected uint8 of {self._shape}")
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             for packet in self._stream.encode(frame):
+                self._num_bytes += packet.size
                 self._container.mux(packet)
         self.num_frames += len(frames)
 
