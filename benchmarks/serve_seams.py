@@ -127,7 +127,7 @@ def draw(runs: dict, path: Path) -> None:
             axis.plot(np.arange(len(commands)) / HZ, commands, label=label, lw=1.4)
         axis.set_ylabel(f"{1000 * delay_s:.0f} ms\ncommand in m")
         axis.grid(alpha=0.3)
-    axes[0].legend(loc="upper right", fontsize=8)
+    axes[0].legend(loc="lower right", fontsize=8)
     axes[-1].set_xlabel(f"s, at {HZ:g} Hz, chunks of {HORIZON}")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

@@ -174,3 +174,17 @@ async def test_close_answers_those_who_wait() -> None:
 def test_bucket_sizes_are_checked(sizes: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="bucket_sizes"):
         BatcherConfig(bucket_sizes=sizes)
+
+
+async def test_by_arrival_only_for_comparison() -> None:
+    batcher = DeadlineBatcher(BatcherConfig(bucket_sizes=(1, 2), max_queue=8, order="arrival"))
+    policy = GatedPolicy()
+    tasks = [await start(batcher, policy, 0, 9.0)]
+    for value, deadline_s in ((1, 8.0), (2, 5.0), (3, 6.0)):
+        tasks.append(await start(batcher, policy, value, deadline_s))
+    policy.gate.release(3)
+    await asyncio.gather(*tasks)
+    assert policy.batches == [[0.0], [1.0, 2.0], [3.0]]
+    batcher.close()
+    with pytest.raises(ConfigError, match="order 'fifo'"):
+        BatcherConfig(order="fifo")  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from vla_dist.protocol.v1 import fleet_pb2, fleet_pb2_grpc, policy_pb2, policy_p
 from vla_dist.serving.ingest import FleetIngest, IngestConfig
 from vla_dist.serving.server import SingleServer
 from vla_dist.serving.service_config import ServiceConfig
+from vla_dist.testing import hostile
 from vla_dist.testing.fakes import make_spec
 from vla_dist.testing.registry import InMemoryRegistry, fake_artifact
 from vla_dist.testing.serving import REFERENCE, ListTable, build_service
@@ -173,3 +174,15 @@ def test_a_cancelled_stream_frees_its_session(channel: grpc.Channel) -> None:
     while stub.CheckHealth(policy_pb2.CheckHealthRequest(), metadata=TOKEN, timeout=5).num_sessions:
         assert time.monotonic() < deadline, "the session outlived its stream"
         time.sleep(0.01)
+
+
+def test_what_a_network_sends_twice_counts_once(server: SingleServer) -> None:
+    """Each message twice: one session, one answer to each observation, and the memory moves on once."""
+    with grpc.insecure_channel(server.address) as channel:
+        control = policy_pb2_grpc.PolicyServiceStub(channel).Control
+        sent = [hostile.opening("r"), *(hostile.asking(index) for index in range(5))]
+        goodbye = policy_pb2.ControlRequest(goodbye=policy_pb2.ControlGoodbye())
+        once = list(control(iter([*sent, goodbye]), metadata=TOKEN, timeout=10))
+        twice = list(control(iter([m for m in sent for _ in range(2)] + [goodbye]), metadata=TOKEN, timeout=10))
+    assert [r.chunk for r in once] == [r.chunk for r in twice]
+    assert [r.chunk.observation_id for r in twice[1:]] == [0, 1, 2, 3, 4]

@@ -8,7 +8,7 @@ import tyro
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.run.files import AUDIT
-from vla_dist.run.reopen import reopen, serve_fleet, serve_single
+from vla_dist.run.reopen import reopen, serve_fleet, serve_single, service_id
 from vla_dist.serving.authorisation import LOOPBACK, AccessConfig
 
 
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str]) -> None:
     with reopen(options.run_dir) as place:
 
         def say(address: str) -> None:
-            print(f"serving {place.config.reference} on {address}; Ctrl-C ends it", flush=True)
+            name = service_id(place)
+            print(f"serving {place.config.reference} on {address} as service {name}; Ctrl-C ends it", flush=True)
 
         access = AccessConfig(
             token=options.token or None,

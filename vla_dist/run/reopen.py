@@ -30,6 +30,15 @@ def reopen(run_dir: Path) -> Iterator[Place]:
         yield Place.of(config, run_dir, store)
 
 
+def service_id(place: Place) -> str:
+    """What robots may pin their service to: the same for as long as the run's registry lives."""
+    from vla_dist.registry.canaries import RedisCanaries
+    from vla_dist.serving.state_sealing import service_id_of
+
+    with contextlib.closing(RedisCanaries(place.redis_url)) as canaries:
+        return service_id_of(canaries.service_key())
+
+
 def serve_single(place: Place, *, host: str, port: int, access: AccessConfig, on_ready: Callable[[str], None]) -> None:
     """One process on plain grpc.aio, until Ctrl-C: for one machine and few robots."""
     from vla_dist.serving.event_log import EventLog

@@ -8,7 +8,6 @@ One episode::
 """
 
 import asyncio
-import hashlib
 import logging
 import os
 import time
@@ -46,7 +45,7 @@ from vla_dist.serving.plan_joining import join_plan
 from vla_dist.serving.service_config import ServiceConfig
 from vla_dist.serving.sessions import Session, SessionTable
 from vla_dist.serving.shadow import ShadowEpisode
-from vla_dist.serving.state_sealing import StateSeal
+from vla_dist.serving.state_sealing import StateSeal, service_id_of
 from vla_dist.serving.versions import LoadedPolicy, PolicyVersions
 
 _log = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class PolicyService:
         self.config = config
         self.replica_id = uuid.uuid4().hex[:16]
         key = key or os.urandom(32)
-        self.service_id = hashlib.sha256(b"vla-dist service id" + key).hexdigest()[:16]
+        self.service_id = service_id_of(key)
         self.leaves_within_s = 0.0
         """Above 0: streams should be renewed elsewhere within this time."""
         self._seal = StateSeal(key)

@@ -90,6 +90,11 @@ class StateSeal:
         return hmac.digest(self._key, len(label).to_bytes(4, "little") + label.encode() + body, hashlib.sha256)
 
 
+def service_id_of(key: bytes) -> str:
+    """16 hexadecimal digits: the public name of the service that has this key."""
+    return hashlib.sha256(b"vla-dist service id" + key).hexdigest()[:16]
+
+
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
