@@ -80,4 +80,4 @@ class Workload:
 
 
 LOW_DIM = Workload()
-IMAGE = Workload(camera_side=84, capacity_steps=20_000, windows=32, segments_per_append=EPISODE_SEGMENTS)
+IMAGE = Workload(camera_side=84, capacity_steps=20_000, windows=32)

@@ -15,7 +15,7 @@ from vla_dist.data.segment_codec import EncodedSegment, SegmentCodec
 from vla_dist.replay.keys import episode_digest
 
 _MOST_SEGMENTS = 20
-_MOST_BYTES = 3 << 20
+_MOST_BYTES = 5 << 20
 """In one batch: large enough that an exchange costs little, small enough that the server works on one while the next
 is encoded."""
 MOST_SEGMENTS_PER_EPISODE = 1 << 16
