@@ -145,7 +145,7 @@ def test_a_reader_survives_constant_eviction(connect):
             begun += 1
 
     gone = []
-    fetch = reader._fetcher.fetch
+    fetch = reader.windows.fetcher.fetch
 
     def fetch_late(*args, **options):
         until = begun + 2
@@ -155,7 +155,7 @@ def test_a_reader_survives_constant_eviction(connect):
         gone.append(int(missing.sum()))
         return batch, missing
 
-    reader._fetcher.fetch = fetch_late
+    reader.windows.fetcher.fetch = fetch_late
     thread = threading.Thread(target=write)
     thread.start()
     try:
@@ -175,7 +175,7 @@ def test_windows_that_left_before_they_were_read_raise_no_warning(connect):
     """Their returns were summed from whatever lay in that memory: infinity less infinity, now and then."""
     reader, writer = connect("scored", cache_bytes=0), connect("uniform")
     append_episodes(writer, 0, 3)
-    fetcher, layout = reader._fetcher, reader.codec.layout
+    fetcher, layout = reader.windows.fetcher, reader.codec.layout
     fetch, bulks = fetcher.fetch, reader.link.bulks
     evicted = []
 

@@ -314,7 +314,7 @@ def test_draws_that_were_evicted_before_the_fetch_are_made_anew(make_table, make
     table = make_table(capacity_steps=45)
     for number in range(2):
         append_all(table, make_episode(f"old{number}", 20, instruction="old"))
-    fetch = table._fetch
+    fetch = table.windows._fetch
     calls = []
 
     def fetch_after_eviction(*args):
@@ -335,7 +335,7 @@ def test_draws_that_were_evicted_before_the_fetch_are_made_anew(make_table, make
 def test_a_reader_that_eviction_outruns_is_told_so_in_time(make_table, make_episode, append_all, monkeypatch):
     table = make_table(capacity_steps=45)
     numbers = itertools.count()
-    fetch = table._fetch
+    fetch = table.windows._fetch
 
     def fetch_after_eviction(*args):
         for _ in range(3):
@@ -355,7 +355,7 @@ def test_only_evicted_windows_are_drawn_anew(make_table, make_episode, append_al
     episodes = {name: make_episode(name, 20, spec=spec, seed=ord(name), instruction=name) for name in "abc"}
     append_all(table, episodes["a"])
     append_all(table, episodes["b"])
-    fetch, plans = table._fetch, []
+    fetch, plans = table.windows._fetch, []
 
     def fetch_after_eviction(plan, *rest):
         if not plans:
@@ -436,4 +436,4 @@ def test_one_commit_may_evict_thousands_of_episodes(make_table, make_episode):
     state = table.state()
     assert (state.steps, state.complete) == (32_800, 34)
     assert {"first", "second"} <= set(table.sample(200, timeout_s=5.0).instructions)
-    assert table._follower.index.live_steps == 32_800
+    assert table.windows._follower.index.live_steps == 32_800

@@ -166,7 +166,7 @@ def test_a_new_segment_has_the_highest_priority_of_any_shard(make_sharded, make_
         new = [f"e{n}" for n in range(number, number + 3)]
         client.append_all([s for name in new for s in make_episode(name, 4)], timeout_s=5.0)
         client.sample(1, timeout_s=5.0)
-        trees = [shard._follower.sampler._tree for shard in client.shards]
+        trees = [shard.windows._follower.sampler._tree for shard in client.shards]
         assert sum(tree.total for tree in trees) > (len(new) * 4 * 50**0.6)
 
 
@@ -196,7 +196,7 @@ def test_what_is_gone_weighs_nothing(make_sharded, make_episode):
     table.sample(8, timeout_s=5.0)
     for shard in table.shards:
         state = shard.state()
-        assert shard._follower.sampler._tree.total == pytest.approx(state.steps)
+        assert shard.windows._follower.sampler._tree.total == pytest.approx(state.steps)
 
 
 def test_the_limiter_is_that_of_the_whole(make_sharded, make_episode):

@@ -107,6 +107,11 @@ class Learner:
     def done(self) -> bool:
         return self.updates >= self.config.total_updates and not self._due()
 
+    @property
+    def progress(self) -> Metrics:
+        """How far it is, with the metrics of the last updates that this process made."""
+        return {**self._metrics, "updates": float(self.updates), "published": float(len(self._published))}
+
     def step(self) -> Metrics:
         """Do the next updates, at most ``updates_per_step``.
 
@@ -128,7 +133,7 @@ class Learner:
             if self._checkpoints is not None and self.config.is_checkpoint(self.updates):
                 self._checkpoints.save(self.checkpoint())
             self._publishable, self._unfinished = None, False
-        return {**self._metrics, "updates": float(self.updates), "published": float(len(self._published))}
+        return self.progress
 
     def close(self) -> None:
         if self._prepared is not None:

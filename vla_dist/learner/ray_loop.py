@@ -54,6 +54,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     learner = build(rank)
     try:
         _resume(learner, rank)
+        if post is not None and learner.updates:
+            # A run whose training was over when it was stopped makes no update any more.
+            post(learner.progress)
         while not learner.done:
             metrics = _step(learner, int(config.get("max_stalls", 10)), float(config.get("stall_pause_s", 1.0)))
             if post is not None:

@@ -161,7 +161,7 @@ class ShardedReplayTable:
                         f"{missing} of {num_windows} windows could not be read again and again, for {timeout_s} s: "
                         f"they were evicted or discarded first; raise capacity_steps {self.config.capacity_steps}"
                     )
-                seen = self._on_each(lambda shard: self.shards[shard].look([], deadline))
+                seen = self._on_each(lambda shard: self.shards[shard].windows.look([], deadline))
                 masses = np.array([mass for _, mass in seen])
         return scale_weights(join_windows(parts))
 
@@ -245,7 +245,7 @@ class ShardedReplayTable:
         Charges leave the same balance on all shards, wherever the windows come from.
         """
         while True:
-            seen = self._on_each(lambda n: self.shards[n].look([("GET", self.shards[n].keys.state)], deadline))
+            seen = self._on_each(lambda n: self.shards[n].windows.look([("GET", self.shards[n].keys.state)], deadline))
             limiters = [BufferState.unpack(replies[0], self.config.name).tables for replies, _ in seen]
             parts = [tables[self._index].limiter for tables in limiters]
             balances = np.array([part.balance for part in parts])
@@ -307,7 +307,7 @@ class ShardedReplayTable:
 
         def take(shard: int) -> tuple[Batch, Array] | None:
             balance = None if balances is None else float(balances[shard])
-            found = self.shards[shard].take_windows(int(counts[shard]), deadline, balance=balance)
+            found = self.shards[shard].windows.take_windows(int(counts[shard]), deadline, balance=balance)
             if found is None:
                 return None
             batch, gone = found

@@ -1,23 +1,20 @@
 """The replay table in Redis: exactly-once appends, windows of complete episodes, limiters that never hang.
 
-``writing`` appends, ``following`` keeps a copy of the index on which ``samplers`` draw, ``fetching`` turns draws into
+``writing`` appends; ``window_reading`` draws on a copy of the index that ``following`` keeps, and turns draws into
 batches. What must happen at once is in ``functions.lua``.
 """
 
 import dataclasses
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vla_dist.core.errors import ConfigError, NotFound, ReplayWait, VlaDistError
+from vla_dist.core.errors import ConfigError, NotFound, VlaDistError
 from vla_dist.core.protocols import AppendResult
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import SOURCES, Array, Batch, Segment, TableStats
 from vla_dist.data.segment_codec import SegmentCodec
-from vla_dist.replay.batches import replace_windows, scale_weights
 from vla_dist.replay.config import (
     BufferConfig,
     Fifo,
@@ -27,18 +24,13 @@ from vla_dist.replay.config import (
     require_same_identity,
 )
 from vla_dist.replay.episodes import Entry, EpisodeReader, PayloadMissing
-from vla_dist.replay.fetching import WindowFetcher
-from vla_dist.replay.following import IndexFollower
-from vla_dist.replay.index import EpisodeIndex
 from vla_dist.replay.keys import Keys
 from vla_dist.replay.limiter import LimiterConfig, LimiterState
-from vla_dist.replay.link import Deadline, RedisLink, function_name
+from vla_dist.replay.link import RedisLink, function_name
 from vla_dist.replay.losses import LossCheck
-from vla_dist.replay.refusals import wait_reason
-from vla_dist.replay.samplers import Drawn, make_sampler
 from vla_dist.replay.state import BufferState
 from vla_dist.replay.sweeping import ImagesGone
-from vla_dist.replay.window_plan import WindowPlan
+from vla_dist.replay.window_reading import WindowReader
 from vla_dist.replay.wire import Command
 from vla_dist.replay.writing import SegmentWriter
 
@@ -98,23 +90,14 @@ class RedisReplayTable:
         except VlaDistError:
             self.close()
             raise
-        self._fetcher = WindowFetcher(
-            self.link,
-            self.images_link,
-            self.codec,
-            self.keys,
-            context_steps=config.context_steps,
-            cache_bytes=config.cache_bytes,
-        )
         self.reader = EpisodeReader(self.link, self.images_link, self.codec, self.keys)
         cameras = len(spec.cameras)
         self._images_gone = ImagesGone(self.link, self.images_link, self.keys, cameras) if apart and cameras else None
         self._losses = LossCheck(
             self.reader, self.link, self.images_link, self.keys, num_cameras=cameras, discard=self.discard
         )
-        self._rng = np.random.default_rng(seed)
-        self._lock = threading.Lock()
-        self._follower: IndexFollower | None = None
+        self.windows = WindowReader(self, table=self._index, seed=seed, losses=self._losses)
+        """Draws of this client's table; for ``ShardedReplayTable``."""
 
     @classmethod
     def open(
@@ -175,25 +158,7 @@ class RedisReplayTable:
                 numbers.
             Unreachable: no answer.
         """
-        if num_windows < 1:
-            raise ConfigError(f"num_windows {num_windows} must be at least 1")
-        deadline = Deadline(timeout_s)
-        plan, now_s = self._draw(num_windows, deadline, timeout_s, charge=True)
-        batch, gone = self._fetch(plan, deadline, now_s)
-        while gone.any():
-            if deadline.left_s <= 0:
-                evicted = f"they were evicted first; raise capacity_steps {self.config.capacity_steps}"
-                raise ReplayWait(
-                    f"{gone.sum()} of {num_windows} windows could not be read again and again, for {timeout_s} s: "
-                    f"{self._losses.reason or evicted}"
-                )
-            # Evicted between draw and fetch: those windows, and only those, are drawn anew.
-            again = np.flatnonzero(gone)
-            plan, now_s = self._draw(len(again), deadline, timeout_s, charge=False)
-            fresh, still_gone = self._fetch(plan, deadline, now_s)
-            batch = replace_windows(batch, again, fresh)
-            gone[again] = still_gone
-        return scale_weights(batch)
+        return self.windows.sample(num_windows, timeout_s=timeout_s)
 
     def update_priorities(self, items: Array, priorities: Array, *, timeout_s: float = _PATIENCE_S) -> None:
         """New priorities of segments; those that left meanwhile are passed over.
@@ -336,55 +301,6 @@ class RedisReplayTable:
         """For ``ShardedReplayTable``: what to do each time before an append is tried again."""
         self._writer.on_wait = action
 
-    def look(self, first: Sequence[Command], deadline: Deadline) -> tuple[list[Any], float]:
-        """For ``ShardedReplayTable``: replies of ``first``, and the mass the sampler gives what may be drawn."""
-        with self._lock:
-            self._follower = self._follower or self._follow()
-            replies = self._follower.exchange(first, deadline)
-            index = self._follower.index
-            return replies, self._follower.sampler.mass(index)
-
-    def take_windows(self, num: int, deadline: Deadline, *, balance: float | None) -> tuple[Batch, Array] | None:
-        """For ``ShardedReplayTable``: windows as ``look`` saw them, and which of them are (B,) bool gone.
-
-        Args:
-            balance: to be added to the limiter's; None: these windows are charged already.
-
-        Returns:
-            None where nothing may be drawn any more.
-        """
-        charge = ("TIME",) if balance is None else self.function("charge_shard", self._index, num, balance, 0)
-        (answer,) = self.link.call([charge], timeout_s=deadline.left_s)
-        with self._lock:
-            assert self._follower is not None
-            index, sampler = self._follower.index, self._follower.sampler
-            if not index.live_steps or not num:
-                return None
-            drawn = sampler.draw(index, num, self._rng)
-            plan = self._plan(index, drawn)
-        return self._fetch(plan, deadline, float(answer[0 if balance is None else 1]))
-
-    def _draw(self, num: int, deadline: Deadline, timeout_s: float, *, charge: bool) -> tuple[WindowPlan, float]:
-        """What to fetch, and the server's time; waits while the limiter says so."""
-        while True:
-            first = [self.function("charge", self._index, num, int(deadline.first))] if charge else [("TIME",)]
-            with self._lock:
-                if self._follower is None:
-                    self._follower = self._follow()
-                (answer,) = self._follower.exchange(first, deadline)
-                index = self._follower.index
-                if answer[0] != b"WAIT":
-                    now_s = float(answer[1]) if charge else float(answer[0])
-                    charge = False
-                    if index.live_steps > 0:
-                        drawn = self._follower.sampler.draw(index, num, self._rng)
-                        return self._plan(index, drawn), now_s
-                    reason = "all episodes were evicted or discarded in between"
-                else:
-                    reason = wait_reason("samples", answer)
-            if not deadline.pause():
-                raise ReplayWait(f"no windows within {timeout_s} s: {reason}. Are the rollout workers running?")
-
     def _create(self, *, images_apart: bool) -> None:
         config = self.config
         # Of a cluster, the functions must be on the node that this finds.
@@ -397,36 +313,3 @@ class RedisReplayTable:
         create = self.function("create", identity, self.spec.to_json(), packed, *groups)
         stored = self.link.call([create], timeout_s=_PATIENCE_S)[0]
         require_same_identity(config.name, identity, stored.decode())
-
-    def _follow(self) -> IndexFollower:
-        return IndexFollower(
-            self.link,
-            self.keys,
-            self._index,
-            make_sampler(self.table.sampler),
-            num_steps=self.config.num_steps,
-            capacity=self.config.capacity_steps,
-            max_draws=self.table.max_draws or 0,
-        )
-
-    def _plan(self, index: EpisodeIndex, drawn: Drawn) -> WindowPlan:
-        context, future = self.config.context_steps, self.config.future_steps
-        return WindowPlan.of(index, drawn, context_steps=context, future_steps=future)
-
-    def _fetch(self, plan: WindowPlan, deadline: Deadline, now_s: float) -> tuple[Batch, Array]:
-        batch, gone = self._fetcher.fetch(plan, deadline, now_s=now_s)
-        if gone.any() and self._losses.note(plan.completions[gone]):
-            finished = self._losses.look(
-                timeout_s=max(1.0, deadline.left_s), until_s=time.monotonic() + deadline.left_s
-            )
-            if not finished:
-                deadline.pause()
-        if self.table.max_draws is not None:
-            # After the fetch: the last draw of a segment may remove it.
-            uses = np.zeros(len(plan.numbers), "<f8,<f8,<u4,<u4")
-            uses["f0"], uses["f1"], uses["f2"] = plan.numbers, plan.completions, plan.row_lengths
-            allowed = np.flatnonzero(~gone)
-            use = self.function("use", self._index, uses[allowed].tobytes())
-            flags = self.call_removing(use, timeout_s=deadline.left_s)
-            gone[allowed] = np.frombuffer(flags, np.uint8) == 0
-        return batch, gone
