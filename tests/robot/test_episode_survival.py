@@ -164,7 +164,9 @@ async def test_a_state_that_another_service_sealed_is_refused() -> None:
     other.shut_down()
 
 
-def test_a_strangers_replica_on_the_address_cannot_take_an_episode(site) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_strangers_replica_cannot_take_an_episode(site, is_old: bool) -> None:  # type: ignore[no-untyped-def]
+    """An old server does not look at who is asked for; then the robot itself must see whose answer it got."""
     stranger = InMemoryRegistry()
     stranger.publish(fake_artifact(SPEC, bias=9.0), channel="stable")
     quick = ReconnectConfig(budget_s=10.0)
@@ -173,9 +175,10 @@ def test_a_strangers_replica_on_the_address_cannot_take_an_episode(site) -> None
         observation = FakeEnv(SPEC).reset(seed=0, task="go").observation
         session.act(observation, deadline_s=5.0)
         site.kill()
-        other = SingleServer(
-            build_service(stranger, load=lambda artifact: FakePolicy(SPEC, bias=9.0), key=b"x" * 32), port=site.port
-        ).start()
+        foreign = build_service(stranger, load=lambda artifact: FakePolicy(SPEC, bias=9.0), key=b"x" * 32)
+        if is_old:
+            foreign._require_mine = lambda service_id: None  # type: ignore[method-assign]
+        other = SingleServer(foreign, port=site.port).start()
 
         def back() -> None:
             other.close()

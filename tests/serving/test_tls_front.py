@@ -131,6 +131,9 @@ def test_who_has_no_certificate_of_the_ca_does_not_get_in(front: Callable[[str],
 def test_tls_alone_asks_for_no_certificate(front: Callable[[str], str], certificates: Path) -> None:
     with PolicyClient(front("none"), tls=tls(certificates)) as client:
         assert client.check(SPEC, policy=REFERENCE).policy_version == 1
+        client.call_metadata = (("x-client-cn", "arm-9"),)
+        # Believed, it would make this robot arm-9, who may not speak for arm-1.
+        assert client.check(SPEC, policy=REFERENCE, robot_id="arm-1").policy_version == 1
 
 
 def test_files_that_are_missing_are_named(tmp_path: Path) -> None:
