@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
-# Makes this machine ready to be a node of a cluster, on every provider. `ray up` runs it on each node; a second time it
-# changes nothing. It expects the checkout in ~/vla-dist, and installs it with all packages into ~/.vla-dist/venv, unless
+# Makes this machine ready to be a node of a cluster, on every provider: `setup.sh [aws|gcp]`, where the name of a cloud
+# adds what its autoscaler needs. `ray up` runs it on each node; a second time it changes nothing. It expects the checkout in ~/vla-dist, and installs it with all packages into ~/.vla-dist/venv, unless
 # /opt/vla-dist is a virtual environment that has them: an image, or a machine without internet.
 set -euo pipefail
 
 source_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 own_dir=$HOME/.vla-dist
+case "${1:-}" in
+    aws) cloud=("boto3>=1.40,<2") module=boto3 ;;
+    gcp) cloud=("google-api-python-client>=2.150,<3" "google-auth>=2.35,<3" "cryptography>=42") module=googleapiclient ;;
+    "") cloud=() module=sys ;;
+    *) echo "vla-dist: cloud '$1' is not known; setup.sh takes aws, gcp or nothing" >&2; exit 2 ;;
+esac
 mkdir -p "$own_dir" && chmod 700 "$own_dir"
 for token in "$HOME/.ray/auth_token" "$own_dir/fleet_token"; do
     [ -s "$token" ] || { echo "vla-dist: $token was not shipped; run 'vla-dist cluster tokens' where you run ray up" >&2; exit 1; }
@@ -25,6 +31,7 @@ else
     fi
     make --no-print-directory -C "$source_dir" setup VENV="$venv" PYTHON=python3.11
 fi
+"$venv/bin/python" -c "import $module" 2>/dev/null || "$venv/bin/python" -m pip install --quiet "${cloud[@]}"
 
 cat > "$own_dir/environment" <<END
 # Written by cluster/setup.sh for every login: Ray reaches nodes through SSH.

@@ -18,11 +18,11 @@ from vla_dist.run.node import (
     WATCH_FOLDER,
     Host,
     address_towards,
-    become,
     head_command,
     head_environment,
     node_environment,
     own_addresses,
+    start_ray,
     worker_command,
     write_tokens,
 )
@@ -63,7 +63,7 @@ class EnvironmentOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartHeadOptions:
-    """Become a head node: this process is replaced by `ray start`."""
+    """Become a head node: Redis, then `ray start`."""
 
     node_ip: str = ""
     """Address of this machine in the cluster's network; empty: its only one."""
@@ -80,7 +80,7 @@ class StartHeadOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartWorkerOptions:
-    """Join a cluster: this process is replaced by `ray start`."""
+    """Join a cluster with `ray start`."""
 
     hosts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Of an on-premises cluster, ADDRESS:ROLE=COUNT,... for each machine, cpu=N and gpu=N among the roles."""
@@ -166,7 +166,7 @@ def _start_head(options: StartHeadOptions) -> None:
     node_environment(home)  # A missing token is said before anything starts.
     store = ensure_store(config)
     environment = head_environment(store, cluster=options.cluster, home=home)
-    become(head_command(config, store, home=home, more=options.ray), environment)
+    start_ray(head_command(config, store, home=home, more=options.ray), environment)
 
 
 def _only(addresses: Sequence[str]) -> str:
@@ -181,7 +181,7 @@ def _start_worker(options: StartWorkerOptions) -> None:
     command = worker_command(options.head, hosts, addresses, gcs_port=options.port, more=options.ray)
     environment = node_environment(Path.home())
     start_watch(Path.home() / WATCH_FOLDER)
-    become(command, environment)
+    start_ray(command, environment)
 
 
 def _store(options: StoreOptions) -> None:

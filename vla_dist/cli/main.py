@@ -12,6 +12,7 @@ from vla_dist.core.errors import VlaDistError
 
 VERBS = {
     "run": "run a preset: collect, train, serve and evaluate, on this machine or a joined cluster",
+    "plan": "what goes where on a cluster, how fast, for how much, and what will be the bottleneck",
     "cluster": "check a cluster file; become a node of a cluster",
     "serve": "serve the policies of a run to robots over gRPC",
     "promote": "a version to a share of the robots (canary), to all (stable), or into the shadow",

@@ -6,6 +6,7 @@ import os
 import resource
 import secrets
 import socket
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from vla_dist.core.errors import ConfigError, NotFound
+from vla_dist.core.errors import ConfigError, NotFound, ResourceMissing
 from vla_dist.run.head_store import HeadStoreConfig, StoreAddresses
 from vla_dist.run.roles import GATEWAY, ROLES
 from vla_dist.run.serve_settings import TOKEN_VARIABLE, node_serve_settings
@@ -27,6 +28,8 @@ WATCH_FOLDER = Path(".vla-dist")
 _AUTOSCALER_CONFIG = Path("ray_bootstrap_config.yaml")
 """Where `ray up` leaves the cluster file for the head's autoscaler."""
 _OPEN_FILES = 65_536
+_ATTEMPTS = 3
+_START_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,9 +176,19 @@ def address_towards(peer: str) -> str:
         return probe.getsockname()[0]
 
 
-def become(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Replace this process by ``command``; does not return."""
+def start_ray(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run `ray start`, again where it gave up: it waits for its own raylet for 30 s, which busy cores can miss.
+
+    Raises:
+        ResourceMissing: it gave up three times; what it said stands above.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(_OPEN_FILES, most)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-    os.execvpe(command[0], list(command), {**os.environ, **environment})
+    inherited = {**os.environ, **environment}
+    for attempt in range(_ATTEMPTS):
+        if subprocess.run(list(command), env=inherited, timeout=_START_TIMEOUT_S, check=False).returncode == 0:
+            return
+        if attempt + 1 < _ATTEMPTS:
+            subprocess.run(["ray", "stop", "--force"], env=inherited, timeout=_START_TIMEOUT_S, check=False)
+    raise ResourceMissing(f"Ray did not start on this machine in {_ATTEMPTS} attempts; its own words stand above")
