@@ -312,7 +312,8 @@ def decode_plan(message: policy_pb2.PlanInProgress, spec: EnvSpec, *, horizon: i
 
 
 def encode_goodbye(outcome: Outcome | None, episode_id: str) -> policy_pb2.ControlGoodbye:
-    return policy_pb2.ControlGoodbye(outcome=_OUTCOMES[outcome] if outcome else 0, episode_id=episode_id)
+    said = policy_pb2.EPISODE_OUTCOME_UNSPECIFIED if outcome is None else _OUTCOMES[outcome]
+    return policy_pb2.ControlGoodbye(outcome=said, episode_id=episode_id)
 
 
 def decode_goodbye(message: policy_pb2.ControlGoodbye) -> tuple[Outcome | None, str]:
