@@ -14,8 +14,8 @@ _log = logging.getLogger(__name__)
 class QuarantineFolder:
     """A bounded folder; the same bytes are kept once.
 
-    ``<sha256>.segment`` is the protobuf ``vla_dist.v1.UploadRequest`` as it came, ``<sha256>.reason`` one sentence. When
-    the folder is full, later ones are only logged: the first of a kind tells most.
+    ``<sha256>.segment`` is the protobuf ``vla_dist.v1.UploadRequest`` as it came, ``<sha256>.reason`` one sentence.
+    When the folder is full, later ones are only logged: the first of a kind tells most.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int = 256 * 2**20) -> None:
