@@ -4,12 +4,20 @@ import json
 import re
 import time
 
+import dashboards
 import jobs
 import pytest
 from lab import CHECKOUT, SHARED, VENV
 from onprem import ADDED, BOX, HEAD, ROOM, TABLE, write_cluster_file
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
+
+
+def exported(lab, *nodes):
+    """Names of all metrics of these nodes."""
+    pages = [lab.run(["curl", "-s", "-m", "10", f"http://{node.address}:8080/metrics"]).ok().out for node in nodes]
+    return {line.split()[2] for page in pages for line in page.splitlines() if line.startswith("# HELP")}
+
 
 _PROGRAM = CHECKOUT / "tests" / "cluster" / "fleet_program.py"
 
@@ -88,6 +96,8 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
     assert told["calls"] > 20, told
     assert told["failed_calls"] == 0, told
     milestone("robots outside are served")
+    unknown = dashboards.metrics() - exported(lab, head, box)
+    assert not unknown - {"ray_vla_dist_run_success"}, f"dashboards and alerts name what nobody exports: {unknown}"
     stranger = json.loads(fleet(HEAD, 3, secret="wrong").ok().out.strip().splitlines()[-1])
     assert stranger["troubles"] > 0, stranger
     assert "token" in stranger["trouble"][0], stranger
@@ -125,6 +135,7 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
             found |= {node.name: rest} if rest else {}
         return found
 
-    lab.wait_for(lambda: not left(), what="clean nodes", timeout_s=180, every_s=5)
+    # Nodes wait three minutes for their head to come back.
+    lab.wait_for(lambda: not left(), what="clean nodes", timeout_s=400, every_s=10)
     milestone("nothing is left")
     assert (lab.nodes["head"].root / "home/.vla-dist/store/replay/appendonlydir").is_dir()

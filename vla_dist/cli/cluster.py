@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from vla_dist.core.errors import ConfigError
-from vla_dist.run.head_store import HeadStoreConfig, ensure_store, keep_store
+from vla_dist.run.head_store import HEAD_AWAY_S, HeadStoreConfig, ensure_store, keep_store
 from vla_dist.run.node import (
     STORE_FOLDER,
     WATCH_FOLDER,
@@ -70,7 +70,7 @@ class StartHeadOptions:
     cluster: str = "vla-dist"
     """Name under which Ray remembers its state."""
     port: int = 6379
-    grace_s: float = 60.0
+    grace_s: float = HEAD_AWAY_S
     """How long Ray may be gone before Redis ends, too."""
     max_memory_gib: float = 0.0
     """Most that Redis may take; 0: half of the machine's memory."""
@@ -100,7 +100,7 @@ class StoreOptions:
     replay_port: int = 6380
     ray_port: int = 6381
     gcs_port: int = 6379
-    grace_s: float = 60.0
+    grace_s: float = HEAD_AWAY_S
     max_memory_gib: float = 0.0
 
 

@@ -29,6 +29,8 @@ _LOOPBACK = "127.0.0.1"
 _TICK_S = 1.0
 _CONNECT_TIMEOUT_S = 2.0
 _START_TIMEOUT_S = 60.0
+HEAD_AWAY_S = 180.0
+"""How long a cluster waits for Ray on its head to come back: nodes, replicas and the store go on meanwhile."""
 _RAY_SHARE = 0.1
 """Of the memory that the servers may take: Ray stores its actors, jobs and nodes, some kilobytes each."""
 
@@ -46,7 +48,7 @@ class HeadStoreConfig:
     """On loopback: only the head's own control service needs it."""
     gcs_port: int = 6379
     """Where Ray's control service listens, by which it is seen whether Ray runs."""
-    grace_s: float = 60.0
+    grace_s: float = HEAD_AWAY_S
     """How long Ray may be gone before the servers end."""
     max_memory_gib: float = 0.0
     """Of both; 0: half of the machine's."""

@@ -15,7 +15,7 @@ import psutil
 import yaml
 
 from vla_dist.core.errors import ConfigError, NotFound, ResourceMissing
-from vla_dist.run.head_store import HeadStoreConfig, StoreAddresses
+from vla_dist.run.head_store import HEAD_AWAY_S, HeadStoreConfig, StoreAddresses
 from vla_dist.run.roles import GATEWAY, ROLES
 from vla_dist.run.serve_settings import TOKEN_VARIABLE, node_serve_settings
 from vla_dist.run.store import STORE_VARIABLE
@@ -111,7 +111,11 @@ def node_environment(home: Path) -> dict[str, str]:
     """Of everything that Ray starts on any node. Raises NotFound without Ray's token."""
     read_token(home, RAY_TOKEN)
     Path(node_serve_settings()["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"]).mkdir(mode=0o700, exist_ok=True)
-    return node_serve_settings() | {"RAY_AUTH_MODE": "token", "RAY_TRAIN_V2_ENABLED": "1"}
+    return node_serve_settings() | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": f"{HEAD_AWAY_S:.0f}",
+    }
 
 
 def head_command(config: HeadStoreConfig, store: StoreAddresses, *, home: Path, more: Sequence[str] = ()) -> list[str]:
