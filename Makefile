@@ -59,6 +59,7 @@ format: setup
 bench: setup
 	$(BIN)/vla-dist bench replay
 	$(BIN)/vla-dist bench serve
+	$(BIN)/vla-dist bench fleet
 	$(BIN)/vla-dist bench learner
 	$(BIN)/vla-dist bench models
 

@@ -62,7 +62,7 @@ class CampaignProcess:
     def kill_redis(self) -> bool:
         """Whether there was one."""
         for child in psutil.Process(self.process.pid).children():
-            if "server.conf" in " ".join(child.cmdline()):
+            if child.name().startswith(("valkey", "redis")):
                 child.send_signal(signal.SIGKILL)
                 return True
         return False

@@ -67,6 +67,8 @@ class RobotState:
     host: str
     seen_unix_s: float
     counters: Mapping[str, float]
+    is_drained: bool = False
+    """Whether it was told that there is nothing more for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,15 +127,19 @@ class CampaignLedger:
 
     def next_task(self, claim: RobotClaim, *, tasks: Collection[str], sources: Collection[Source]) -> NextTask:
         """An episode to record, for the quota that is furthest behind among those this robot can work on."""
-        self._see(claim, None)
-        return self._together(lambda pipe: self._assign(pipe, claim, tasks, sources))
+        self._see(claim, None, is_asking=True)
+        answer = self._together(lambda pipe: self._assign(pipe, claim, tasks, sources))
+        if answer.command == "drain":
+            self._see(claim, None, is_drained=True)
+        return answer
 
     def heartbeat(self, claim: RobotClaim, counters: Mapping[str, float], *, lease_id: str) -> FleetCommand:
         """Renew the lease; ``drain`` once the campaign is over."""
-        self._see(claim, counters)
+        is_over = self.state().is_over
+        self._see(claim, counters, is_drained=is_over)
         if lease_id:
             self._together(lambda pipe: self._renew(pipe, lease_id))
-        return "drain" if self.state().is_over else "continue"
+        return "drain" if is_over else "continue"
 
     def commit(self, record: EpisodeRecord) -> None:
         """Write a whole episode down, once, and count it where it counts."""
@@ -167,7 +173,14 @@ class CampaignLedger:
     def close(self) -> None:
         self._client.close()
 
-    def _see(self, claim: RobotClaim, counters: Mapping[str, float] | None) -> None:
+    def _see(
+        self,
+        claim: RobotClaim,
+        counters: Mapping[str, float] | None,
+        *,
+        is_drained: bool = False,
+        is_asking: bool = False,
+    ) -> None:
         def see(pipe: Pipeline) -> None:
             known = pipe.hget(self._robots, claim.robot_id)
             now = _seconds(pipe.time())
@@ -179,7 +192,12 @@ class CampaignLedger:
                 )
             kept = dict(counters) if counters is not None else dict(before.counters) if before else {}
             state = RobotState(
-                robot_id=claim.robot_id, spool_id=claim.spool_id, host=claim.host, seen_unix_s=now, counters=kept
+                robot_id=claim.robot_id,
+                spool_id=claim.spool_id,
+                host=claim.host,
+                seen_unix_s=now,
+                counters=kept,
+                is_drained=is_drained or (before is not None and before.is_drained and not is_asking),
             )
             pipe.multi()
             pipe.hset(self._robots, claim.robot_id, json.dumps(asdict(state)))

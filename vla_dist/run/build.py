@@ -399,19 +399,18 @@ def build_campaign_table(campaign: Campaign, spec: EnvSpec, redis_url: str, *, s
 
 
 def build_campaign_ingest(
-    campaign: Campaign, spec: EnvSpec, redis_url: str, *, ledger: CampaignLedger, quarantine: Path
+    campaign: Campaign, table: RedisReplayTable, *, ledger: CampaignLedger, quarantine: Path
 ) -> FleetIngest:
     from vla_dist.serving.ingest import FleetIngest, IngestConfig
     from vla_dist.serving.quarantine import QuarantineFolder
 
-    table = build_campaign_table(campaign, spec, redis_url)
     return FleetIngest(
         table,
-        spec,
+        table.spec,
         IngestConfig(num_steps=campaign.segment_steps, tasks=campaign.tasks),
         quarantine=QuarantineFolder(quarantine),
         ledger=ledger,
-        packed=table if campaign.jpeg_quality and spec.cameras else None,
+        packed=table if campaign.jpeg_quality and table.spec.cameras else None,
     )
 
 

@@ -107,9 +107,8 @@ class CampaignRun:
                     Archiving(build_campaign_table(self._campaign, self._spec, redis.url, seed=1), self.archive)
                 )
             )
-            ingest = build_campaign_ingest(
-                self._campaign, self._spec, redis.url, ledger=ledger, quarantine=self.folder / QUARANTINE
-            )
+            table = stack.enter_context(contextlib.closing(build_campaign_table(self._campaign, self._spec, redis.url)))
+            ingest = build_campaign_ingest(self._campaign, table, ledger=ledger, quarantine=self.folder / QUARANTINE)
             server = stack.enter_context(
                 SingleServer(
                     None,
@@ -237,11 +236,12 @@ class Archiving:
 
 
 def _is_drained(state: CampaignState) -> bool:
-    """Whether no robot that was heard of lately holds anything that the server lacks."""
+    """Whether every robot that was heard of lately knows of the end and holds nothing that the server lacks."""
     fresh = [one for one in state.robots if state.now_unix_s - one.seen_unix_s < _SILENT_S]
-    holding = [one for one in fresh if one.counters.get("closed_episodes") or one.counters.get("open_episodes")]
-    leased = sum(one.leased for one in state.quotas)
-    return not holding and (not leased or not fresh)
+    return all(
+        one.is_drained and not one.counters.get("closed_episodes") and not one.counters.get("open_episodes")
+        for one in fresh
+    )
 
 
 def _require_same(campaign: Campaign, path: Path) -> None:
