@@ -7,12 +7,17 @@ from lab import SHARED, Done, Lab, Node
 
 _API = "http://127.0.0.1:8265/api/jobs/"
 MILESTONES = [0, 300, 600, 1200]
-OPTIONS = (
-    "--rollout.num-workers 2 --rollout.episodes-per-task 3000 --replay.min-steps 150 --fleet.num-robots 0 "
-    f"--learner.total-updates {MILESTONES[-1]} --learner.publish-updates {' '.join(map(str, MILESTONES))} "
-    "--learner.checkpoint-every-updates 100 --evaluation.episodes-per-task 8 --evaluation.final-episodes-per-task 40"
-)
-"""Of the preset babyai: long enough that its parts can be killed at work."""
+
+
+def options(*, updates: int = MILESTONES[-1], episodes: int = 3000) -> str:
+    """Of the preset babyai: long enough that its parts can be killed at work."""
+    milestones = MILESTONES if updates == MILESTONES[-1] else [0, updates]
+    return (
+        f"--rollout.num-workers 2 --rollout.episodes-per-task {episodes} --replay.min-steps 150 --fleet.num-robots 0 "
+        f"--learner.total-updates {updates} --learner.publish-updates {' '.join(map(str, milestones))} "
+        "--learner.checkpoint-every-updates 100 --evaluation.episodes-per-task 8 "
+        "--evaluation.final-episodes-per-task 40"
+    )
 
 
 def submit(head: Node, name: str, command: str) -> None:
@@ -45,6 +50,10 @@ def finish(lab: Lab, head: Node, name: str, *, timeout_s: float) -> dict:
     over = ("SUCCEEDED", "FAILED", "STOPPED")
     lab.wait_for(lambda: status(head, name) in over, what=f"end of {name}", timeout_s=timeout_s, every_s=3.0)
     assert status(head, name) == "SUCCEEDED", log(head, name)[-4000:]
+    return summary(lab)
+
+
+def summary(lab: Lab) -> dict:
     return json.loads(newest_run(lab).joinpath("summary.json").read_text())
 
 

@@ -39,7 +39,7 @@ def test_the_root_file_launches_runs_and_terminates(lab, fake_cloud, record_prop
     up.ok()
     (head,) = fake_cloud.machines.values()
     milestone("head is up")
-    jobs.submit(head, "run", f"vla-dist run babyai {jobs.OPTIONS} --runs-dir {SHARED}/runs")
+    jobs.submit(head, "run", f"vla-dist run babyai {jobs.options()} --runs-dir {SHARED}/runs")
     # Nothing but the head is there: the slots that the run asks for make the autoscaler launch one node of each kind.
     lab.wait_for(lambda: len(fake_cloud.machines) == 4, what="four instances", timeout_s=300, every_s=2)
     milestone("the autoscaler launched a node of each kind")

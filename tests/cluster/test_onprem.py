@@ -46,7 +46,7 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
     assert jobs.api_answer(head, token=False).out == "401"
     assert jobs.api_answer(head, token=True).out == "200"
 
-    jobs.submit(head, "first", f"vla-dist run babyai {jobs.OPTIONS} --runs-dir {SHARED}/runs")
+    jobs.submit(head, "first", f"vla-dist run babyai {jobs.options()} --runs-dir {SHARED}/runs")
     token = (lab.home / ".vla-dist" / "fleet_token").read_text()
 
     def fleet(address, seconds, *, secret=token):
