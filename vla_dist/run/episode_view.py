@@ -22,7 +22,8 @@ from vla_dist.data.formats.video import VideoEncoding, VideoWriter
 
 _MOST_LINES = 8
 _STRIP = 6
-_TAKEN, _CURSOR = "#ffe08a", "#d62728"
+_TAKEN = "#ffe08a"
+_CURSOR = (214, 39, 40)
 _DPI = 100
 
 
@@ -100,26 +101,36 @@ def _write_video(path: Path, episode: Episode, spec: EnvSpec, entry: Entry | Non
     figure = plt.figure(figsize=(9.6, 5.4), layout="constrained")
     figure.suptitle(_title(episode, spec, entry), fontsize=8, x=0.01, ha="left")
     axes = _draw_charts(figure, episode, spec, entry)
-    cursors = [axis.axvline(0, color=_CURSOR, lw=1) for axis in axes]
     figure.canvas.draw()
-    width = figure.canvas.get_width_height()[0]  # type: ignore[attr-defined]
-    top = _cameras_row(episode, 0, width)
     chart = _pixels(figure)
-    # Every frame is drawn anew only where the line stands: the charts stay as they are.
+    columns = [_column(axes[0], step) for step in range(episode.num_steps)]
+    rows = [_rows(axis, len(chart)) for axis in axes]
+    plt.close(figure)
+    width = chart.shape[1]
+    top = _cameras_row(episode, 0, width)
     height = _even(len(chart) + (0 if top is None else len(top)))
     fps = min(spec.control_hz, 60.0)
     every = max(1, round(spec.control_hz / fps))
     with VideoWriter(path, fps=fps, height=height, width=_even(width), encoding=VideoEncoding(crf=20)) as video:
         for step in range(0, episode.num_steps, every):
-            for cursor in cursors:
-                cursor.set_xdata([step, step])
-            figure.canvas.draw()
-            parts = [part for part in (_cameras_row(episode, step, width), _pixels(figure)) if part is not None]
-            frame = np.full((height, _even(width), 3), 255, np.uint8)
-            whole = np.concatenate(parts)[:height, : _even(width)]
-            frame[: len(whole), : whole.shape[1]] = whole
-            video.add(frame[None])
-    plt.close(figure)
+            # Drawn once: only the line moves, and it is painted over the pixels.
+            marked = chart.copy()
+            for first, end in rows:
+                marked[first:end, columns[step] : columns[step] + 2] = _CURSOR
+            row = _cameras_row(episode, step, width)
+            whole = marked if row is None else np.concatenate([row, marked])
+            video.add(whole[None, :height, : _even(width)])
+
+
+def _column(axis: Any, step: int) -> int:
+    """Of the picture, at which a step lies."""
+    return int(axis.transData.transform((step, 0.0))[0])
+
+
+def _rows(axis: Any, height: int) -> tuple[int, int]:
+    """Of the picture, which a chart covers; the figure counts from below."""
+    box = axis.get_window_extent()
+    return int(height - box.y1), int(height - box.y0)
 
 
 def _cameras_row(episode: Episode, step: int, width: int) -> Array | None:
