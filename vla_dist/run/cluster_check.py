@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def _schema(cluster: ClusterFile) -> Iterator[Finding]:
     if package := _missing_package(cluster):
         yield Finding(level="note", text=f"schema: not checked, because that needs {package!r}")
         return
+    logging.getLogger("ray.autoscaler").setLevel(logging.ERROR)
     said = io.StringIO()
     try:
         # Ray's own words about a file, such as unknown providers, go to the terminal, and it ends the process.
