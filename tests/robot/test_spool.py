@@ -157,6 +157,27 @@ def check_cut(folder: Path, known: dict, where: str) -> int:
     return len(sent)
 
 
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """SQLite does not look at what rows hold; the checksum does, and the episode ends before the damage."""
+    spool = Spool(tmp_path / "original", SMALL)
+    put_episode(spool, "a", num_segments=3)
+    spool._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "original", copy)
+    spool.close()
+    data = bytearray((copy / "spool.sqlite3").read_bytes())
+    place = data.find(segment("a", 1).proprio.tobytes())
+    assert place > 0
+    data[place] ^= 1
+    (copy / "spool.sqlite3").write_bytes(data)
+    spool = Spool(copy, SMALL)
+    (only,) = upload_all(spool)
+    assert (only.segment.segment_index, only.segment.is_last, only.episode.num_segments) == (0, True, 1)
+    assert only.episode.partial
+    spool.close()
+    assert list(copy.glob("damaged-*/spool.sqlite3"))
+
+
 def test_a_full_spool_refuses_new_episodes_and_keeps_the_old(tmp_path: Path) -> None:
     spool = Spool(tmp_path, SpoolConfig(max_bytes=2000, reserve_bytes=500, retain_s=0.0))
     with pytest.raises(ResourceMissing, match="is full"):
