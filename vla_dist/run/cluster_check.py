@@ -111,9 +111,11 @@ def _unknown_node_settings(cluster: ClusterFile) -> list[Finding]:
     found = []
     for name, node_type in cluster.document.get("available_node_types", {}).items():
         given = {**node_type.get("node_config", {}), "MinCount": 1, "MaxCount": 1}
+        given.pop("SubnetIds", None)  # Ray's own: it picks one of them for each node.
         report = ParamValidator().validate(given, shape)
         if report.has_errors():
-            found.append(_wrong(f"node_config of {name!r}: {' '.join(report.generate_report().split())}"))
+            first = report.generate_report().splitlines()[0].partition(", must be one of")[0]
+            found.append(_wrong(f"node_config of {name!r}: {first}; see EC2's RunInstances"))
     return found
 
 
