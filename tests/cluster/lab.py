@@ -10,13 +10,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-VENV = Path(os.environ.get("VIRTUAL_ENV") or Path(shutil.which("ray") or "/").parents[1])
+VENV = Path(sys.prefix)
 CHECKOUT = Path(__file__).resolve().parents[2]
 NETWORK = "10.77.0"
 LAUNCHER_IP = f"{NETWORK}.1"
