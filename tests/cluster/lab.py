@@ -234,15 +234,19 @@ class Lab:
         raise AssertionError(f"no {what} within {timeout_s} s")
 
     def ask(self, node: Node, program: str, *, timeout_s: float = 90.0):
-        """What a Python program that joined the cluster on ``node`` prints as JSON in its last line."""
+        """What a Python program that joined the cluster on ``node`` prints as a line of JSON."""
         code = f"import json, ray; ray.init(address='auto', log_to_driver=False, logging_level='error'); {program}"
         done = node.ssh(f"python -c {_quoted(code)}", timeout_s=timeout_s).ok()
-        return json.loads(done.out.strip().splitlines()[-1])
+        # Ray's own words may stand before and after it.
+        for line in reversed(done.out.splitlines()):
+            with contextlib.suppress(ValueError):
+                return json.loads(line)
+        raise AssertionError(f"no JSON in {done.out[-2000:]}")
 
     def alive_nodes(self, node: Node) -> list[str]:
         """Addresses, as Ray on ``node`` sees them."""
         program = "print(json.dumps([n['NodeManagerAddress'] for n in ray.nodes() if n['Alive']]))"
-        with contextlib.suppress(AssertionError, ValueError, IndexError):
+        with contextlib.suppress(AssertionError):
             return sorted(self.ask(node, program))
         return []
 
