@@ -26,10 +26,11 @@ from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
 from minigrid.envs.babyai.core import roomgrid_level
 from minigrid.utils.baby_ai_bot import BabyAIBot, DisappearedBoxError
 
-from vla_dist.core.errors import ConfigError, DataError, NotFound
+from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.core.specs import CameraSpec, Dimension, EnvSpec
 from vla_dist.core.types import Array, Observation, Step
 from vla_dist.envs.instructions import Split
+from vla_dist.envs.requirements import one_hot_choice
 
 _log = logging.getLogger(__name__)
 
@@ -131,12 +132,8 @@ class BabyAIEnv:
     def step(self, action: Array) -> Step:
         if not self._running:
             raise RuntimeError("the episode is over or was never started; call reset")
-        values = np.asarray(action, np.float32)
-        if values.shape != (len(ACTIONS),) or not np.isfinite(values).all():
-            raise DataError(f"action {action!r} must be {len(ACTIONS)} finite numbers; the largest one acts")
-        executed = np.zeros(len(ACTIONS), np.float32)
-        executed[values.argmax()] = 1.0
-        raw, reward, terminated, truncated, _ = self._level.step(int(values.argmax()))
+        executed = one_hot_choice(action, len(ACTIONS))
+        raw, reward, terminated, truncated, _ = self._level.step(int(executed.argmax()))
         success = bool(terminated and reward > 0)
         info: dict[str, Any] = {"success": success}
         if self._gave_up and not terminated:

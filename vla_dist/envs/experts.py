@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from metaworld.policies import ENV_POLICY_MAP
 
-from vla_dist.core.errors import ConfigError
 from vla_dist.core.types import Array, Observation
 from vla_dist.envs.drawer_button import BUTTON_PRESS, DRAWER_CLOSE, DRAWER_OPEN
 from vla_dist.envs.metaworld import MetaWorldEnv
+from vla_dist.envs.requirements import require_task
 
 _SAME_MOTION = {
     DRAWER_OPEN: ("drawer-open", slice(4, 7), (0.0, 0.0, 0.0)),
@@ -35,8 +35,7 @@ class MetaWorldExpert:
     def reset(self, *, task: str, seed: int) -> None:
         """Raises ConfigError when ``task`` is not one of the env's."""
         del seed  # scripted policies draw nothing
-        if task not in self._env.tasks:
-            raise ConfigError(f"expert for {task!r}, but its environment has {', '.join(self._env.tasks)}")
+        require_task(task, self._env.tasks)
         name = _SAME_MOTION[task][0] if task in _SAME_MOTION else task
         if name not in self._policies:
             self._policies[name] = ENV_POLICY_MAP[f"{name}-v3"]()

@@ -19,10 +19,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from vla_dist.core.errors import ConfigError, DataError, NotFound
+from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.core.specs import CameraSpec, Dimension, EnvSpec
 from vla_dist.core.types import Array, Observation, Step
 from vla_dist.envs.instructions import Split
+from vla_dist.envs.requirements import one_hot_choice, require_task
 
 ACTIONS = ("north", "east", "south", "west")
 SIDE = 6
@@ -107,11 +108,8 @@ class KeyToDoorEnv:
     def step(self, action: Array) -> Step:
         if not self._running:
             raise RuntimeError("the episode is over or was never started; call reset")
-        values = np.asarray(action, np.float32)
-        if values.shape != (len(ACTIONS),) or not np.isfinite(values).all():
-            raise DataError(f"action {action!r} must be {len(ACTIONS)} finite numbers; the largest one acts")
-        executed = np.eye(len(ACTIONS), dtype=np.float32)[values.argmax()]
-        down, right = _MOVES[int(values.argmax())]
+        executed = one_hot_choice(action, len(ACTIONS))
+        down, right = _MOVES[int(executed.argmax())]
         self._cell = (min(max(self._cell[0] + down, 0), SIDE - 1), min(max(self._cell[1] + right, 0), SIDE - 1))
         door = self._touch()
         room, self._num_steps = self.room, self._num_steps + 1
@@ -197,8 +195,7 @@ class KeyToDoorExpert:
     def reset(self, *, task: str, seed: int) -> None:
         """Raises ConfigError when ``task`` is not one of the env's."""
         del seed  # it draws nothing
-        if task not in self._env.tasks:
-            raise ConfigError(f"expert for {task!r}, but its environment has {', '.join(self._env.tasks)}")
+        require_task(task, self._env.tasks)
 
     def act(self, observation: Observation) -> Array:
         del observation

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vla_dist.core.errors import ConfigError, DataError, NotFound
+from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.core.specs import CameraSpec, Dimension, EnvSpec
 from vla_dist.core.types import Array, Observation, Step
 from vla_dist.envs.instructions import Split
+from vla_dist.envs.requirements import one_hot_choice, require_task
 
 ACTIONS = ("north", "east", "south", "west")
 SHORTEST, LONGEST = 5, 1000
@@ -83,7 +84,7 @@ class TMazeEnv:
     def step(self, action: Array) -> Step:
         if not self._running:
             raise RuntimeError("the episode is over or was never started; call reset")
-        executed = _choice(action)
+        executed = one_hot_choice(action, len(ACTIONS))
         name = ACTIONS[int(executed.argmax())]
         before, self._num_steps = self._place, self._num_steps + 1
         if before == self._length and name in ("north", "south"):
@@ -154,8 +155,7 @@ class TMazeExpert:
     def reset(self, *, task: str, seed: int) -> None:
         """Raises ConfigError when ``task`` is not one of the env's."""
         del seed  # it draws nothing
-        if task not in self._env.tasks:
-            raise ConfigError(f"expert for {task!r}, but its environment has {', '.join(self._env.tasks)}")
+        require_task(task, self._env.tasks)
 
     def act(self, observation: Observation) -> Array:
         del observation  # it no longer shows the sign
@@ -171,11 +171,3 @@ def _lengths(task: str) -> tuple[int, int]:
             f"unknown task {task!r}; a T-maze task is length-L or length-L-M with {SHORTEST} <= L <= M <= {LONGEST}"
         )
     return low, high
-
-
-def _choice(action: Array) -> Array:
-    """The executed action, one-hot."""
-    values = np.asarray(action, np.float32)
-    if values.shape != (len(ACTIONS),) or not np.isfinite(values).all():
-        raise DataError(f"action {action!r} must be {len(ACTIONS)} finite numbers; the largest one acts")
-    return np.eye(len(ACTIONS), dtype=np.float32)[values.argmax()]
