@@ -6,7 +6,7 @@ from pathlib import Path
 from lab import SHARED, Done, Lab, Node
 
 _API = "http://127.0.0.1:8265/api/jobs/"
-MILESTONES = [0, 300, 600, 1200]
+MILESTONES = [0, 600, 1200, 2400]
 
 
 def options(*, updates: int = MILESTONES[-1], episodes: int = 3000) -> str:
