@@ -57,6 +57,9 @@ def serve_settings(
         # 5 and 10 s by default: on a machine whose cores are busy a healthy proxy is then killed while it starts.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+        # 10 s by default, and a proxy is replaced after three: half a minute without an ingress is longer than a robot
+        # keeps an episode.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         "RAY_USAGE_STATS_ENABLED": "0",
         # A late call, after this process has shut Ray down, must fail: it would start another Ray.
         "RAY_ENABLE_AUTO_CONNECT": "0",
