@@ -85,7 +85,7 @@ def open_database(folder: Path) -> sqlite3.Connection:
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
                 raise
-            _log.error("the spool in %s is damaged (%s); what can be read of it is kept", folder, error)
+            _log.error("the spool in %s is damaged (%s); what can be read of it is kept", folder, str(error))
             connection = _rebuild(folder)
         _mark(connection, closed=False)
         return connection
@@ -208,7 +208,7 @@ def _readable(folder: Path, table: str, columns: str) -> Iterator[tuple]:
             if row is not None:
                 yield row
     except sqlite3.DatabaseError as error:
-        _log.error("nothing of table %s can be read: %s", table, error)
+        _log.error("nothing of table %s can be read: %s", table, str(error))
     finally:
         connection.close()
 
