@@ -107,7 +107,7 @@ def test_a_killed_recorder_leaves_its_episode_as_a_partial_one(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("stride", [997, pytest.param(7, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("stride", [997, pytest.param(13, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_a_file_cut_at_any_byte_gives_back_only_whole_segments(
     tmp_path: Path, stride: int, checkpointed: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
