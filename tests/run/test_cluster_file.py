@@ -11,7 +11,8 @@ from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.run.cluster_check import check_cluster
 from vla_dist.run.cluster_file import read_cluster_file
 from vla_dist.run.kuberay_schema import has_kubernetes_schemas, manifest_trouble
-from vla_dist.run.node import Host, write_tokens
+from vla_dist.run.machine import Machine
+from vla_dist.run.node import write_tokens
 from vla_dist.run.presets import preset
 
 ROOT = Path(__file__).parents[2]
@@ -128,11 +129,11 @@ def test_what_is_no_cluster_file_is_refused(text, said, tmp_path):
 @pytest.mark.parametrize("text", ["robot", "10.0.0.1:rollout", "10.0.0.1:arms=1", "10.0.0.1:rollout=-1"])
 def test_a_line_of_the_table_that_cannot_be_read_is_refused(text):
     with pytest.raises(ConfigError, match="host "):
-        Host.parse(text)
+        Machine.parse(text)
 
 
 def test_hosts_of_the_table():
-    host = Host.parse("10.0.0.1:learner=1,serving=2,gpu=2,cpu=8")
+    host = Machine.parse("10.0.0.1:learner=1,serving=2,gpu=2,cpu=8")
     assert (host.address, dict(host.resources), host.cpus, host.gpus) == (
         "10.0.0.1",
         {"learner": 1, "serving": 2},

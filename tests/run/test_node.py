@@ -1,17 +1,21 @@
 """What `ray start` is given on the nodes of a cluster, and what it inherits."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.run.head_store import HeadStoreConfig, StoreAddresses
-from vla_dist.run.node import Host, head_command, head_environment, node_environment, worker_command, write_tokens
+from vla_dist.run.machine import Machine
+from vla_dist.run.node import head_command, head_environment, node_environment, worker_command, write_tokens
+from vla_dist.run.placement import LIMITS_VARIABLE
 
 STORE = StoreAddresses(
     pid=1, replay_url="redis://client:one@10.0.0.1:6380/0", ray_url="redis://client:two@127.0.0.1:6381/0"
 )
-HOSTS = [Host.parse("10.0.0.2:rollout=4,cpu=8"), Host.parse("10.0.0.3:learner=1,serving=2,gpu=1")]
+HOSTS = [Machine.parse("10.0.0.2:rollout=4,cpu=8"), Machine.parse("10.0.0.3:learner=1,serving=2,gpu=1")]
 
 
 def test_a_head_remembers_itself_in_its_own_redis_and_offers_a_gateway(tmp_path, monkeypatch):
@@ -23,7 +27,7 @@ def test_a_head_remembers_itself_in_its_own_redis_and_offers_a_gateway(tmp_path,
     )
     assert '--resources={"gateway": 1}' in command
     assert not any("autoscaling" in word for word in command)
-    (tmp_path / "ray_bootstrap_config.yaml").write_text("provider: {type: local}")
+    (tmp_path / "ray_bootstrap_config.yaml").write_text("provider: {type: local, head_ip: 10.0.0.1}")
     monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", "{}")
     command = head_command(config, STORE, home=tmp_path)
     assert f"--autoscaling-config={tmp_path}/ray_bootstrap_config.yaml" in command
@@ -41,8 +45,15 @@ def test_a_heads_environment_has_the_stores_and_the_tokens(tmp_path):
     assert environment["VLA_DIST_FLEET_TOKEN"] == (tmp_path / ".vla-dist/fleet_token").read_text()
     assert environment["RAY_AUTH_MODE"] == "token"
     assert "RAY_enable_autoscaler_v2" not in environment
-    (tmp_path / "ray_bootstrap_config.yaml").write_text("provider: {type: local}")
+    (tmp_path / "ray_bootstrap_config.yaml").write_text("provider: {type: local, head_ip: 10.0.0.1}")
     assert head_environment(STORE, cluster="mine", home=tmp_path)["RAY_enable_autoscaler_v2"] == "0"
+
+
+def test_a_head_knows_what_its_autoscaler_may_add(tmp_path):
+    write_tokens(tmp_path)
+    shutil.copy(Path(__file__).parents[2] / "ray_cluster.yaml", tmp_path / "ray_bootstrap_config.yaml")
+    limits = json.loads(head_environment(STORE, cluster="mine", home=tmp_path)[LIMITS_VARIABLE])
+    assert limits == {"rollout": 320, "learner": 4, "serving": 16, "gateway": 1, "CPU": 368, "GPU": 8}
 
 
 def test_a_worker_finds_itself_in_the_table():

@@ -13,7 +13,7 @@ from vla_dist.run.board import BoardLink
 from vla_dist.run.hosts import HostedWorker
 from vla_dist.run.launch import fit_cluster
 from vla_dist.run.nodes import NodeReport, _require_fit, require_fit_nodes, versions
-from vla_dist.run.placement import Placement, parts, survey_cluster
+from vla_dist.run.placement import LIMITS_VARIABLE, Placement, parts, survey_cluster
 from vla_dist.run.presets import preset
 from vla_dist.run.roles import LEARNER, ROLLOUT, SERVING, PlacementSettings, largest_load
 from vla_dist.run.serve_settings import TOKEN_VARIABLE
@@ -112,6 +112,17 @@ def test_a_run_that_no_cluster_could_take_is_refused_before_it_starts(cluster):
     greedy = dataclasses.replace(config, learner=dataclasses.replace(config.learner, use_gpu=True))
     with pytest.raises(ResourceMissing, match="1 GPUs are wanted and the cluster has at most 0"):
         placement.require_room(greedy)
+
+
+@pytest.mark.slow
+def test_what_an_autoscaler_may_add_counts(cluster, monkeypatch):
+    monkeypatch.setenv(LIMITS_VARIABLE, '{"learner": 4, "serving": 16}')
+    placement = survey_cluster()
+    assert "learner" in placement.roles
+    assert placement.options(LEARNER, cpus=1)["resources"] == {"learner": 1.0}
+    config = preset("babyai")
+    small = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, num_workers=1))
+    placement.require_room(dataclasses.replace(small, serving=dataclasses.replace(small.serving, num_replicas=16)))
 
 
 @pytest.mark.slow

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.run.head_store import HEAD_AWAY_S, HeadStoreConfig, ensure_store, keep_store
+from vla_dist.run.machine import Machine
 from vla_dist.run.node import (
     STORE_FOLDER,
     WATCH_FOLDER,
-    Host,
     address_towards,
     head_command,
     head_environment,
@@ -176,7 +176,7 @@ def _only(addresses: Sequence[str]) -> str:
 
 
 def _start_worker(options: StartWorkerOptions) -> None:
-    hosts = [Host.parse(text) for text in options.hosts]
+    hosts = [Machine.parse(text) for text in options.hosts]
     addresses = own_addresses() if hosts else [address_towards(options.head)]
     command = worker_command(options.head, hosts, addresses, gcs_port=options.port, more=options.ray)
     environment = node_environment(Path.home())

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from vla_dist.run.cluster_file import ClusterFile
 from vla_dist.run.config import RunConfig
 from vla_dist.run.kuberay_schema import has_kubernetes_schemas, manifest_trouble
 from vla_dist.run.node import FLEET_TOKEN, RAY_TOKEN
-from vla_dist.run.placement import parts
+from vla_dist.run.placement import LIMITS_VARIABLE, parts
 from vla_dist.run.roles import GATEWAY, ROLES, ROLLOUT, largest_load
 
 _LOADS = {"aws": ("boto3", "vla-dist[aws]"), "gcp": ("googleapiclient", "vla-dist[gcp]")}
@@ -259,8 +260,21 @@ def _secrets(cluster: ClusterFile) -> Iterator[Finding]:
         for variable, one in environment.items():
             if variable in _SECRETS and "valueFrom" not in one:
                 yield _wrong(f"{variable} of {name!r} stands in the file; take it from a Secret")
+    if cluster.others[0]["kind"] == "RayCluster":
+        yield from _told_limits(cluster, head)
     if "gcsFaultToleranceOptions" not in cluster.document:
         yield _wrong("gcsFaultToleranceOptions is missing: a head that is replaced would forget the cluster")
+
+
+def _told_limits(cluster: ClusterFile, head: Mapping[str, Any]) -> Iterator[Finding]:
+    environment = {one["name"]: one.get("value") for one in head["template"]["spec"]["containers"][0].get("env", [])}
+    right = cluster.limits()
+    try:
+        told = json.loads(environment.get(LIMITS_VARIABLE) or "{}")
+    except ValueError:
+        told = None
+    if told != right:
+        yield _wrong(f"{LIMITS_VARIABLE} of the head must be what the groups can become: {json.dumps(right)}")
 
 
 _SECRETS = ("RAY_AUTH_TOKEN", "VLA_DIST_FLEET_TOKEN", "VLA_DIST_REDIS_PASSWORD")

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from vla_dist.core.errors import ConfigError, NotFound
-from vla_dist.run.node import Host
+from vla_dist.run.machine import Machine
 from vla_dist.run.roles import ROLES, Role
 
 _HOST_WORDS = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}:\S+")
@@ -53,6 +53,15 @@ class ClusterFile:
     """The file of `ray up`, or the RayCluster's spec."""
     others: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     """Further manifests of the same file."""
+
+    def limits(self) -> dict[str, float]:
+        """Most of each role, of CPUs and of GPUs that there can be; without what Ray counts on the machines."""
+        found = {role: float(self.most(role)) for role in ROLES if self.most(role)}
+        for name, of in (("CPU", "cpus"), ("GPU", "gpus")):
+            counts = [getattr(group, of) for group in self.groups]
+            if None not in counts:
+                found[name] = sum(group.max_nodes * getattr(group, of) for group in self.groups)
+        return found
 
     def most(self, role: Role) -> int:
         """Slots of a role that the cluster can have."""
@@ -116,7 +125,7 @@ def _local_groups(document: dict[str, Any]) -> Iterator[NodeGroup]:
     provider = document["provider"]
     yield NodeGroup(name=provider["head_ip"], min_nodes=1, max_nodes=1, slots={"gateway": 1}, cpus=0, is_head=True)
     words = " ".join(document.get("worker_start_ray_commands", []))
-    hosts = {host.address: host for host in map(Host.parse, _HOST_WORDS.findall(words))}
+    hosts = {host.address: host for host in map(Machine.parse, _HOST_WORDS.findall(words))}
     for address in provider.get("worker_ips", []):
         host = hosts.get(address)
         slots = _slots(host.resources) if host else {}

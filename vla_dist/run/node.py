@@ -1,6 +1,5 @@
 """How a machine becomes a node of a cluster: what `ray start` is given, and what its processes inherit."""
 
-import ipaddress
 import json
 import os
 import resource
@@ -8,15 +7,16 @@ import secrets
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import yaml
 
 from vla_dist.core.errors import ConfigError, NotFound, ResourceMissing
+from vla_dist.run.cluster_file import read_cluster_file
 from vla_dist.run.head_store import HEAD_AWAY_S, HeadStoreConfig, StoreAddresses
-from vla_dist.run.roles import GATEWAY, ROLES
+from vla_dist.run.machine import Machine
+from vla_dist.run.placement import LIMITS_VARIABLE
+from vla_dist.run.roles import GATEWAY
 from vla_dist.run.serve_settings import TOKEN_VARIABLE, node_serve_settings
 from vla_dist.run.store import STORE_VARIABLE
 
@@ -30,34 +30,6 @@ _AUTOSCALER_CONFIG = Path("ray_bootstrap_config.yaml")
 _OPEN_FILES = 65_536
 _ATTEMPTS = 3
 _START_TIMEOUT_S = 300.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
-    """One machine of an on-premises cluster: ``ADDRESS:ROLE=COUNT,...``, with ``cpu`` and ``gpu`` among the roles."""
-
-    address: str
-    resources: Mapping[str, int]
-    """Slots by role."""
-    cpus: int | None = None
-    """None: as many as the machine has."""
-    gpus: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> "Host":
-        """Raises ConfigError."""
-        address, _, rest = text.partition(":")
-        try:
-            ipaddress.ip_address(address)
-            given = {name: int(count) for name, _, count in (word.partition("=") for word in rest.split(",") if word)}
-        except ValueError as error:
-            raise ConfigError(f"host {text!r} is not ADDRESS:ROLE=COUNT,..., as in 10.0.0.5:rollout=4,cpu=8") from error
-        known = (*ROLES, "cpu", "gpu")
-        strangers = sorted(set(given) - set(known))
-        if strangers or any(count < 0 for count in given.values()):
-            raise ConfigError(f"host {text!r}: {strangers or given} must be counts of {', '.join(known)}")
-        cpus, gpus = given.pop("cpu", None), given.pop("gpu", None)
-        return cls(address=address, resources=given, cpus=cpus, gpus=gpus)
 
 
 def write_tokens(home: Path) -> list[Path]:
@@ -92,19 +64,17 @@ def head_environment(store: StoreAddresses, *, cluster: str, home: Path) -> dict
     Args:
         cluster: name under which Ray remembers itself.
     """
+    path = home / _AUTOSCALER_CONFIG
+    file = read_cluster_file(path) if path.exists() else None
     return node_environment(home) | {
         STORE_VARIABLE: store.replay_url,
         TOKEN_VARIABLE: read_token(home, FLEET_TOKEN),
         "RAY_REDIS_ADDRESS": store.ray_address,
         "RAY_external_storage_namespace": cluster,
         # Version 2 joins a single worker of a local cluster (https://github.com/ray-project/ray/issues/57153).
-        **({"RAY_enable_autoscaler_v2": "0"} if _provider(home) == "local" else {}),
+        **({"RAY_enable_autoscaler_v2": "0"} if file is not None and file.kind == "local" else {}),
+        **({LIMITS_VARIABLE: json.dumps(file.limits())} if file is not None else {}),
     }
-
-
-def _provider(home: Path) -> str:
-    path = home / _AUTOSCALER_CONFIG
-    return yaml.safe_load(path.read_text())["provider"]["type"] if path.exists() else ""
 
 
 def node_environment(home: Path) -> dict[str, str]:
@@ -132,7 +102,7 @@ def head_command(config: HeadStoreConfig, store: StoreAddresses, *, home: Path, 
 
 
 def worker_command(
-    head: str, hosts: Sequence[Host], addresses: Sequence[str], *, gcs_port: int = 6379, more: Sequence[str] = ()
+    head: str, hosts: Sequence[Machine], addresses: Sequence[str], *, gcs_port: int = 6379, more: Sequence[str] = ()
 ) -> list[str]:
     """`ray start` of another node.
 

@@ -1,5 +1,7 @@
 """Where the parts of a run go: asked of the cluster once, answered part by part as Ray's options."""
 
+import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +13,8 @@ from vla_dist.core.errors import ResourceMissing
 from vla_dist.run.config import RunConfig
 from vla_dist.run.roles import GATEWAY, LEARNER, ROLES, ROLLOUT, SERVING, Part, Role, largest_load
 
+LIMITS_VARIABLE = "VLA_DIST_CLUSTER_LIMITS"
+"""Environment of a cluster's head: JSON of the most of each resource that there can be, which Ray tells nobody."""
 _NODE_PREFIX = "node:"
 
 
@@ -98,9 +102,6 @@ def survey_cluster() -> Placement:
 
 def _limits() -> dict[str, float]:
     """Per resource, whichever is more: what is there, or what the autoscaler may make of it."""
-    from ray._private.state import state
-
     there: dict[str, float] = {k: v for k, v in ray.cluster_resources().items() if not k.startswith(_NODE_PREFIX)}
-    # No public call tells what an autoscaler may add; None where there is no autoscaler.
-    possible = state.get_max_resources_from_cluster_config() or {}
+    possible = json.loads(os.environ.get(LIMITS_VARIABLE, "{}"))
     return {name: max(there.get(name, 0.0), float(possible.get(name, 0))) for name in {*there, *possible}}
