@@ -8,7 +8,7 @@ import jobs
 import pytest
 from lab import SHARED
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture

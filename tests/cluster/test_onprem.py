@@ -10,7 +10,7 @@ import pytest
 from lab import CHECKOUT, SHARED, VENV
 from onprem import ADDED, BOX, HEAD, ROOM, TABLE, write_cluster_file
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2400)]
 
 
 def exported(lab, *nodes):
@@ -41,7 +41,7 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
     assert "ready to launch" in lab.run(["vla-dist", "cluster", "check", str(path), "--preset", "babyai"]).ok().out
 
     lab.run(["ray", "up", "-y", "--no-config-cache", str(path)], timeout_s=300).ok()
-    lab.wait_for(lambda: len(lab.alive_nodes(head)) == 3, what="three nodes", timeout_s=180, every_s=3)
+    lab.wait_for(lambda: len(lab.alive_nodes(head)) == 3, what="three nodes", timeout_s=300, every_s=3)
     milestone("three nodes")
     assert jobs.api_answer(head, token=False).out == "401"
     assert jobs.api_answer(head, token=True).out == "200"
@@ -65,9 +65,9 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
         return lab.ask(head, program)
 
     # Each part is where its role is.
-    lab.wait_for(lambda: len(actors("WorkerHost")) == 2, what="rollout workers", timeout_s=120, every_s=5)
+    lab.wait_for(lambda: len(actors("WorkerHost")) == 2, what="rollout workers", timeout_s=360, every_s=5)
     assert set(actors("WorkerHost")) == {ROOM}
-    lab.wait_for(lambda: actors("RayTrainWorker"), what="learner", timeout_s=120, every_s=5)
+    lab.wait_for(lambda: actors("RayTrainWorker"), what="learner", timeout_s=360, every_s=5)
     assert set(actors("RayTrainWorker")) == {BOX}
     milestone("parts are placed")
 
@@ -91,11 +91,11 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
     added.ssh(f"vla-dist cluster start-worker --head {HEAD} {ADDED}:{TABLE[ADDED]}", timeout_s=120).ok()
     room.kill()
     milestone("one node added, one killed")
-    lab.wait_for(rollouts_moved, what="rollout workers on the added node", timeout_s=240, every_s=5)
+    lab.wait_for(rollouts_moved, what="rollout workers on the added node", timeout_s=360, every_s=5)
     milestone("rollouts go on on the added node")
 
     # Robots outside reach the gateway with the token, and only with it.
-    lab.wait_for(lambda: "] training" in jobs.last_line(head, "first"), what="training", timeout_s=240, every_s=3)
+    lab.wait_for(lambda: "] training" in jobs.last_line(head, "first"), what="training", timeout_s=360, every_s=3)
     told = json.loads(fleet(HEAD, 15).ok().out.strip().splitlines()[-1])
     assert told["calls"] > 20, told
     assert told["failed_calls"] == 0, told
@@ -108,7 +108,7 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
     assert "token" in stranger["trouble"][0], stranger
 
     # The head's Ray is killed; robots at the box do not notice; what Ray knew is there again.
-    lab.wait_for(lambda: list(jobs.newest_run(lab).glob("checkpoints/*/update-*")), what="a checkpoint", timeout_s=240)
+    lab.wait_for(lambda: list(jobs.newest_run(lab).glob("checkpoints/*/update-*")), what="a checkpoint", timeout_s=360)
     before = actors("ServeReplica")
     replica = box.pids("ray::ServeReplica")
     head.ssh("pkill -9 -x gcs_server; pkill -9 -x raylet; ray stop --force", timeout_s=90)
