@@ -188,10 +188,10 @@ class BufferMachine(RuleBasedStateMachine):
     def compare_copy_of_index(self, table, client):
         """A stale row would show only as a window that is drawn twice."""
         if table.config.max_draws is None:  # Else this very sample has used rows up.
-            rows = client._follower.index.rows
+            rows = client.windows._follower.index.rows
             live = rows["number"][rows["length"] > 0]
             assert set(live.tolist()) == {row for row, _, _ in self.model.live_rows(table)}
-            assert client._follower.index.live_steps == self.model.drawable(table)
+            assert client.windows._follower.index.live_steps == self.model.drawable(table)
 
     def compare_weights(self, table, weights, rows):
         if not table.is_prioritised:

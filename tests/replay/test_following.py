@@ -19,7 +19,7 @@ def append_many(table, make_episode, names, *, length=20):
 
 def copy_of(table):
     """Numbers and lengths of the rows that a client may draw, and the tasks, sources and returns it knows of them."""
-    index = table._follower.index
+    index = table.windows._follower.index
     rows = index.rows
     may = rows["length"] > 0
     episodes = rows["episode"][may]
@@ -36,14 +36,14 @@ def counted_fetches(monkeypatch):
     """How many windows of each fetch were gone."""
 
     def count(table):
-        fetch, gone = table._fetch, []
+        fetch, gone = table.windows._fetch, []
 
         def counting(*args):
             batch, missing = fetch(*args)
             gone.append(int(missing.sum()))
             return batch, missing
 
-        monkeypatch.setattr(table, "_fetch", counting)
+        monkeypatch.setattr(table.windows, "_fetch", counting)
         return gone
 
     return count
@@ -111,8 +111,8 @@ def test_a_copy_that_follows_is_one_that_starts_anew(make_table, make_client, ma
         assert all(batch.num_windows == 1 for batch in batches)
         if "max_draws" in settings:
             # Draws of the one may have used up what the other still holds.
-            (_,) = fresh._follower.exchange([("TIME",)], following.Deadline(5.0))
-            (_,) = table._follower.exchange([("TIME",)], following.Deadline(5.0))
+            (_,) = fresh.windows._follower.exchange([("TIME",)], following.Deadline(5.0))
+            (_,) = table.windows._follower.exchange([("TIME",)], following.Deadline(5.0))
         assert copy_of(table) == copy_of(fresh)
 
 

@@ -97,7 +97,7 @@ def test_windows_that_are_drawn_anew_are_weighed_with_the_others(make_scored, ma
     table = make_scored(10, capacity_steps=45)
     priorities = np.arange(1.0, 12.0)
     table.update_priorities(np.arange(10), priorities[:10])
-    fetch, fetched = table._fetch, []
+    fetch, fetched = table.windows._fetch, []
 
     def fetch_after_eviction(*args):
         if not fetched:
@@ -106,7 +106,7 @@ def test_windows_that_are_drawn_anew_are_weighed_with_the_others(make_scored, ma
         fetched.append(args)
         return fetch(*args)
 
-    monkeypatch.setattr(table, "_fetch", fetch_after_eviction)
+    monkeypatch.setattr(table.windows, "_fetch", fetch_after_eviction)
     batch = table.sample(400, timeout_s=5.0)
     assert len(fetched) == 2, "the oldest row was gone"
     assert 10 in batch.items
