@@ -177,6 +177,7 @@ def test_a_killed_rank_goes_on_from_the_newest_whole_checkpoint(ray_cluster, tmp
     assert names[-2:] == ["update-0000000030", "update-0000000040"]
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_is_replaced_and_goes_on(ray_cluster, tmp_path):
     log = tmp_path / "log"
     killed = []
