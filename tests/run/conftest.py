@@ -44,11 +44,12 @@ class ChildRun:
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def named(self, prefix: str) -> list[psutil.Process]:
+    def named(self, prefix: str, *, but: str | None = None) -> list[psutil.Process]:
         found = []
         for process in self.descendants():
             try:
-                found += [process] if " ".join(process.cmdline()).startswith(prefix) else []
+                title = " ".join(process.cmdline())
+                found += [process] if title.startswith(prefix) and not (but and title.startswith(but)) else []
             except psutil.Error:
                 continue
         return found
