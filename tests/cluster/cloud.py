@@ -108,6 +108,8 @@ class Cloud:
             process.kill()
             process.wait(timeout=10)
         self._thread.join(timeout=30)
+        assert self._watch.stdout is not None
+        self._watch.stdout.close()
         self._log.close()
 
     def _start(self, words, environment, output) -> subprocess.Popen[bytes]:
