@@ -41,9 +41,7 @@ def named_errors(whose: str = "the registry's Redis") -> Iterator[None]:
     except (redis.AuthenticationError, NoPermissionError) as error:
         raise Unauthorised(f"{whose} refuses this user ({error}); use the URL the server gave") from error
     except (redis.ConnectionError, redis.TimeoutError) as error:
-        raise Unreachable(
-            f"{whose} does not answer ({error}); is it running, and is the URL right?"
-        ) from error
+        raise Unreachable(f"{whose} does not answer ({error}); is it running, and is the URL right?") from error
     except OutOfMemoryError as error:
         raise ResourceMissing(
             f"{whose} is out of memory ({error}); raise its limit, or keep tensors in DirectoryBlobs"
