@@ -35,6 +35,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     from serve_parts.fleet import Fleet
+    from serve_parts.memory import bytes_per_session
     from serve_parts.overload import edf_against_fifo
     from serve_parts.workload import make_artifact, registry_of
 
@@ -44,6 +45,7 @@ def main() -> None:
         registry_of(store.url).publish(make_artifact(0), channel="stable")
         with Fleet(max(options.robots)) as fleet:
             answer = measure(fleet, store.url, options)
+        answer["memory_per_session"] = bytes_per_session(store.url)
         answer["edf_vs_fifo"] = edf_against_fifo(store.url, seconds=6.0, load=1.3)
     print(json.dumps(answer, indent=2))
     if options.json:
@@ -61,16 +63,12 @@ def measure(fleet, redis_url: str, options) -> dict:
     curve: dict[str, dict] = {str(num_robots): {} for num_robots in options.robots}
     paced: dict[str, dict] = {str(num_robots): {} for num_robots in options.robots}
     swaps: dict = {}
-    memory: dict = {}
     num_gpus = 1.0 if options.device.startswith("cuda") else 0.0
     for turn in range(options.turns):
         for system in options.systems:
             with serving(system, redis_url, device=options.device, num_gpus=num_gpus) as address:
                 for num_robots in options.robots:
-                    before = server_rss(system)
                     found = fleet.run(address, num_robots, seconds=options.seconds)
-                    if num_robots == max(options.robots) and turn == 0:
-                        memory[system] = max(0, server_rss(system) - before) / num_robots
                     best = curve[str(num_robots)].get(system)
                     if best is None or found["calls_per_s"] > best["calls_per_s"]:
                         curve[str(num_robots)][system] = found
@@ -94,19 +92,8 @@ def measure(fleet, redis_url: str, options) -> dict:
         "swaps": swaps,
         "curve": curve,
         "paced": {"hz": options.hz, **paced},
-        "bytes_per_session": memory,
         "ratios_at": int(at),
     }
-
-
-def server_rss(system: str) -> int:
-    """Bytes of the process that holds the sessions: the replica, or this one."""
-    import psutil
-
-    me = psutil.Process()
-    if system != "serve":
-        return me.memory_info().rss
-    return sum(p.memory_info().rss for p in me.children(recursive=True) if "ServeReplica" in " ".join(p.cmdline()))
 
 
 def say(what: str, num_robots: int, found: dict) -> None:

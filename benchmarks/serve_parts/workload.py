@@ -8,7 +8,7 @@ INSTRUCTION = "go"
 BUCKETS = (1, 2, 4, 8, 16, 32)
 
 
-def build_services(redis_url: str, *, device: str = "cpu"):
+def build_services(redis_url: str, *, device: str = "cpu", admission=None):
     from functools import partial
 
     from vla_dist.envs.metaworld import tabletop_spec
@@ -29,7 +29,9 @@ def build_services(redis_url: str, *, device: str = "cpu"):
     versions.start()
     table = RedisReplayTable(redis_url, tabletop_spec(), BufferConfig(name=NAME))
     batcher = DeadlineBatcher(BatcherConfig(bucket_sizes=BUCKETS))
-    return PolicyService(versions, batcher, ServiceConfig()), FleetIngest(table, tabletop_spec(), IngestConfig())
+    return PolicyService(versions, batcher, admission or ServiceConfig()), FleetIngest(
+        table, tabletop_spec(), IngestConfig()
+    )
 
 
 def registry_of(redis_url: str):

@@ -21,7 +21,6 @@ from vla_dist.core.errors import (
     ContractMismatch,
     DataError,
     DeadlineExceeded,
-    IntegrityError,
     ResourceMissing,
     Unreachable,
     WorkerFailed,
@@ -40,6 +39,7 @@ from vla_dist.protocol.records import (
 from vla_dist.serving.admission import RateLimit
 from vla_dist.serving.assignment import CANARY, ChannelAssignment
 from vla_dist.serving.batcher import DeadlineBatcher
+from vla_dist.serving.carried_memory import CarriedMemory
 from vla_dist.serving.event_log import EventLog
 from vla_dist.serving.plan_joining import join_plan
 from vla_dist.serving.service_config import ServiceConfig
@@ -81,7 +81,7 @@ class PolicyService:
         self.service_id = service_id_of(key)
         self.leaves_within_s = 0.0
         """Above 0: streams should be renewed elsewhere within this time."""
-        self._seal = StateSeal(key)
+        self._carried = CarriedMemory(StateSeal(key), state_every_s=config.state_every_s)
         self._assignment = assignment or ChannelAssignment(versions, None)
         self._shadow_log = shadow_log or EventLog(None)
         self._sessions = SessionTable(config, on_idle=lambda session: versions.release(session.loaded))
@@ -134,9 +134,8 @@ class PolicyService:
         with self._sessions.opening(robot_id):
             loaded, channel = await self._choose(reference, spec, policy_version, robot_id)
             try:
-                rebuilt = await self._rebuild(
-                    loaded, history, history_start, deadline_s=self.config.limits.max_deadline_s, state=state
-                )
+                memory = self._carried.begin(loaded, history, history_start, state)
+                rebuilt = await self._replay(loaded, history, memory, self.config.limits.max_deadline_s)
             except BaseException:
                 self.versions.release(loaded)
                 raise
@@ -203,12 +202,7 @@ class PolicyService:
     def state_due(self, session_id: str) -> PolicyState | None:
         """The memory to send along with the answer just given; None where observations rebuild it, or not yet."""
         session = self._sessions.find(session_id)
-        if session is None or not _remembers_episode(session.loaded.policy):
-            return None
-        if session.num_steps % self._state_every(session.loaded):
-            return None
-        sealed = self._seal.seal(session.state, label=_label(session.loaded))
-        return PolicyState(num_steps=session.num_steps, sealed=sealed)
+        return None if session is None else self._carried.due(session)
 
     async def act_once(
         self,
@@ -233,7 +227,8 @@ class PolicyService:
                     f"spec digest {spec_digest[:12]!r} is not the policy's {loaded.policy.spec.digest[:12]!r}; "
                     "call OpenSession with the whole spec, it lists every difference"
                 )
-            state = await self._rebuild(loaded, history, history_start, deadline_s=deadline_s)
+            memory = self._carried.begin(loaded, history, history_start)
+            state = await self._replay(loaded, history, memory, deadline_s)
             remaining = deadline_s - (time.monotonic() - started)
             actions, _ = await self._advance(loaded, observation, state, remaining)
             if plan is not None:
@@ -329,28 +324,10 @@ class PolicyService:
             raise
         return loaded, channel
 
-    async def _rebuild(
-        self,
-        loaded: LoadedPolicy,
-        history: Sequence[Observation],
-        history_start: int,
-        *,
-        deadline_s: float,
-        state: PolicyState | None = None,
+    async def _replay(
+        self, loaded: LoadedPolicy, history: Sequence[Observation], memory: Any, deadline_s: float
     ) -> Any:
-        if len(history) > self._context_steps(loaded):
-            raise DataError(
-                f"the history has {len(history)} observations, expected at most the policy's "
-                f"{self._context_steps(loaded)}"
-            )
         deadline = time.monotonic() + deadline_s
-        memory = loaded.policy.initial_state(timestep=history_start)
-        if state is not None:
-            if history and history_start != state.num_steps:
-                raise IntegrityError(
-                    f"the history begins at step {history_start}, expected {state.num_steps}, where the state ends"
-                )
-            memory = self._seal.open(state.sealed, loaded.policy.initial_state(), label=_label(loaded))
         for observation in history:
             _, memory = await self._advance(loaded, observation, memory, deadline - time.monotonic())
         return memory
@@ -378,21 +355,13 @@ class PolicyService:
         return SessionGrant(
             policy_version=loaded.version,
             horizon=loaded.policy.horizon,
-            context_steps=self._context_steps(loaded),
+            context_steps=self._carried.context_steps(loaded),
             limits=self.config.limits,
             spec_digest=loaded.policy.spec.digest,
             session_id=session_id,
             service_id=self.service_id,
             channel=channel,
         )
-
-    def _context_steps(self, loaded: LoadedPolicy) -> int:
-        """Observations that a robot keeps: those that rebuild the memory, or that came after its last state."""
-        steps = loaded.policy.context_steps
-        return max(steps, self._state_every(loaded)) if _remembers_episode(loaded.policy) else steps
-
-    def _state_every(self, loaded: LoadedPolicy) -> int:
-        return max(1, round(self.config.state_every_s * loaded.policy.spec.control_hz))
 
     def _require_mine(self, service_id: str) -> None:
         if service_id and service_id != self.service_id:
@@ -405,12 +374,3 @@ class PolicyService:
         longest = self.config.limits.max_deadline_s
         if not 0 < deadline_s <= longest:
             raise DataError(f"deadline {deadline_s} s must be above 0 and at most {longest} s")
-
-
-def _remembers_episode(policy: Any) -> bool:
-    """Whether no number of observations rebuilds the memory; most policies do not say, and need none."""
-    return getattr(policy, "remembers_episode", False)
-
-
-def _label(loaded: LoadedPolicy) -> str:
-    return f"{loaded.name}@{loaded.version}"
