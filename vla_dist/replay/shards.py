@@ -12,7 +12,7 @@ import heapq
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -26,7 +26,8 @@ from vla_dist.replay.episodes import Entry
 from vla_dist.replay.keys import Keys
 from vla_dist.replay.limiter import LimiterConfig, LimiterState
 from vla_dist.replay.link import Deadline, RedisLink
-from vla_dist.replay.state import BufferState, TableCounters
+from vla_dist.replay.shard_totals import total_of, whole_limiter, whole_table
+from vla_dist.replay.state import BufferState
 from vla_dist.replay.table import RedisReplayTable
 
 _PATIENCE_S = 10.0
@@ -196,13 +197,13 @@ class ShardedReplayTable:
         """Sums over the shards. Raises Unreachable."""
         parts = self._on_each(lambda shard: self.shards[shard].stats())
         by_server = {shard.link.address: part.num_bytes for shard, part in zip(self.shards, parts, strict=True)}
-        return dataclasses.replace(_total(parts), num_bytes=sum(by_server.values()))
+        return dataclasses.replace(total_of(parts), num_bytes=sum(by_server.values()))
 
     def state(self) -> BufferState:
         """Sums over the shards; limiters as ``limiter_state``. Raises Unreachable."""
         states = self._on_each(lambda shard: self.shards[shard].state())
-        total = dataclasses.replace(_total(states), tables=())
-        tables = tuple(_whole(counters) for counters in zip(*(state.tables for state in states), strict=True))
+        total = dataclasses.replace(total_of(states), tables=())
+        tables = tuple(whole_table(counters) for counters in zip(*(state.tables for state in states), strict=True))
         return dataclasses.replace(total, archiving=any(state.archiving for state in states), tables=tables)
 
     def limiter_state(self) -> LimiterState:
@@ -249,7 +250,7 @@ class ShardedReplayTable:
             limiters = [BufferState.unpack(replies[0], self.config.name).tables for replies, _ in seen]
             parts = [tables[self._index].limiter for tables in limiters]
             balances = np.array([part.balance for part in parts])
-            whole = _whole_limiter(parts)
+            whole = whole_limiter(parts)
             if not whole.samples_wait:
                 rated = whole.config.samples_per_insert is not None
                 after = (whole.balance - num) / len(parts) if rated else balances
@@ -280,7 +281,7 @@ class ShardedReplayTable:
 
         Else that shard could wait for samples while another one makes the samples wait, for ever.
         """
-        whole, balances = _whole_limiter(parts), np.array([part.balance for part in parts])
+        whole, balances = whole_limiter(parts), np.array([part.balance for part in parts])
         most, share = whole.config.error_buffer_steps / len(parts), whole.balance / len(parts)
         if whole.drawable_steps < whole.config.min_steps:
             # What is inserted before the whole holds enough does not count; a shard may hold its share earlier.
@@ -378,34 +379,3 @@ def _exists(url: str, buffers: Sequence[Keys], timeout_s: float) -> list[bool]:
         return [bool(link.call([("EXISTS", keys.state)], timeout_s=timeout_s)[0]) for keys in buffers]
     finally:
         link.close()
-
-
-def _total(parts: Sequence[Any]) -> Any:
-    """A dataclass whose numbers are sums; dictionaries are summed by key."""
-
-    def total(values: list[Any]) -> Any:
-        if isinstance(values[0], dict):
-            names = {name for value in values for name in value}
-            return {name: sum(value.get(name, 0) for value in values) for name in sorted(names)}
-        return sum(values) if isinstance(values[0], (int, float)) else values[0]
-
-    names = [field.name for field in dataclasses.fields(parts[0])]
-    return type(parts[0])(**{name: total([getattr(part, name) for part in parts]) for name in names})
-
-
-def _whole(counters: Sequence[TableCounters]) -> TableCounters:
-    total = _total(counters)
-    return dataclasses.replace(
-        total,
-        limiter=_whole_limiter([part.limiter for part in counters]),
-        max_priority=max(part.max_priority for part in counters),
-    )
-
-
-def _whole_limiter(parts: Sequence[LimiterState]) -> LimiterState:
-    # Each shard stores the numbers of the whole.
-    return LimiterState(
-        config=parts[0].config,
-        drawable_steps=sum(part.drawable_steps for part in parts),
-        balance=sum(part.balance for part in parts),
-    )
