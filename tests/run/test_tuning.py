@@ -1,7 +1,7 @@
 import pytest
 
 from vla_dist.core.errors import ConfigError
-from vla_dist.run.config import with_setting
+from vla_dist.run.config_file import with_setting
 from vla_dist.run.presets import preset
 from vla_dist.run.tuning import parse_space
 

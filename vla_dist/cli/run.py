@@ -14,7 +14,8 @@ from rich.table import Table
 from vla_dist.cli.live import LiveView
 from vla_dist.core.errors import ConfigError
 from vla_dist.evaluation.suite import by_task
-from vla_dist.run.config import RunConfig, load_config
+from vla_dist.run.config import RunConfig
+from vla_dist.run.config_file import load_config
 from vla_dist.run.files import CONFIG, CURVE, FILM, SUMMARY, find_run_dir
 from vla_dist.run.launch import launch
 from vla_dist.run.presets import PRESETS, preset

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.run.build import Place
-from vla_dist.run.config import load_config
+from vla_dist.run.config_file import load_config
 from vla_dist.run.files import CONFIG, find_run_dir, new_run_dir
 from vla_dist.run.presets import PRESETS, preset
 from vla_dist.run.reach import reach_store

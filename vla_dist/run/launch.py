@@ -15,7 +15,8 @@ import ray
 from vla_dist.core.errors import ConfigError, ResourceMissing
 from vla_dist.run import preflight
 from vla_dist.run.build import Place, build_model_config, build_spec
-from vla_dist.run.config import RunConfig, load_config
+from vla_dist.run.config import RunConfig
+from vla_dist.run.config_file import load_config
 from vla_dist.run.controller import RunController
 from vla_dist.run.files import CONFIG, SUMMARY, new_run_dir, write_atomically
 from vla_dist.run.nodes import require_fit_nodes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vla_dist.core.errors import NotFound
 from vla_dist.run.build import Place, build_services
-from vla_dist.run.config import load_config
+from vla_dist.run.config_file import load_config
 from vla_dist.run.files import CONFIG
 from vla_dist.run.store import open_store
 from vla_dist.serving.authorisation import AccessConfig

@@ -13,7 +13,7 @@ from ray import serve
 
 from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.run.build import Place, build_services
-from vla_dist.run.config import load_config
+from vla_dist.run.config_file import load_config
 from vla_dist.run.files import CONFIG
 from vla_dist.run.serve_app import FleetReplica
 from vla_dist.run.serve_settings import TOKEN_VARIABLE
