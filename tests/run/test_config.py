@@ -9,8 +9,8 @@ from vla_dist.run.config import (
     FleetSettings,
     LearnerSettings,
     ReplaySettings,
-    load_config,
 )
+from vla_dist.run.config_file import load_config
 from vla_dist.run.presets import PRESETS, preset
 
 
