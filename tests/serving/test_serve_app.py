@@ -234,6 +234,11 @@ def test_a_killed_replica_changes_no_action(client: PolicyClient) -> None:
         assert session.metrics()["reconnects"] == 1
 
 
+def test_a_replica_is_not_put_behind_the_rest_of_its_machine(serving: ServingHandle) -> None:
+    assert replica_pids()
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in replica_pids()} == {os.getpriority(os.PRIO_PROCESS, 0)}
+
+
 def test_a_second_application_is_refused(serving: ServingHandle) -> None:
     with pytest.raises(ResourceMissing, match="Serve runs in this Ray cluster already"):
         start_serving(lambda: None, port=0, num_replicas=1, num_cpus=0.1, token=None)  # type: ignore[arg-type, return-value]

@@ -15,6 +15,7 @@ from vla_dist.core.types import Array
 from vla_dist.evaluation.suite import EpisodeOutcome, SuiteConfig
 from vla_dist.run.board import BoardLink
 from vla_dist.run.build import Place, build_judge
+from vla_dist.run.priority import make_way
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class WorkerHost:
     """
 
     def __init__(self, name: str, build: Callable[[], Sequence[Worker]], board: BoardLink) -> None:
+        make_way()
         self._name = name
         self._workers = build()
         self._board = board
@@ -90,6 +92,7 @@ class JudgeHost:
     """A VersionJudge in the process that runs it."""
 
     def __init__(self, place: Place) -> None:
+        make_way()
         self._judge = build_judge(place)
 
     def ping(self) -> int:

@@ -60,6 +60,8 @@ def serve_settings(
         # 10 s by default, and a proxy is replaced after three: half a minute without an ingress is longer than a robot
         # keeps an episode.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+        # 15 by default: then a replica computes only when nothing else on its machine wants to. See ``priority``.
+        "RAY_worker_niceness": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         # A late call, after this process has shut Ray down, must fail: it would start another Ray.
         "RAY_ENABLE_AUTO_CONNECT": "0",

@@ -17,6 +17,7 @@ from vla_dist.run.build import Place, build_learner
 from vla_dist.run.files import CHECKPOINTS
 from vla_dist.run.orphans import free_orphaned_reservations, kill_train_controllers
 from vla_dist.run.placement import Placement
+from vla_dist.run.priority import make_way
 from vla_dist.run.roles import LEARNER
 from vla_dist.run.train_snapshot import mend_snapshot
 
@@ -142,4 +143,5 @@ def _train(config: dict[str, Any]) -> None:
     # Imported on the rank: whoever starts the training needs neither model nor learner.
     from vla_dist.learner.ray_loop import train_loop_per_worker
 
+    make_way()
     train_loop_per_worker(config)
