@@ -71,6 +71,26 @@ async def test_earliest_deadline_first_and_padded_to_a_bucket(batcher: DeadlineB
     assert policy.threads.isdisjoint({threading.get_ident()}), "computed on the event loop's thread"
 
 
+async def test_what_would_be_finished_too_late_is_not_begun(batcher: DeadlineBatcher) -> None:
+    policy = GatedPolicy()
+
+    def release_later(delay_s: float) -> None:
+        threading.Timer(delay_s, policy.gate.release).start()
+
+    for _ in range(30):  # until it is known how long a batch takes
+        release_later(0.05)
+        await batcher.submit(policy, observe(0), policy.initial_state(), deadline_s=5.0)
+    running = await start(batcher, policy, 1, 5.0)
+    hopeless = await start(batcher, policy, 2, 0.2)
+    patient = await start(batcher, policy, 3, 5.0)
+    await asyncio.sleep(0.12)
+    policy.gate.release(2)
+    with pytest.raises(DeadlineExceeded):
+        await hopeless
+    await asyncio.gather(running, patient)
+    assert policy.batches[-2:] == [[1.0], [3.0]]
+
+
 async def test_rows_equal_single_computation(batcher: DeadlineBatcher) -> None:
     policy = FakePolicy(SPEC)
     answers = await asyncio.gather(

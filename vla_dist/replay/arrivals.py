@@ -6,6 +6,7 @@ consumes: segments. emits: batches of arrivals.
 import itertools
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from vla_dist.core.errors import DataError
@@ -93,6 +94,22 @@ def arrival_batches(
         for start in range(0, len(segments), count)
         for stop in (min(start + count, len(segments)),)
     )
+
+
+def encoded_ahead(batches: Iterator[ArrivalBatch]) -> Iterator[ArrivalBatch]:
+    """The same, each encoded by another thread while the one before it is on its way: for frames that takes long.
+
+    Where the consumer ends early, the one that was being encoded is not given out, but ``batches`` has passed it.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="encode-frames") as thread:
+        waiting = thread.submit(next, batches, None)
+        try:
+            while (batch := waiting.result()) is not None:
+                waiting = thread.submit(next, batches, None)
+                yield batch
+        finally:
+            # What went wrong there must not be lost with it.
+            waiting.result()
 
 
 def _packed(segment: Segment, encoded: EncodedSegment) -> bytes:

@@ -12,7 +12,7 @@ from vla_dist.core.errors import ReplayWait, Unreachable
 from vla_dist.core.protocols import AppendResult
 from vla_dist.core.types import Segment
 from vla_dist.data.segment_codec import SegmentCodec
-from vla_dist.replay.arrivals import Arrival, ArrivalBatch, arrival_batches
+from vla_dist.replay.arrivals import Arrival, ArrivalBatch, arrival_batches, encoded_ahead
 from vla_dist.replay.image_uploads import ImageUploads
 from vla_dist.replay.keys import Keys
 from vla_dist.replay.link import Conversation, Deadline, RedisLink, ServerFull, function_name
@@ -63,7 +63,11 @@ class SegmentWriter:
         stream = met()
         # Whatever the stream could not store is stored with patience.
         try:
-            self._stream(stream, deadline)
+            if self._images is None:
+                self._stream(stream, deadline)
+            else:
+                with contextlib.closing(encoded_ahead(stream)) as ready:
+                    self._stream(ready, deadline)
         except (Unreachable, ServerFull):
             if deadline.left_s <= 0:
                 raise

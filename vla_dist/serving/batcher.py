@@ -20,6 +20,10 @@ from vla_dist.core.protocols import Policy
 from vla_dist.core.types import Array, Metrics, Observation
 
 _log = logging.getLogger(__name__)
+_ADAPTATION = 0.1
+"""Weight of the newest measurement in what is expected next."""
+_MOST_RESERVED = 0.5
+"""Of a request's time that may be kept for the way: one that just came is computed however slow everything was."""
 
 Answer = tuple[Array, Any]
 """((H, A) chunk, new policy state)."""
@@ -53,14 +57,15 @@ class _Request:
     order: int
     """Arrival breaks ties, and keeps the heap from comparing arrays."""
     deadline: float = field(compare=False)
-    """By ``time.monotonic``."""
+    """By ``time.monotonic``, to be computed until; the answer still has to reach the robot."""
     policy: Policy[Any] = field(compare=False)
     observation: Observation = field(compare=False)
     state: Any = field(compare=False)
     loop: asyncio.AbstractEventLoop = field(compare=False)
     answer: "asyncio.Future[Answer]" = field(compare=False)
     deadline_s: float = field(compare=False)
-    """From arrival to ``deadline``."""
+    """From arrival to when the answer is of no use any more."""
+    answered_at: float = field(default=0.0, compare=False)
     abandoned: bool = field(default=False, compare=False)
     """Nobody waits any more: skip it."""
 
@@ -68,8 +73,10 @@ class _Request:
 class DeadlineBatcher:
     """Earliest deadline first, computed in one thread that is never the event loop.
 
-    A request whose deadline has passed is answered DeadlineExceeded and not computed. Requests of different policies
-    (two versions side by side) never share a batch; rows of a batch do not depend on each other.
+    A request that cannot be answered in time any more is answered DeadlineExceeded and not computed. Were it computed,
+    an overloaded server would always be at the most urgent one, finish it a little too late, and help nobody: so what
+    computing and the event loop took lately is reserved. Requests of different policies (two versions side by side)
+    never share a batch; rows of a batch do not depend on each other.
     """
 
     def __init__(self, config: BatcherConfig) -> None:
@@ -81,6 +88,10 @@ class DeadlineBatcher:
         self._num_batches = 0
         self._num_rows = 0
         self._compute_s = 0.0
+        self._expected_s = 0.0
+        """What computing a batch takes."""
+        self._lag_s = 0.0
+        """What the event loop takes to notice something: an answer to send, and as long before, what arrived."""
         self._thread = threading.Thread(target=self._compute_until_closed, name="policy-batcher", daemon=True)
         self._thread.start()
 
@@ -99,7 +110,7 @@ class DeadlineBatcher:
             Unreachable: the batcher is closed.
         """
         loop = asyncio.get_running_loop()
-        deadline = time.monotonic() + deadline_s
+        deadline = time.monotonic() + deadline_s - min(2 * self._lag_s, _MOST_RESERVED * deadline_s)
         request = _Request(
             deadline if self.config.order == "deadline" else 0.0,
             next(self._orders),
@@ -126,6 +137,8 @@ class DeadlineBatcher:
             raise _late(deadline_s) from error
         finally:
             request.abandoned = True
+            if request.answered_at:
+                self._lag_s += _ADAPTATION * (time.monotonic() - request.answered_at - self._lag_s)
 
     @property
     def is_alive(self) -> bool:
@@ -164,7 +177,9 @@ class DeadlineBatcher:
                 _deliver(self._compute(batch))
                 self._num_batches += 1
                 self._num_rows += len(batch)
-                self._compute_s += time.monotonic() - started
+                took_s = time.monotonic() - started
+                self._compute_s += took_s
+                self._expected_s += _ADAPTATION * (took_s - self._expected_s)
 
     def _take_batch(self) -> tuple[list[_Request], list[_Request]]:
         """The most urgent request, up to a full bucket of others for the same policy, and those that are too late."""
@@ -176,7 +191,7 @@ class DeadlineBatcher:
             request = heapq.heappop(self._queue)
             if request.abandoned:
                 continue
-            if request.deadline <= now:
+            if request.deadline - min(self._expected_s, _MOST_RESERVED * request.deadline_s) <= now:
                 late.append(request)
             elif batch and request.policy is not batch[0].policy:
                 others.append(request)
@@ -213,7 +228,9 @@ def _late(deadline_s: float) -> DeadlineExceeded:
 def _deliver(answers: Sequence[tuple[_Request, Answer | BaseException]]) -> None:
     """Hand results to the loops that wait, one wake-up a loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Request, Answer | BaseException]]] = {}
+    now = time.monotonic()
     for request, answer in answers:
+        request.answered_at = now
         by_loop.setdefault(request.loop, []).append((request, answer))
     for loop, pairs in by_loop.items():
         try:
