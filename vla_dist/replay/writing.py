@@ -4,7 +4,6 @@ consumes: segments. waits for: the limiters, room, the archive. unblocked by: sa
 """
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
@@ -64,7 +63,11 @@ class SegmentWriter:
         stream = met()
         # Whatever the stream could not store is stored with patience.
         try:
-            self._stream(stream, deadline)
+            if self._images is None:
+                self._stream(stream, deadline)
+            else:
+                with contextlib.closing(encoded_ahead(stream)) as ready:
+                    self._stream(ready, deadline)
         except (Unreachable, ServerFull):
             if deadline.left_s <= 0:
                 raise
@@ -90,48 +93,31 @@ class SegmentWriter:
         """
         with contextlib.ExitStack() as stack:
             rows = stack.enter_context(self._link.converse(timeout_s=deadline.left_s))
-            if self._images is None:
-                for batch in batches:
-                    rows.send(self._commands(batch, deadline), partial(self._hear, batch, deadline, None))
-                    rows.receive(leave=1)
-                    if not deadline.first:
-                        break
-            else:
+            frames = None
+            if self._images is not None:
                 frames = stack.enter_context(self._images_link.converse(timeout_s=deadline.left_s))
-                ahead = stack.enter_context(contextlib.closing(encoded_ahead(batches)))
-                self._stream_with_images(ahead, self._images, deadline, rows, frames)
-                frames.receive()
-            rows.receive()
-
-    def _stream_with_images(
-        self,
-        batches: Iterator[ArrivalBatch],
-        images: ImageUploads,
-        deadline: Deadline,
-        rows: Conversation,
-        frames: Conversation,
-    ) -> None:
-        """Each batch is committed while the images of the next are on their way; ends where some are there already."""
-        previous: ArrivalBatch | None = None
-        for batch in itertools.chain(batches, [None]):
-            if batch is not None:
-                batch.staged = None
-                frames.send(images.staging(batch.arrivals), partial(self._note_staged, batch))
-            if previous is not None:
-                while previous.staged is None:
-                    frames.receive(leave=frames.num_pending - 1)
-                if not previous.staged:
+            for batch in batches:
+                if frames is not None and not self._stream_images(batch, rows, frames):
                     break
-                rows.send(self._commands(previous, deadline), partial(self._hear, previous, deadline, frames))
+                rows.send(self._commands(batch, deadline), partial(self._hear, batch, deadline, frames))
                 rows.receive(leave=1)
                 if not deadline.first:
                     break
-            previous = batch
-        rows.receive()
+            rows.receive()
+            if frames is not None:
+                frames.receive()
 
-    def _note_staged(self, batch: ArrivalBatch, replies: Sequence[Any]) -> None:
-        # None stands for an image that was there: perhaps of an earlier attempt, perhaps of another segment.
-        batch.staged = all(self._done(replies))
+    def _stream_images(self, batch: ArrivalBatch, rows: Conversation, frames: Conversation) -> bool:
+        """Stage the images of a batch; False where some are there already."""
+        assert self._images is not None
+        fresh: list[bool] = []
+        frames.send(self._images.staging(batch.arrivals), lambda replies: fresh.append(all(self._done(replies))))
+        # The commits before this one were done meanwhile. Their answers say what becomes of their images.
+        rows.receive()
+        while not fresh:
+            frames.receive(leave=frames.num_pending - 1)
+        (batch.staged,) = fresh
+        return batch.staged
 
     def _hear(
         self, batch: ArrivalBatch, deadline: Deadline, frames: Conversation | None, replies: Sequence[Any]
