@@ -5,7 +5,7 @@ consumes: segments. emits: batches of arrivals.
 
 import itertools
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -96,7 +96,7 @@ def arrival_batches(
     )
 
 
-def encoded_ahead(batches: Iterator[ArrivalBatch]) -> Iterator[ArrivalBatch]:
+def encoded_ahead(batches: Iterator[ArrivalBatch]) -> Generator[ArrivalBatch, None, None]:
     """The same, each encoded by another thread while the one before it is on its way: for frames that takes long.
 
     Where the consumer ends early, the one that was being encoded is not given out, but ``batches`` has passed it.
