@@ -11,9 +11,9 @@ from transformers import DecisionTransformerConfig, DecisionTransformerModel
 from vla_dist.core.types import Observation
 from vla_dist.models.analysis.flops import count_flops
 from vla_dist.models.conditioning import ReturnConditioning
-from vla_dist.models.decision_transformer import DecisionTransformer
-from vla_dist.models.policy import DecisionTransformerPolicy
-from vla_dist.models.presets import preset
+from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.policy import DecisionTransformerPolicy
+from vla_dist.models.decision_transformer.presets import PRESETS
 from vla_dist.testing.fakes import make_spec
 
 K, P, A = 20, 17, 6
@@ -26,7 +26,7 @@ LATER = 20
 def build_pair(name: str, *, dropout: float, window: str = "slide") -> tuple[DecisionTransformer, Any]:
     """Ours of a preset, and theirs of the same shape. Without language, which theirs has not."""
     changes = {"goal_dim": 0, "dropout": dropout, "position": "timestep", "window": window}
-    own = DecisionTransformer(preset(name, SPEC, **changes))
+    own = DecisionTransformer(PRESETS[name](SPEC, **changes))
     config = own.config
     theirs = DecisionTransformerModel(
         DecisionTransformerConfig(

@@ -48,13 +48,13 @@ def make_artifact(seed: int):
     from vla_dist.envs.metaworld import tabletop_spec
     from vla_dist.models import auto
     from vla_dist.models.conditioning import ReturnConditioning
-    from vla_dist.models.decision_transformer import DecisionTransformer
+    from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
+    from vla_dist.models.decision_transformer.presets import PRESETS
     from vla_dist.models.goals import GoalTable
-    from vla_dist.models.presets import preset
 
     torch.manual_seed(seed)
     spec = tabletop_spec()
-    model = DecisionTransformer(preset("small", spec))
+    model = DecisionTransformer(PRESETS["small"](spec))
     goals = GoalTable(lambda texts: np.ones((len(texts), model.config.goal_dim), np.float32))
     goals.remember([INSTRUCTION])
     return auto.make_artifact(model, name=NAME, spec=spec, conditioning=ReturnConditioning(), goals=goals)

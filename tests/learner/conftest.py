@@ -5,8 +5,8 @@ import torch
 from vla_dist.learner.config import LearnerConfig
 from vla_dist.learner.learner import Learner
 from vla_dist.learner.train_step import OptimiserConfig
-from vla_dist.models.decision_transformer import DecisionTransformer
-from vla_dist.models.presets import preset
+from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.presets import PRESETS
 from vla_dist.testing.episodes import EpisodeTable, fill
 from vla_dist.testing.fakes import make_spec
 from vla_dist.testing.registry import InMemoryRegistry
@@ -47,7 +47,7 @@ def make_model():
     def make(**changes):
         torch.manual_seed(1)
         settings = {"hidden_dim": 32, "n_layers": 2, "n_heads": 4, "context_steps": K, "goal_dim": G, "dropout": 0.1}
-        return DecisionTransformer(preset("small", SPEC, **{**settings, **changes}))
+        return DecisionTransformer(PRESETS["small"](SPEC, **{**settings, **changes}))
 
     return make
 

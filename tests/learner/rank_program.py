@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from vla_dist.learner.algorithms.catalogue import make_algorithm
 from vla_dist.learner.parallel import make_parallel
 from vla_dist.learner.train_step import OptimiserConfig, TrainStep
-from vla_dist.models.decision_transformer import DecisionTransformer
-from vla_dist.models.presets import preset
+from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.presets import PRESETS
 from vla_dist.testing.fakes import make_spec
 from vla_dist.testing.windows import make_train_batch
 
@@ -27,7 +27,7 @@ def make_model(seed):
     torch.manual_seed(seed)
     size = {"hidden_dim": 32, "n_layers": 2, "n_heads": 4, "context_steps": 4, "goal_dim": 8}
     off = {"dropout": 0.0, "action_dropout": 0.0, "return_dropout": 0.0}
-    return DecisionTransformer(preset("small", make_spec(), **size, **off, head="gaussian"))
+    return DecisionTransformer(PRESETS["small"](make_spec(), **size, **off, head="gaussian"))
 
 
 def make_own(model):

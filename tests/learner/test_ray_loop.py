@@ -52,8 +52,8 @@ def make_build(
         from vla_dist.learner.config import LearnerConfig
         from vla_dist.learner.learner import Learner
         from vla_dist.learner.train_step import OptimiserConfig
-        from vla_dist.models.decision_transformer import DecisionTransformer
-        from vla_dist.models.presets import preset
+        from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
+        from vla_dist.models.decision_transformer.presets import PRESETS
         from vla_dist.registry.blobs import RedisBlobs
         from vla_dist.registry.store import RedisPolicyRegistry
         from vla_dist.testing.episodes import EpisodeTable, fill
@@ -114,7 +114,7 @@ def make_build(
         size = {"hidden_dim": 32, "n_layers": 2, "n_heads": 4, "context_steps": 4, "goal_dim": 8}
         return LoggedLearner(
             config,
-            model=DecisionTransformer(preset("small", spec, **size)),
+            model=DecisionTransformer(PRESETS["small"](spec, **size)),
             spec=spec,
             table=table,
             registry=registry,

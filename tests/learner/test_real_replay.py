@@ -10,9 +10,9 @@ from vla_dist.learner.algorithms.interventions import InterventionWeights
 from vla_dist.learner.config import LearnerConfig
 from vla_dist.learner.learner import Learner
 from vla_dist.learner.train_step import OptimiserConfig
-from vla_dist.models.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.presets import PRESETS
 from vla_dist.models.memory.memory_vla import MemoryAugmentedVLA, MemoryAugmentedVLAConfig
-from vla_dist.models.presets import preset
 from vla_dist.replay.config import BufferConfig, Stratified, TableConfig, Uniform
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.server import EmbeddedServer
@@ -91,7 +91,7 @@ def append(table, number):
 
 def make_transformer():
     size = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "context_steps": K, "goal_dim": 8}
-    return DecisionTransformer(preset("small", SPEC, **size))
+    return DecisionTransformer(PRESETS["small"](SPEC, **size))
 
 
 def make_memory():

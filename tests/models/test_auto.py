@@ -8,14 +8,14 @@ from torch import nn
 from vla_dist.models import auto
 from vla_dist.models.auto import build_model, make_artifact
 from vla_dist.models.conditioning import ReturnConditioning
-from vla_dist.models.decision_transformer import DecisionTransformer
-from vla_dist.models.presets import preset
+from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.presets import PRESETS
 from vla_dist.testing.fakes import make_spec
 
 
 def test_building_a_policy_draws_no_weights_that_are_replaced_at_once():
     spec = make_spec()
-    model = DecisionTransformer(preset("mini", spec, goal_dim=0))
+    model = DecisionTransformer(PRESETS["mini"](spec, goal_dim=0))
     artifact = make_artifact(model, name="p", spec=spec, conditioning=ReturnConditioning())
     before = torch.get_rng_state()
     built, _, _ = build_model(artifact)

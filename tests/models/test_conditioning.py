@@ -6,9 +6,9 @@ import torch
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.models.conditioning import ReturnConditioning
-from vla_dist.models.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.presets import PRESETS
 from vla_dist.models.interpretation.episode import EpisodeWindows
-from vla_dist.models.presets import preset
 from vla_dist.testing.episodes import EpisodeTable, fill
 from vla_dist.testing.fakes import make_spec
 
@@ -46,7 +46,7 @@ def test_advantages_start_from_the_returns_they_are_of():
 
 def test_what_an_episode_shows_of_an_advantage_is_what_was_asked_for():
     table, _ = sample()
-    model = DecisionTransformer(preset("mini", SPEC, goal_dim=0, context_steps=3))
+    model = DecisionTransformer(PRESETS["mini"](SPEC, goal_dim=0, context_steps=3))
     windows = EpisodeWindows(next(iter(table.episodes())), SPEC, model.config, conditioning=ADVANTAGE, goals=None)
     shown = windows.window(1)
     assert shown.returns_to_go.tolist() == [[0.0, 1.0, 1.0]]

@@ -1,7 +1,7 @@
 import pytest
 
 from vla_dist.core.errors import ConfigError
-from vla_dist.models.decision_transformer import VlaDecisionTransformerConfig
+from vla_dist.models.decision_transformer.config import VlaDecisionTransformerConfig
 from vla_dist.models.member import own_settings, setting_changes
 from vla_dist.models.settings import parse_changes
 

@@ -11,8 +11,8 @@ from vla_dist.cli.main import main
 from vla_dist.core.errors import NotFound
 from vla_dist.models.auto import build_policy, make_artifact
 from vla_dist.models.conditioning import ReturnConditioning
-from vla_dist.models.decision_transformer import DecisionTransformer
-from vla_dist.models.presets import preset
+from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.presets import PRESETS
 from vla_dist.robot.client import PolicyClient
 from vla_dist.run.parity import compare_ways
 from vla_dist.serving.server import SingleServer
@@ -27,7 +27,7 @@ SPEC = make_spec(max_episode_steps=50)
 def served() -> Iterator[tuple[SingleServer, InMemoryRegistry]]:
     """Two versions of a real Decision Transformer."""
     registry = InMemoryRegistry()
-    model = DecisionTransformer(preset("small", SPEC, hidden_dim=32, n_layers=1, context_steps=4, goal_dim=0))
+    model = DecisionTransformer(PRESETS["small"](SPEC, hidden_dim=32, n_layers=1, context_steps=4, goal_dim=0))
     for _ in range(2):
         artifact = make_artifact(model, name="demo", spec=SPEC, conditioning=ReturnConditioning())
         registry.publish(artifact, channel="stable")

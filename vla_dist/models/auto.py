@@ -16,6 +16,7 @@ from vla_dist.models.conditioning import ReturnConditioning
 from vla_dist.models.goals import Embed, GoalTable
 from vla_dist.models.language_encoder import MINILM, shared_embedder
 from vla_dist.models.member import PolicyModel, PolicyModelConfig, as_module, own_settings, setting_types
+from vla_dist.models.settings import require_settings
 from vla_dist.models.zoo import Architecture, architecture, architecture_of
 
 GOAL_EMBEDDINGS = "goal_embeddings"
@@ -142,7 +143,7 @@ def load_tensors(model: torch.nn.Module, tensors: Mapping[str, Array]) -> None:
     """Fill every parameter and buffer of the model, by name.
 
     Raises:
-        DataError: naming each tensor that is missing, unknown, of another shape, or not finite.
+        DataError: naming each tensor that is missing, unknown, of another shape or type, or not finite.
     """
     expected = model.state_dict()
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
@@ -151,6 +152,8 @@ def load_tensors(model: torch.nn.Module, tensors: Mapping[str, Array]) -> None:
         shape, given = tuple(expected[name].shape), np.asarray(tensors[name])
         if given.shape != shape:
             wrong.append(f"{name} has shape {given.shape}, expected {shape}")
+        elif (given.dtype.kind == "f") != expected[name].is_floating_point() or given.dtype.kind not in "fiub":
+            wrong.append(f"{name} is of {given.dtype}, expected {expected[name].dtype}")
         elif not np.isfinite(given).all():
             wrong.append(f"{name} is not finite")
     if wrong:
@@ -172,8 +175,5 @@ def _without_weights(member: Architecture, config: Any) -> Any:
 
 
 def _known_settings(member: Architecture, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A transformers config would take any name without a word."""
-    unknown = sorted(set(settings) - set(setting_types(member.config)))
-    if unknown:
-        raise ConfigError(f"{member.name} has no settings {unknown}; the artifact was made by another version")
+    require_settings(f"{member.name} of this version", setting_types(member.config), settings)
     return dict(settings)

@@ -5,13 +5,13 @@ Shapes: B frames, C channels, h w the grid.
 
 import math
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import EfficientNetConfig, EfficientNetModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from vla_dist.core.errors import ConfigError
+from vla_dist.models.settings import config_errors, did_you_mean
 
 Modulate = Callable[[int, Tensor], Tensor]
 """(index of a block, its output (B, C, h, w)) to what goes on from there."""
@@ -54,8 +54,7 @@ HUB_NAMES = {
 def require_backbone(name: str) -> None:
     """Raises ConfigError for an unknown name, with the nearest one."""
     if name not in BACKBONES:
-        near = get_close_matches(name, BACKBONES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, BACKBONES)
         raise ConfigError(f"visual backbone {name!r} is unknown; {hint}it must be one of {', '.join(BACKBONES)}")
 
 
@@ -76,16 +75,20 @@ def build_backbone(name: str, *, width: int, image_size: int, changes: dict[str,
         if changes:
             raise ConfigError(f"{CONV_SMALL} has no settings {sorted(changes)} but its width")
         return _small_convolutions(width)
+    with config_errors(f"backbone {name!r} with trunk {changes}"):
+        backbone = _published(name, image_size, changes)
+    if norm == "group":
+        _replace_batch_norm(backbone)
+    return backbone
+
+
+def _published(name: str, image_size: int, changes: dict[str, Any]) -> nn.Module:
     if name == "vit":
         settings = {"image_size": image_size, **changes}
         return ViTModel(_config(ViTConfig, name, settings), add_pooling_layer=False)
     if name in _RESNETS:
-        backbone: nn.Module = ResNetModel(_config(ResNetConfig, name, {**_RESNETS[name], **changes}))
-    else:
-        backbone = EfficientNetModel(_config(EfficientNetConfig, name, {**_EFFICIENTNETS[name], **changes}))
-    if norm == "group":
-        _replace_batch_norm(backbone)
-    return backbone
+        return ResNetModel(_config(ResNetConfig, name, {**_RESNETS[name], **changes}))
+    return EfficientNetModel(_config(EfficientNetConfig, name, {**_EFFICIENTNETS[name], **changes}))
 
 
 def feature_channels(backbone: nn.Module) -> int:

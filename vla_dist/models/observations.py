@@ -33,29 +33,31 @@ def require_fit(config: PolicyModelConfig, spec: EnvSpec, *, has_goals: bool) ->
         raise ConfigError(f"the model does not fit spec {spec.name!r}: {'; '.join(wrong)}; build one from the spec")
 
 
+def finite_vector(name: str, vector: Array, size: int) -> Array:
+    """(size,) float32. Raises DataError where it has another shape, is no number or is not finite."""
+    if vector.shape != (size,) or vector.dtype.kind not in "fiub" or not np.isfinite(vector).all():
+        raise DataError(
+            f"{name} must be ({size},) finite numbers, got {vector.dtype} of shape {vector.shape}: {vector}"
+        )
+    return vector.astype(np.float32, copy=False)
+
+
 def proprio_rows(observations: Sequence[Observation], spec: EnvSpec) -> Array:
     """(B, P) float32. Raises DataError where a reading has another shape or is not finite."""
-    for observation in observations:
-        reading = observation.proprio
-        if reading.shape != (spec.proprio_dim,) or not np.isfinite(reading).all():
-            raise DataError(
-                f"proprio must be ({spec.proprio_dim},) finite numbers, got shape {reading.shape}: {reading}"
-            )
-    return np.stack([observation.proprio for observation in observations]).astype(np.float32, copy=False)
+    return np.stack([finite_vector("proprio", one.proprio, spec.proprio_dim) for one in observations])
 
 
 def camera_frames(
     observations: Sequence[Observation], spec: EnvSpec, cameras: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """camera name -> (B, 3, H, W) uint8. Raises DataError where a frame is missing or has another size."""
+    """camera name -> (B, 3, H, W) uint8. Raises DataError where a frame is missing or has another size or type."""
     views = {}
     for camera in (c for c in spec.cameras if c.name in cameras):
         frames = [observation.images.get(camera.name) for observation in observations]
-        shapes = {None if frame is None else frame.shape for frame in frames}
-        if shapes != {(camera.height, camera.width, 3)}:
-            raise DataError(
-                f"camera {camera.name!r} must give ({camera.height}, {camera.width}, 3) frames, got {shapes}"
-            )
+        expected = f"uint8 of shape ({camera.height}, {camera.width}, 3)"
+        found = {"nothing" if frame is None else f"{frame.dtype} of shape {frame.shape}" for frame in frames}
+        if found != {expected}:
+            raise DataError(f"camera {camera.name!r} must give {expected}, got {', '.join(sorted(found - {expected}))}")
         stacked = np.stack([frame for frame in frames if frame is not None])
         views[camera.name] = torch.from_numpy(stacked).permute(0, 3, 1, 2)
     return views

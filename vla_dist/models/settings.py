@@ -1,14 +1,17 @@
-"""Words such as ``hidden_dim=64`` as changes to a member's config, checked against the types that it declares."""
+"""Settings of models by name: which there are, and words such as ``hidden_dim=64`` as changes of the declared types."""
 
+import contextlib
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.models.member import setting_types
+
+C = TypeVar("C")
 
 
 def parse_changes(config: type[Any], words: Sequence[str], *, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -26,12 +29,7 @@ def parse_changes(config: type[Any], words: Sequence[str], *, known: Mapping[str
         name, equals, text = word.partition("=")
         if not equals:
             raise ConfigError(f"change {word!r} of {_label(config)} must be name=value")
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(
-                f"{_label(config)} has no setting {name!r}; {hint}its settings are {', '.join(known) or 'none'}"
-            )
+        require_settings(_label(config), known, [name])
         try:
             changes[name] = _parsed(text, known[name])
         except ValueError as error:
@@ -39,6 +37,44 @@ def parse_changes(config: type[Any], words: Sequence[str], *, known: Mapping[str
                 f"change {word!r} of {_label(config)}: {name} must be {_words_for(known[name])}"
             ) from error
     return changes
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest known name as a question that ends with a space; nothing where none is near."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def require_settings(whose: str, known: Iterable[str], given: Iterable[str]) -> None:
+    """Raises ConfigError naming a setting that does not exist, and the nearest one.
+
+    A transformers config would take any name without a word.
+    """
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"{whose} has no setting {name!r}; {did_you_mean(name, known)}its settings are "
+                f"{', '.join(known) or 'none'}"
+            )
+
+
+def build_config(kind: type[C], settings: Mapping[str, Any], **others: Any) -> C:
+    """A config from settings of which each must exist; ``others`` go before them. Raises ConfigError."""
+    given = {**settings, **others}
+    require_settings(_label(kind), setting_types(kind), given)
+    return kind(**given)
+
+
+@contextlib.contextmanager
+def config_errors(whose: str) -> Iterator[None]:
+    """What transformers says to settings that cannot work, in a dozen ways, as ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise ConfigError(f"{whose} cannot be built: {error}; change its settings") from error
 
 
 def _parsed(text: str, kind: Any) -> Any:

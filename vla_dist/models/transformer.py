@@ -1,9 +1,10 @@
 """Pre-norm GPT blocks over any token sequence; who may see whom is decided by the caller's mask.
 
-Shapes: B batch, L new tokens, C tokens with those before them, R tokens that are read, D width, N heads.
+Shapes: B batch, L tokens, R tokens that are read, D width, N heads.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,42 +30,87 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = ResidualLinear(dim, dim)
 
-    def forward(
-        self, tokens: Tensor, visible: Tensor, *, read: slice | None = None, cache: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, bias: Tensor, *, read: slice | None = None) -> Tensor:
         """Mix the tokens that each asking token may look at.
 
         Args:
             tokens: (B, L, D).
-            visible: (B or 1, 1, R, C) bool, True where the asking token may look at the column.
+            bias: (B or 1, 1, R, L), see ``attention_bias``.
             read: which R of the L tokens ask; None: all.
-            cache: (2, B, C, D), keys and values of C tokens, the last L of them this call's, which are written here;
-                None: C is L.
 
         Returns:
             (B, R, D).
         """
+        if self.num_heads == 1:
+            return self._single_head(tokens, bias, read)
         dim = tokens.shape[2]
         if read is None:
             query, key, value = self.qkv(tokens).split(dim, -1)
         else:
             query = linear(tokens[:, read], self.qkv.weight[:dim], self.qkv.bias[:dim])
             key, value = linear(tokens, self.qkv.weight[dim:], self.qkv.bias[dim:]).split(dim, -1)
-        if cache is not None:
-            length = tokens.shape[1]
-            cache[0, :, -length:], cache[1, :, -length:] = key, value
-            key, value = cache[0], cache[1]
         query, key, value = (self._heads(part) for part in (query, key, value))
-        if self.training and self.dropout and not query.is_cuda:
-            mixed = _attention_with_dropout(query, key, value, visible, self.dropout)
-        else:
-            dropout = self.dropout if self.training else 0.0
-            mixed = scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
+        mixed, _ = self._mixed(query, key, value, bias)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _single_head(self, tokens: Tensor, bias: Tensor, read: slice | None) -> Tensor:
+        """With one head keys and values are the tokens themselves, so that nothing is projected for them."""
+        weights = folded_head(self.qkv, self.out)
+        asking = tokens if read is None else tokens[:, read]
+        query, content = linear(asking, weights.query, weights.query_bias)[:, None], tokens[:, None]
+        mixed, total = self._mixed(query, content, content, bias)
+        if total is None:
+            return linear(mixed[:, 0], weights.out, weights.out_bias + weights.value_bias)
+        # Dropout makes the weights of a token add up to something else than one.
+        return torch.addcmul(linear(mixed[:, 0], weights.out, weights.out_bias), total[:, 0], weights.value_bias)
+
+    def _mixed(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, N, R, D / N), and the sum of the weights, (B, N, R, 1), where that may differ from one."""
+        bias = bias.to(query.dtype)
+        if not (self.training and self.dropout):
+            return scaled_dot_product_attention(query, key, value, attn_mask=bias), None
+        if query.is_cuda and self.num_heads > 1:
+            return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=self.dropout), None
+        # On a CPU there is no fused form with dropout.
+        scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3)) + bias
+        weights = _dropped(scores.softmax(-1), self.dropout)
+        return torch.matmul(weights, value), weights.sum(-1, keepdim=True)
 
     def _heads(self, tokens: Tensor) -> Tensor:
         """(B, L, D) to (B, N, L, D / N), without a copy."""
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class FoldedHead(NamedTuple):
+    """Attention of one head over plain tokens: softmax((Q x + q) . y) y, then O and its biases."""
+
+    query: Tensor
+    """(D, D)."""
+    query_bias: Tensor
+    """(D,)."""
+    out: Tensor
+    """(D, D)."""
+    out_bias: Tensor
+    """(D,)."""
+    value_bias: Tensor
+    """(D,), times the sum of a token's weights."""
+
+
+def folded_head(qkv: nn.Linear, out: nn.Linear) -> FoldedHead:
+    """The projections of one head in pairs, since they act in pairs alone.
+
+    (W_q x + b_q) . (W_k y + b_k) is (W_k' W_q x + W_k' b_q) . y and a term without y, which cancels in the softmax;
+    W_o of a weighted mean of W_v y + b_v is W_o W_v of the mean of y, and W_o b_v.
+    """
+    query, key, value = qkv.weight.chunk(3)
+    query_bias, _, value_bias = qkv.bias.chunk(3)
+    return FoldedHead(
+        query=key.t() @ query,
+        query_bias=(query_bias[None] @ key)[0],
+        out=out.weight @ value,
+        out_bias=out.bias,
+        value_bias=(value_bias[None] @ out.weight.t())[0],
+    )
 
 
 class ResidualLinear(nn.Linear):
@@ -84,11 +130,9 @@ class Block(nn.Module):
         self.activation = ACTIVATIONS[activation]
         self.dropout = Dropout(dropout)
 
-    def forward(
-        self, tokens: Tensor, visible: Tensor, *, read: slice | None = None, cache: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, bias: Tensor, *, read: slice | None = None) -> Tensor:
         """(B, L, D) to (B, R, D); the arguments are SelfAttention's."""
-        mixed = self.attention(self.attention_norm(tokens), visible, read=read, cache=cache)
+        mixed = self.attention(self.attention_norm(tokens), bias, read=read)
         tokens = (tokens if read is None else tokens[:, read]) + self.dropout(mixed)
         return tokens + self.dropout(self.narrow(self.activation(self.widen(self.mlp_norm(tokens)))))
 
@@ -116,29 +160,24 @@ class Transformer(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=eps)
 
-    def forward(
-        self, tokens: Tensor, visible: Tensor, *, read: slice | None = None, cache: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, visible: Tensor, *, read: slice | None = None) -> Tensor:
         """Tokens after every block.
 
         Args:
-            tokens: (B, L, D), the newest ones.
-            visible: (B or 1, 1, L, C) bool, True where the row may look at the column.
+            tokens: (B, L, D).
+            visible: (B or 1, 1, L, L) bool, True where the row may look at the column.
             read: which R of the L tokens are wanted: the last block computes no others. None: all.
-            cache: (num_layers, 2, B, C, D), keys and values of the C tokens so far, the last L of them written by this
-                call; None: there are no others, C is L.
 
         Returns:
             (B, R, D).
         """
-        tokens = self.dropout(tokens)
+        tokens, bias = self.dropout(tokens), attention_bias(visible, tokens.dtype)
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            past = None if cache is None else cache[index]
             if index == last and read is not None:
-                tokens = block(tokens, visible[:, :, read], read=read, cache=past)
+                tokens = block(tokens, bias[:, :, read], read=read)
             else:
-                tokens = block(tokens, visible, cache=past)
+                tokens = block(tokens, bias)
         return self.norm(tokens)
 
 
@@ -168,22 +207,26 @@ def _dropped(tokens: Tensor, p: float) -> Tensor:
     return tokens * (lots >= hidden - _LEVELS // 2).to(tokens.dtype).mul_(_LEVELS / (_LEVELS - hidden))
 
 
-def _attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, p: float) -> Tensor:
-    """(B, N, R, D / N): what scaled_dot_product_attention computes; on a CPU it has no fused form with dropout."""
-    bias = torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill_(~visible, -math.inf)
-    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3)) + bias
-    return torch.matmul(_dropped(scores.softmax(-1), p), value)
+def attention_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of attention: 0 where a bool mask is True, minus infinity elsewhere.
+
+    Each layer would make it of the mask by itself.
+    """
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
 
 
 def causal_visibility(is_key: Tensor) -> Tensor:
-    """(B, L) bool, True where a token may be looked at, to a causal (B, 1, L, L) mask.
+    """(B, L) bool, True where a token may be looked at, to a causal (B or 1, 1, L, L) mask.
 
     Every token sees itself, whatever ``is_key`` says: a softmax over nothing would be NaN.
     """
     length = is_key.shape[1]
-    ones = torch.ones(length, length, dtype=torch.bool, device=is_key.device)
+    earlier = torch.ones(length, length, dtype=torch.bool, device=is_key.device).tril()
+    # One mask for all rows is smaller; on a GPU, looking whether it will do would wait for it.
+    if is_key.device.type == "cpu" and not torch.compiler.is_compiling() and is_key.all():
+        return earlier[None, None]
     itself = torch.eye(length, dtype=torch.bool, device=is_key.device)
-    return ((ones.tril() & is_key[:, None, :]) | itself)[:, None]
+    return ((earlier & is_key[:, None, :]) | itself)[:, None]
 
 
 def residual_gain(num_layers: int) -> float:

@@ -4,6 +4,7 @@ Shapes: B batch, T steps, C channels, N image tokens, F backbone features, D out
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,9 @@ from vla_dist.models.backbones import (
     require_backbone,
 )
 from vla_dist.models.film import FiLM
+from vla_dist.models.pixels import unit_pixels
+from vla_dist.models.pretrained import WholePreTrainedModel
+from vla_dist.models.settings import build_config
 
 _GROUPS = 8
 
@@ -72,7 +76,7 @@ class VisualEncoderConfig(PreTrainedConfig):
             )
 
 
-class VisualEncoder(PreTrainedModel):
+class VisualEncoder(WholePreTrainedModel):
     """Normalises inside; rows do not depend on each other, so features of past frames can be kept."""
 
     config_class = VisualEncoderConfig
@@ -107,7 +111,7 @@ class VisualEncoder(PreTrainedModel):
         else:
             if pretrained:
                 settings.setdefault("batch_norm", "frozen")
-            config = VisualEncoderConfig(backbone=backbone, output_dim=output_dim, **settings)
+            config = build_config(VisualEncoderConfig, settings, backbone=backbone, output_dim=output_dim)
         super().__init__(config)
         self.backbone = build_backbone(
             config.backbone,
@@ -156,7 +160,7 @@ class VisualEncoder(PreTrainedModel):
         kind = type(self.backbone)
         extra: dict[str, Any] = {"add_pooling_layer": False} if kind is ViTModel else {}
         try:
-            weights = kind.from_pretrained(source, **extra).state_dict()
+            weights = kind.from_pretrained(source, use_safetensors=True, **extra).state_dict()
         except OSError as error:
             raise ResourceMissing(
                 f"no pretrained weights for {self.config.backbone!r} at {source!r} ({error}); give the path of a "
@@ -206,16 +210,12 @@ class VisualEncoder(PreTrainedModel):
         """
         if images.ndim not in (4, 5) or images.shape[-3] != 3:
             raise DataError(f"images of shape {tuple(images.shape)} must be (B, 3, H, W) or (B, T, 3, H, W)")
-        if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise DataError(f"images are {images.dtype}; give uint8, or floats within [0, 1]")
         if (condition is None) != (self.films is None):
             raise DataError(
                 f"condition_dim is {self.config.condition_dim} but a condition is "
                 f"{'absent' if condition is None else 'given'}"
             )
-        flat = images.reshape(-1, *images.shape[-3:]).to(self.project.weight.dtype)
-        if images.dtype == torch.uint8:
-            flat = flat / 255.0
+        flat = unit_pixels(images.reshape(-1, *images.shape[-3:]), self.project.weight.dtype)
         pixels = (self._resized(flat) - self.pixel_mean) / self.pixel_std
         if condition is not None:
             if condition.shape != (len(images), self.config.condition_dim):
@@ -242,6 +242,20 @@ class VisualEncoder(PreTrainedModel):
                 f"frames of {tuple(flat.shape[-2:])} pixels, but this 'vit' sees {size}; set resize=True or image_size"
             )
         return flat
+
+
+def require_visual(settings: Mapping[str, Any] | None) -> None:
+    """Raises ConfigError where a VisualEncoder of these settings could not be built, as far as that shows so early."""
+    build_config(VisualEncoderConfig, settings or {})
+
+
+def build_visual_encoder(settings: Mapping[str, Any] | None, **others: Any) -> VisualEncoder:
+    """An encoder with fresh weights, by its settings and others that go before them.
+
+    Raises:
+        ConfigError: a setting that does not exist or cannot work.
+    """
+    return VisualEncoder(build_config(VisualEncoderConfig, settings or {}, **others))
 
 
 AutoConfig.register(VisualEncoderConfig.model_type, VisualEncoderConfig, exist_ok=True)

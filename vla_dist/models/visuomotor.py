@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.batch import TrainBatch
@@ -25,9 +25,12 @@ from vla_dist.models.language_encoder import (
     masked_mean,
     shared_embedder,
 )
-from vla_dist.models.member import fill_normaliser, require_batch
+from vla_dist.models.member import require_batch, setting_types
+from vla_dist.models.pretrained import WholePreTrainedModel
+from vla_dist.models.scales import InputScales
+from vla_dist.models.settings import build_config, require_settings
+from vla_dist.models.visual_encoder import require_visual
 
-_LARGEST_NORMALISED = 10.0
 ONE_CAMERA = "camera"
 """Name of the view where a model is built without naming any."""
 
@@ -66,6 +69,9 @@ class VisuomotorConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.cameras = list(self.cameras or [])
+        require_visual(self.visual)
+        if self.language is not None:
+            require_settings("language encoder", setting_types(LanguageEncoderConfig), self.language)
         for name in ("action_dim", "context_steps", "horizon"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{self.model_type} {name} {getattr(self, name)} must be at least 1")
@@ -76,6 +82,11 @@ class VisuomotorConfig(PreTrainedConfig):
             raise ConfigError(
                 f"{self.model_type} has goal_dim {self.goal_dim} and a language encoder of its own; set one of them"
             )
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether instructions reach the model, as vectors or as texts."""
+        return bool(self.goal_dim) or self.language is not None
 
     def require(self, name: str, allowed: Sequence[str]) -> None:
         """Raises ConfigError where the setting's value is not one of these."""
@@ -123,7 +134,7 @@ class Reader(Protocol):
         ...
 
 
-class VisuomotorModel(PreTrainedModel, ABC):
+class VisuomotorModel(InputScales, WholePreTrainedModel, ABC):
     """Encodes each frame once, then decides from the features of the last K steps.
 
     Proprio and goals are normalised inside by buffers that travel with the weights.
@@ -134,23 +145,16 @@ class VisuomotorModel(PreTrainedModel, ABC):
     _supports_sdpa = True
 
     language: Reader | None
-    proprio_mean: Tensor
-    proprio_std: Tensor
-    goal_mean: Tensor
-    goal_std: Tensor
 
     def __init__(self, config: VisuomotorConfig) -> None:
         super().__init__(config)
         self.language = None
         if config.language is not None:
-            self.language = LanguageEncoder(LanguageEncoderConfig(**config.language))
+            self.language = LanguageEncoder(build_config(LanguageEncoderConfig, config.language))
             # A frozen trunk of noise could never be told anything.
             if self.language.config.freeze and self.language.device.type != "meta":
                 self.language.load_trunk(str(language_model_path(self.language.config.model_name)))
-        self.register_buffer("proprio_mean", torch.zeros(config.state_dim))
-        self.register_buffer("proprio_std", torch.ones(config.state_dim))
-        self.register_buffer("goal_mean", torch.zeros(config.goal_dim))
-        self.register_buffer("goal_std", torch.ones(config.goal_dim))
+        self.register_scales(config.state_dim, config.goal_dim)
 
     @property
     def words_dim(self) -> int:
@@ -259,7 +263,7 @@ class VisuomotorModel(PreTrainedModel, ABC):
             said = torch.from_numpy(vectors).to(self.goal_mean.device)
         if said.shape != (num_rows, self.config.goal_dim):
             raise DataError(f"goals of shape {tuple(said.shape)} must be ({num_rows}, {self.config.goal_dim})")
-        goals = (said.to(self.goal_mean.dtype) - self.goal_mean) / self.goal_std
+        goals = self.normalised_goals(said.to(self.goal_mean.dtype))
         return Words(tokens=goals[:, None], mask=torch.ones_like(goals[:, :1], dtype=torch.bool))
 
     def understand_batch(self, batch: TrainBatch) -> Words | None:
@@ -268,33 +272,12 @@ class VisuomotorModel(PreTrainedModel, ABC):
         said = batch.instructions if self.language is not None else batch.goals
         return self.understand(said, batch.num_windows)
 
-    def set_normaliser(
-        self,
-        *,
-        proprio_mean: Tensor,
-        proprio_std: Tensor,
-        goal_mean: Tensor | None = None,
-        goal_std: Tensor | None = None,
-    ) -> None:
-        """Fill the buffers. A dimension that never moved (std near 0) keeps its scale.
-
-        Raises:
-            DataError: a shape differs from the config, or a number is not finite.
-        """
-        fill_normaliser(
-            self, proprio_mean=proprio_mean, proprio_std=proprio_std, goal_mean=goal_mean, goal_std=goal_std
-        )
-
-    def normalised(self, states: Tensor) -> Tensor:
-        """(B, T, P) raw to (B, T, P): a reading far outside the training data must not drown every other input.
-
-        Raises:
-            DataError: another P.
-        """
-        if states.shape[-1] < self.config.state_dim or states.ndim != 3:
-            raise DataError(f"states of shape {tuple(states.shape)} must be (B, T, {self.config.state_dim})")
-        scaled = (states[..., : self.config.state_dim] - self.proprio_mean) / self.proprio_std
-        return scaled.clamp(-_LARGEST_NORMALISED, _LARGEST_NORMALISED)
+    def proprio_of(self, states: Tensor) -> Tensor:
+        """(B, T, at least P) raw to (B, T, P) normalised. Raises DataError where there are fewer."""
+        size = self.config.state_dim
+        if states.shape[-1] < size or states.ndim != 3:
+            raise DataError(f"states of shape {tuple(states.shape)} must be (B, T, {size})")
+        return self.normalised(states[..., :size])
 
     def loss_count(self, batch: TrainBatch) -> Tensor:
         """() float32: how many terms ``loss`` is the mean of, so that means of parts add up to that of the whole."""
@@ -306,13 +289,10 @@ class VisuomotorModel(PreTrainedModel, ABC):
         if self.language is not None:
             self.language.tokenizer.save_pretrained(save_directory)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "VisuomotorModel":
-        """As in transformers; the tokenizer saved beside the weights is used when there is one."""
-        model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        if model.language is not None:
-            model.language.restore(Path(str(pretrained_model_name_or_path)))
-        return model
+    def restore(self, directory: Path) -> None:
+        """Take the tokenizer that was saved beside the weights."""
+        if self.language is not None:
+            self.language.restore(directory)
 
     def _views(self, images: Images) -> dict[str, Tensor]:
         """camera name -> (B, T, 3, H, W), in the config's order."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -10,12 +9,14 @@ from transformers import PreTrainedConfig
 from vla_dist.core.errors import ConfigError
 from vla_dist.core.protocols import Policy
 from vla_dist.core.specs import EnvSpec
-from vla_dist.models import presets
 from vla_dist.models.bcz import presets as bcz_presets
 from vla_dist.models.bcz.bcz import BCZ, BCZConfig
 from vla_dist.models.composed import presets as composed_presets
 from vla_dist.models.composed.vla import ComposedVLA, ComposedVLAConfig
-from vla_dist.models.decision_transformer import DecisionTransformer, VlaDecisionTransformerConfig
+from vla_dist.models.decision_transformer import presets as decision_transformer_presets
+from vla_dist.models.decision_transformer.config import VlaDecisionTransformerConfig
+from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.policy import DecisionTransformerPolicy
 from vla_dist.models.hierarchical import presets as hierarchical_presets
 from vla_dist.models.hierarchical.config import HierarchicalVLAConfig
 from vla_dist.models.hierarchical.hierarchical_vla import HierarchicalVLA
@@ -24,9 +25,9 @@ from vla_dist.models.member import setting_types
 from vla_dist.models.memory import presets as memory_presets
 from vla_dist.models.memory.memory_vla import MemoryAugmentedVLA, MemoryAugmentedVLAConfig
 from vla_dist.models.memory.policy import MemoryPolicy
-from vla_dist.models.policy import DecisionTransformerPolicy
 from vla_dist.models.rt1 import presets as rt1_presets
 from vla_dist.models.rt1.rt1 import RT1, RT1Config
+from vla_dist.models.settings import did_you_mean, require_settings
 from vla_dist.models.visuomotor_policy import VisuomotorPolicy
 
 
@@ -53,15 +54,9 @@ class Architecture:
             ConfigError: no such preset or setting, with the nearest name.
         """
         if preset not in self.presets:
-            raise ConfigError(
-                f"no model preset {preset!r}; {_hint(preset, self.presets)}{self.name} has {', '.join(self.presets)}"
-            )
-        known = setting_types(self.config)
-        for name in changes:
-            if name not in known:
-                raise ConfigError(
-                    f"{self.name} has no setting {name!r}; {_hint(name, known)}its settings are {', '.join(known)}"
-                )
+            hint = did_you_mean(preset, self.presets)
+            raise ConfigError(f"no model preset {preset!r}; {hint}{self.name} has {', '.join(self.presets)}")
+        require_settings(self.name, setting_types(self.config), changes)
         return self.presets[preset](spec, **changes)
 
 
@@ -73,7 +68,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             config=VlaDecisionTransformerConfig,
             model=DecisionTransformer,
             policy=DecisionTransformerPolicy,
-            presets=presets.PRESETS,
+            presets=decision_transformer_presets.PRESETS,
             source="Chen et al. 2021, Decision Transformer, https://arxiv.org/abs/2106.01345",
         ),
         Architecture(
@@ -125,7 +120,8 @@ def architecture(name: str) -> Architecture:
     """A member by name. Raises ConfigError with the nearest one."""
     if name not in ARCHITECTURES:
         raise ConfigError(
-            f"unknown architecture {name!r}; {_hint(name, ARCHITECTURES)}this version builds {', '.join(ARCHITECTURES)}"
+            f"unknown architecture {name!r}; {did_you_mean(name, ARCHITECTURES)}this version builds "
+            f"{', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[name]
 
@@ -138,8 +134,3 @@ def architecture_of(model: Any) -> Architecture:
     raise ConfigError(
         f"{type(model).__name__} is not in the zoo ({', '.join(ARCHITECTURES)}); add an Architecture to models/zoo.py"
     )
-
-
-def _hint(name: str, known: Mapping[str, Any]) -> str:
-    near = get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}? " if near else ""

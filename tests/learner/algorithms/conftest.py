@@ -9,8 +9,8 @@ from vla_dist.learner.config import LearnerConfig
 from vla_dist.learner.learner import Learner
 from vla_dist.learner.train_step import OptimiserConfig
 from vla_dist.models.auto import build_policy
-from vla_dist.models.decision_transformer import DecisionTransformer
-from vla_dist.models.presets import preset
+from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.presets import PRESETS
 from vla_dist.testing.fakes import make_spec
 from vla_dist.testing.registry import InMemoryRegistry
 
@@ -49,7 +49,7 @@ def record(table, proprio, actions, *, rewards=None, success=True, version=0, in
 def make_model(**changes):
     torch.manual_seed(1)
     settings = {"hidden_dim": 32, "n_layers": 1, "n_heads": 2, "context_steps": 2, "goal_dim": 0, "dropout": 0.0}
-    return DecisionTransformer(preset("small", SPEC, **{**settings, "return_dropout": 0.0, **changes}))
+    return DecisionTransformer(PRESETS["small"](SPEC, **{**settings, "return_dropout": 0.0, **changes}))
 
 
 @pytest.fixture

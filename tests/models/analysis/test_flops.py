@@ -26,16 +26,36 @@ def test_two_ways_of_counting_agree_for_every_member(case):
         assert closed_form_flops(call) == pytest.approx(counted, rel=0.01)
 
 
+def embedded(config):
+    """Of one window: states, returns, actions and the goal."""
+    return 2 * config.hidden_dim * (config.context_steps * (1 + config.state_dim + config.action_dim) + config.goal_dim)
+
+
 def test_the_decision_transformer_costs_what_its_config_says():
-    one = subject(architecture("decision_transformer"), "gym")
+    one = subject(architecture("decision_transformer"), "small")
     config, batch = one.config, one.batch(3)
     steps, width, inner = config.context_steps, config.hidden_dim, 4 * config.hidden_dim
-    tokens = 3 * steps + config.num_goal_tokens
+    tokens = 3 * steps - 1 + config.num_goal_tokens  # the newest action is seen by nobody
     whole = tokens * (2 * width * 3 * width + 2 * width * width + 4 * width * inner) + 4 * tokens * tokens * width
     # The last block computes queries, output and MLP of the state tokens only.
     last = tokens * 4 * width * width + steps * (4 * width * width + 4 * width * inner) + 4 * steps * tokens * width
-    embedded = 2 * width * (steps * (1 + config.state_dim + config.action_dim) + config.goal_dim)
-    expected = 3 * ((config.n_layers - 1) * whole + last + embedded + 2 * steps * width * config.action_dim)
+    head = 2 * steps * width * config.action_dim
+    expected = 3 * ((config.n_layers - 1) * whole + last + embedded(config) + head)
+    model = one.build()
+    assert count_flops(lambda: model.loss(batch)) == expected
+    assert closed_form_flops(lambda: model.loss(batch)) == expected
+
+
+def test_a_single_head_projects_neither_keys_nor_values():
+    one = subject(architecture("decision_transformer"), "gym")
+    config, batch = one.config, one.batch(3)
+    steps, width, inner = config.context_steps, config.hidden_dim, 4 * config.hidden_dim
+    tokens = 3 * steps - 1 + config.num_goal_tokens
+    whole = tokens * (4 * width * width + 4 * width * inner) + 4 * tokens * tokens * width
+    last = steps * (4 * width * width + 4 * width * inner) + 4 * steps * tokens * width
+    folding = config.n_layers * (2 * 2 * width**3 + 2 * 2 * width**2)
+    head = 2 * steps * width * config.action_dim
+    expected = 3 * ((config.n_layers - 1) * whole + last + embedded(config) + head) + folding
     model = one.build()
     assert count_flops(lambda: model.loss(batch)) == expected
     assert closed_form_flops(lambda: model.loss(batch)) == expected

@@ -155,6 +155,86 @@ def test_a_subgoal_is_held_for_k_steps_and_rows_keep_their_own():
         states[0].target[:] = 0
 
 
+def count_rows(module: torch.nn.Module) -> list[int]:
+    """Rows of each call of a level's perception from here on."""
+    seen: list[int] = []
+    module.encoder.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    return seen
+
+
+@pytest.mark.parametrize("skills", [[], list(SKILLS)], ids=["latent", "skills"])
+def test_a_batch_asks_the_planner_only_for_rows_whose_subgoal_is_due(skills: list[str]):
+    """Sessions that began at different times: two rates in one batch."""
+    hold = 4
+    model = HierarchicalVLA(configure(hold_steps=hold, context_steps=8, skills=skills))
+    policy, rng = make_policy(model), np.random.default_rng(0)
+    states, ages = [], []
+    for age in (0, 1, 2, 3, 4, 5):
+        state = policy.initial_state()
+        for _ in range(age):
+            _, (state,) = policy.act([observe(*rng.normal(size=3))], [state])
+        states.append(state)
+        ages.append(age)
+    planner, controller = count_rows(model.planner), count_rows(model.controller)
+    for step in range(8):
+        due = [row for row, age in enumerate(ages) if (age + step) % hold == 0]
+        before = states
+        observations = [observe(*rng.normal(size=3)) for _ in states]
+        chunks, states = policy.act(observations, before)
+        assert (planner, controller) == ([len(due)] if due else [], [len(states)])
+        planner.clear(), controller.clear()
+        alone = [policy.act([o], [s])[0][0] for o, s in zip(observations, before, strict=True)]
+        np.testing.assert_allclose(chunks, alone, atol=1e-5)
+        planner.clear(), controller.clear()
+
+
+def test_a_skill_that_ends_early_asks_the_planner_for_its_own_row_alone():
+    model = HierarchicalVLA(configure(skills=list(SKILLS), hold_steps=1000, learned_termination=True))
+    assert model.terminate is not None
+    torch.nn.init.zeros_(model.terminate.weight)
+    policy, states = make_policy(model), []
+    for skill in (0, 1, 0):
+        states.append(replace(policy.initial_state(timestep=1), skill=skill, age=0))
+    with torch.no_grad():  # a skill's own vector says whether it is over
+        model.terminate.weight[0, model.config.low_level_dim :] = model.embed_skill(torch.tensor(1))
+        model.terminate.bias.fill_(-float(model.embed_skill(torch.tensor(1)).square().sum()) / 2)
+    over = [bool(logit > 0) for logit in policy_stops(model, (0, 1, 0))]
+    assert over == [False, True, False]
+    planner = count_rows(model.planner)
+    _, after = policy.act([observe(0, 0, 0)] * 3, states)
+    assert planner == [1]
+    assert [state.skill for state in after] == [0, 0, 0]
+
+
+def policy_stops(model: HierarchicalVLA, skills: tuple[int, ...]) -> torch.Tensor:
+    low = torch.zeros(len(skills), model.config.low_level_dim)
+    stops = model.stop_logits(low, model.embed_subgoal(torch.tensor(skills)))
+    assert stops is not None
+    return stops
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"skills": list(SKILLS)},
+        {"skills": list(SKILLS), "controller": {"architecture": "decision_transformer", "n_layers": 1, "n_heads": 1}},
+        {"skills": list(SKILLS), "controller": {"architecture": "memory", "memory_dim": 16, "num_heads": 1}},
+    ],
+    ids=["latent", "skills", "decision_transformer", "memory"],
+)
+def test_a_batch_in_parts_weighs_as_much_as_in_one_whatever_the_controller(changes: dict):
+    torch.manual_seed(0)
+    model = HierarchicalVLA(configure(**changes)).eval()
+    batch = make_train_batch(model.config, num_windows=6)
+    batch = replace(batch, tasks=("left", "right", "left+right", "right", "left", "right"))
+    parts = [batch.rows(0, 2), batch.rows(2, 6)]
+    counts = [model.loss_count(part) for part in parts]
+    whole, _ = model.loss(batch)
+    mean = sum(count * model.loss(part)[0] for count, part in zip(counts, parts, strict=True)) / sum(counts)
+    torch.testing.assert_close(mean, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_a_skill_that_says_it_is_done_makes_way_for_another():
     model = HierarchicalVLA(configure(skills=list(SKILLS), hold_steps=1000, learned_termination=True))
     assert model.terminate is not None
@@ -265,7 +345,7 @@ def test_what_does_not_fit_is_refused():
         make_policy(model, subgoals="oracle", oracle=lambda o: "sideways").act(
             [observe(0, 0, 0)], [make_policy(model).initial_state()]
         )
-    with pytest.raises(ConfigError, match="has no settings"):
+    with pytest.raises(ConfigError, match="controller memory has no setting 'wings'"):
         HierarchicalVLA(configure(skills=["a"], controller={"architecture": "memory", "wings": 2}))
-    with pytest.raises(ConfigError, match="does not know"):
+    with pytest.raises(ConfigError, match="has no setting 'wings'"):
         HierarchicalVLA(8, 8, 2, wings=2)

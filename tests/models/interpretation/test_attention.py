@@ -7,7 +7,7 @@ from transformers import ViTConfig, ViTModel
 
 from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.models.interpretation.attention import InterpretableVLA
-from vla_dist.models.transformer import Transformer, causal_visibility
+from vla_dist.models.transformer import Transformer, attention_bias, causal_visibility
 from vla_dist.testing.zoo import zoo_cases
 
 CASES = zoo_cases()
@@ -55,7 +55,7 @@ def test_the_weights_are_those_that_mix_the_values():
     normed = model.blocks[0].attention_norm(tokens)
     value = attention.qkv(normed)[..., 16:].unflatten(-1, (2, 4)).transpose(1, 2)
     mixed = (maps["blocks.0.attention"] @ value).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(attention.out(mixed), attention(normed, visible))
+    torch.testing.assert_close(attention.out(mixed), attention(normed, attention_bias(visible, torch.float32)))
     assert maps["blocks.0.attention"].triu(1).abs().max() == 0
 
 

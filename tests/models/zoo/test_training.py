@@ -111,8 +111,6 @@ def test_a_window_without_weight_teaches_nothing(case):
 
 def test_a_batch_in_parts_weighs_as_much_as_in_one(case):
     model, batch = case.build(), case.batch(num_windows=6)
-    if not hasattr(model, "loss_count"):
-        pytest.skip("its loss is a sum of means over different steps: micro-batches weigh it by windows")
     if not torch.equal(loss_of(model, batch, seed=1)[0], loss_of(model, batch, seed=2)[0]):
         pytest.skip("its loss draws noise for each window")
     parts = [batch.rows(0, 1), batch.rows(1, 6)]

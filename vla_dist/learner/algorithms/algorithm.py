@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from vla_dist.learner.parallel import Parallel
@@ -51,11 +50,8 @@ class Algorithm(nn.Module):
         return model.loss(batch)
 
     def loss_count(self, model: PolicyModel, batch: TrainBatch) -> Tensor:
-        """() float32: how many terms ``loss`` is the mean of; windows where the model does not say."""
-        count = getattr(model, "loss_count", None)
-        if count is None:
-            return torch.tensor(float(batch.num_windows), device=batch.states.device)
-        return count(batch)
+        """() float32: how many terms ``loss`` is the mean of."""
+        return model.loss_count(batch)
 
     def updated(self, parallel: Parallel) -> None:
         """Take over what the update that has just ended brought. Blocking: every rank must call it."""

@@ -15,7 +15,7 @@ from vla_dist.learner.algorithms.decision_transformer import reads_returns
 from vla_dist.learner.parallel import Parallel
 from vla_dist.models.batch import TrainBatch
 from vla_dist.models.conditioning import ConditioningKind
-from vla_dist.models.member import PolicyModel, PolicyModelConfig, fill_normaliser, masked_mean
+from vla_dist.models.member import PolicyModel, PolicyModelConfig, masked_mean
 from vla_dist.models.value_head import ReturnDistribution
 
 _KINDS: tuple[ConditioningKind, ...] = ("success", "advantage", "reward_advantage")
@@ -89,7 +89,7 @@ class Conditioned(Algorithm):
 
     def set_normaliser(self, **scales: Tensor | None) -> None:
         if self.value is not None:
-            fill_normaliser(self.value.encoder, **scales)
+            self.value.encoder.set_normaliser(**scales)
 
     def prepare(self, batch: TrainBatch) -> TrainBatch:
         self._batch_quantiles = []

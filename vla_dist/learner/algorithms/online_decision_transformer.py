@@ -19,7 +19,7 @@ from vla_dist.learner.algorithms.behaviour_cloning import HINDSIGHT
 from vla_dist.learner.algorithms.decision_transformer import reads_returns
 from vla_dist.models.batch import TrainBatch
 from vla_dist.models.conditioning import ConditioningKind, ReturnConditioning
-from vla_dist.models.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
 from vla_dist.models.member import PolicyModel, PolicyModelConfig, masked_mean
 from vla_dist.models.squashed_gaussian import SquashedGaussian
 

@@ -20,7 +20,8 @@ from vla_dist.models.bcz.clip import ClipText, ClipVision, load_clip
 from vla_dist.models.bcz.waypoints import WaypointHead, two_layers
 from vla_dist.models.heads import DiscreteHead
 from vla_dist.models.language_encoder import MINILM, LanguageEncoder
-from vla_dist.models.visual_encoder import VisualEncoder, VisualEncoderConfig
+from vla_dist.models.settings import build_config
+from vla_dist.models.visual_encoder import VisualEncoder, build_visual_encoder
 from vla_dist.models.visuomotor import ONE_CAMERA, VisuomotorConfig, VisuomotorModel, Words
 
 CLIP_HUB_NAME = "openai/clip-vit-base-patch32"
@@ -62,7 +63,7 @@ class BCZConfig(VisuomotorConfig):
             raise ConfigError("BC-Z needs a camera; give the robot one, or choose a model that acts on proprio alone")
         if self.clip is not None and (self.goal_dim or self.language is not None):
             raise ConfigError("BC-Z with CLIP reads texts by CLIP; set goal_dim 0 and no language")
-        if self.clip is None and not self.goal_dim and self.language is None:
+        if not self.reads_words:
             raise ConfigError("BC-Z follows words; set goal_dim, language or clip")
         if self.head == "waypoints":
             self._settle_parts()
@@ -77,6 +78,10 @@ class BCZConfig(VisuomotorConfig):
                 f"BC-Z xyz_dims {self.xyz_dims}, rotation_dims {self.rotation_dims} and gripper_dims "
                 f"{self.gripper_dims} must name each of 0..{self.action_dim - 1} once"
             )
+
+    @property
+    def reads_words(self) -> bool:
+        return self.clip is not None or super().reads_words
 
     def parts(self) -> dict[str, list[int]]:
         """part -> its dimensions."""
@@ -124,12 +129,12 @@ class BCZ(VisuomotorModel):
             if visual_backbone != "clip" and language_backbone != MINILM:
                 settings.setdefault("goal_dim", 0)
                 settings.setdefault("language", {"model_name": language_backbone, "freeze": False})
-            config = BCZConfig(action_dim=action_dim, **settings)
+            config = build_config(BCZConfig, settings, action_dim=action_dim)
         super().__init__(config)
         self.visual: VisualEncoder | ClipVision
         if config.clip is None:
-            given = {"backbone": "resnet18", **(config.visual or {}), "condition_dim": self.words_dim}
-            self.visual = VisualEncoder(VisualEncoderConfig(**given))
+            given = {"backbone": "resnet18", **(config.visual or {})}
+            self.visual = build_visual_encoder(given, condition_dim=self.words_dim)
             self.frame_dim = self.visual.config.output_dim
         else:
             self.language = ClipText(config.clip.get("text", {}))
@@ -185,7 +190,7 @@ class BCZ(VisuomotorModel):
     def _torso(self, states: Tensor, features: Tensor, words: Words | None) -> Tensor:
         inputs = [features[:, -1]]
         if self.config.state_dim:
-            inputs.append(self.normalised(states)[:, -1])
+            inputs.append(self.proprio_of(states)[:, -1])
         if self.config.clip is not None and words is not None:
             inputs.append(words.pooled)
         return self.torso(torch.cat(inputs, -1))

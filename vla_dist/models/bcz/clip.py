@@ -22,7 +22,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from vla_dist.core.errors import ConfigError, DataError, ResourceMissing
+from vla_dist.core.errors import ConfigError, ResourceMissing
+from vla_dist.models.pixels import unit_pixels
+from vla_dist.models.settings import config_errors
 
 _PIXEL_MEAN, _PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -35,7 +37,8 @@ class ClipVision(nn.Module):
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__()
-        self.tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings))
+        with config_errors("CLIP's vision tower"):
+            self.tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings))
         self.register_buffer("pixel_mean", torch.tensor(_PIXEL_MEAN).view(1, 3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(_PIXEL_STD).view(1, 3, 1, 1))
 
@@ -46,11 +49,7 @@ class ClipVision(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, T, 3, H, W) uint8 or float in [0, 1], to (B, T, P)."""
-        if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise DataError(f"images are {images.dtype}; give uint8, or floats within [0, 1]")
-        flat = images.flatten(0, 1).to(self.pixel_mean.dtype)
-        if images.dtype == torch.uint8:
-            flat = flat / 255.0
+        flat = unit_pixels(images.flatten(0, 1), self.pixel_mean.dtype)
         size = (int(cast(int, self.tower.config.image_size)),) * 2
         if tuple(flat.shape[-2:]) != size:
             flat = interpolate(flat, size, mode="bicubic", antialias=True, align_corners=False).clamp(0.0, 1.0)
@@ -67,8 +66,9 @@ class ClipText(nn.Module):
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__()
-        config = CLIPTextConfig(**settings)
-        self.tower = CLIPTextModelWithProjection(config)
+        with config_errors("CLIP's text tower"):
+            config = CLIPTextConfig(**settings)
+            self.tower = CLIPTextModelWithProjection(config)
         self.tokenizer: Any = _byte_tokenizer(config)
 
     @property
@@ -105,7 +105,7 @@ def load_clip(source: str, vision: ClipVision, text: ClipText) -> None:
         ConfigError: weights of another size.
     """
     try:
-        weights = CLIPModel.from_pretrained(source).state_dict()
+        weights = CLIPModel.from_pretrained(source, use_safetensors=True).state_dict()
         tokenizer = CLIPTokenizer.from_pretrained(source)
     except OSError as error:
         raise ResourceMissing(

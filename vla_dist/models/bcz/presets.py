@@ -6,6 +6,7 @@ from typing import Any
 
 from vla_dist.core.specs import EnvSpec
 from vla_dist.models.bcz.bcz import BCZConfig
+from vla_dist.models.robot_settings import robot_settings
 
 _GRIPPER = re.compile(r"grip|finger|jaw|suction")
 _ROTATION = re.compile(r"rot|roll|pitch|yaw|angle|quat|orient|axis")
@@ -26,13 +27,8 @@ def action_parts(spec: EnvSpec) -> dict[str, list[int]]:
 
 
 def _for_spec(spec: EnvSpec, size: dict[str, Any], changes: dict[str, Any]) -> BCZConfig:
-    settings: dict[str, Any] = {
-        "action_dim": spec.action_dim,
-        "cameras": [camera.name for camera in spec.cameras],
-    }
-    if spec.action_kind == "discrete":
-        settings["head"] = "discrete"
-    else:
+    settings = {**robot_settings(spec, head="waypoints"), "state_dim": 0}
+    if spec.action_kind == "continuous":
         settings |= action_parts(spec)
     return BCZConfig(**{**settings, **size, **changes})
 

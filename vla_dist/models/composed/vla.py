@@ -17,7 +17,7 @@ from vla_dist.models.batch import TrainBatch
 from vla_dist.models.fusion import CrossAttention, FusionType, MultimodalFusion
 from vla_dist.models.heads import HEADS, build_head
 from vla_dist.models.token_learner import TokenLearner
-from vla_dist.models.visual_encoder import VisualEncoder, VisualEncoderConfig
+from vla_dist.models.visual_encoder import build_visual_encoder
 from vla_dist.models.visuomotor import VisuomotorConfig, VisuomotorModel, Words
 
 
@@ -57,7 +57,7 @@ class ComposedVLAConfig(VisuomotorConfig):
             )
         if not self.cameras and not self.state_dim:
             raise ConfigError("a composed VLA without cameras needs proprio; set state_dim or cameras")
-        if not self.goal_dim and self.language is None:
+        if not self.reads_words:
             raise ConfigError("a composed VLA follows words; set goal_dim or language")
 
 
@@ -80,8 +80,8 @@ class ComposedVLA(VisuomotorModel):
         self.visual = self.token_learner = self.embed_camera = None
         self.embed_state = self.embed_goal = self.embed_step = None
         if cameras:
-            visual = {**(config.visual or {}), "output_dim": width, "return_tokens": config.tokens_per_frame > 0}
-            self.visual = VisualEncoder(VisualEncoderConfig(**visual))
+            as_tokens = config.tokens_per_frame > 0
+            self.visual = build_visual_encoder(config.visual, output_dim=width, return_tokens=as_tokens)
             self.token_learner = TokenLearner(width, config.tokens_per_frame) if config.tokens_per_frame else None
             self.embed_camera = nn.Embedding(cameras, width) if cameras > 1 else None
         if config.state_dim:
@@ -157,7 +157,7 @@ class ComposedVLA(VisuomotorModel):
         steps = valid.shape[1]
         tokens = features
         if self.embed_state is not None:
-            tokens = torch.cat([tokens, self.embed_state(self.normalised(states))[:, :, None]], 2)
+            tokens = torch.cat([tokens, self.embed_state(self.proprio_of(states))[:, :, None]], 2)
         if self.embed_step is not None:
             # Counted back from the newest step, so that what is padded on the left shifts nothing.
             tokens = tokens + self.embed_step.weight[-steps:, None]

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from vla_dist.core.errors import ConfigError
+from vla_dist.models.visual_encoder import require_visual
 
 HEADS = ("tanh", "discrete")
 
@@ -54,6 +55,7 @@ class HierarchicalVLAConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.cameras, self.skills = list(self.cameras or []), list(self.skills or [])
+        require_visual(self.visual)
         for name in ("high_level_dim", "low_level_dim", "action_dim", "subgoal_dim", "hold_steps", "context_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"hierarchical {name} {getattr(self, name)} must be at least 1")

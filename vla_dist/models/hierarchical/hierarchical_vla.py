@@ -10,21 +10,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 from transformers import initialization as init
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.batch import TrainBatch
 from vla_dist.models.hierarchical.alignment import Sketches, log_likelihood, posterior
 from vla_dist.models.hierarchical.config import HierarchicalVLAConfig
-from vla_dist.models.member import fill_normaliser, masked_mean, require_batch, setting_types
+from vla_dist.models.member import masked_mean, require_batch, setting_types
+from vla_dist.models.pretrained import WholePreTrainedModel
+from vla_dist.models.settings import build_config, require_settings
 from vla_dist.models.step_encoder import StepEncoder
 
 _ACTION_STD = 0.2
 """Of the Gaussian by which a skill explains a recorded action in [-1, 1]."""
 
 
-class HierarchicalVLA(PreTrainedModel):
+class HierarchicalVLA(WholePreTrainedModel):
     """Two levels that share no parameter and no gradient: the controller is handed subgoals as plain numbers.
 
     A subgoal is one of S named skills, or, without names, the state that shall be reached at the end of the hold, as a
@@ -58,12 +60,8 @@ class HierarchicalVLA(PreTrainedModel):
         else:
             if low_level_dim is None or action_dim is None:
                 raise ConfigError("HierarchicalVLA needs high_level_dim, low_level_dim and action_dim, or one config")
-            unknown = sorted(set(settings) - set(setting_types(HierarchicalVLAConfig)))
-            if unknown:
-                known = ", ".join(setting_types(HierarchicalVLAConfig))
-                raise ConfigError(f"HierarchicalVLA does not know {unknown}; its settings are {known}")
             sizes = {"high_level_dim": high_level_dim, "low_level_dim": low_level_dim, "action_dim": action_dim}
-            config = HierarchicalVLAConfig(**{"state_dim": low_level_dim, **sizes, **settings})
+            config = build_config(HierarchicalVLAConfig, {"state_dim": low_level_dim, **settings}, **sizes)
         super().__init__(config)
         self.planner = _Planner(config)
         self.controller: Any = _Controller(config) if config.controller is None else _build_member(config)
@@ -96,11 +94,9 @@ class HierarchicalVLA(PreTrainedModel):
     ) -> None:
         """Fill the buffers of both levels. Raises DataError where a shape differs or a number is not finite."""
         scales = {"proprio_mean": proprio_mean, "proprio_std": proprio_std}
-        fill_normaliser(self.planner.encoder, **scales, goal_mean=goal_mean, goal_std=goal_std)
-        if self.config.controller is None:
-            fill_normaliser(self.controller.encoder, **scales)
-        else:
-            self.controller.set_normaliser(**scales)
+        self.planner.encoder.set_normaliser(**scales, goal_mean=goal_mean, goal_std=goal_std)
+        controller = self.controller.encoder if self.config.controller is None else self.controller
+        controller.set_normaliser(**scales)
 
     def forward(
         self, high_level_state: Tensor, low_level_state: Tensor, *, previous_skill: Tensor | None = None
@@ -150,6 +146,9 @@ class HierarchicalVLA(PreTrainedModel):
         * A controller that is another member learns with each window's skill as its goal and its words; windows of
           several skills are left out, since only the built-in one can say how well each skill explains an action.
 
+        The sums of both levels' terms are divided by one count, ``loss_count``, so that the levels keep their shares
+        however a batch is cut.
+
         Raises:
             DataError: the batch is of another robot or model, or a window names no known skill.
         """
@@ -164,6 +163,13 @@ class HierarchicalVLA(PreTrainedModel):
             loss, metrics = self._latent_loss(batch, high)
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in metrics.items()}}
 
+    def loss_count(self, batch: TrainBatch) -> Tensor:
+        """() float32: the steps that the controller imitates, of which ``loss`` is the mean."""
+        if self.config.controller is not None:
+            return self.controller.loss_count(batch)
+        imitated = batch.padding_mask if self.config.skills else batch.padding_mask[:, :-1]
+        return imitated.sum().float()
+
     def _latent_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         hold, last = self.config.hold_steps, batch.states.shape[1] - 1
         low = self.controller.perceive(batch.states, batch.images)
@@ -173,14 +179,13 @@ class HierarchicalVLA(PreTrainedModel):
         mask = batch.padding_mask[:, :-1]
         output = self.controller(low[:, :-1], self.embed_subgoal(state[:, ends] - state[:, :-1]))
         errors, measured = self._action_errors(output, batch.target_actions[:, :-1])
-        planned = self.planner(high, None)[:, : last + 1 - hold]
-        reached = state[:, hold:] - state[:, : last + 1 - hold]
-        plan_errors = (planned - reached).square().mean(-1)
-        weights = batch.weights_of_steps
         num_planned = last + 1 - hold
-        plan_loss = masked_mean(plan_errors, batch.padding_mask[:, :num_planned], _first(weights, num_planned))
+        planned = self.planner(high, None)[:, :num_planned]
+        plan_errors = (planned - (state[:, hold:] - state[:, :num_planned])).square().mean(-1)
+        weights, count = batch.weights_of_steps, self.loss_count(batch)
+        plan_loss = _weighted_sum(plan_errors, batch.padding_mask[:, :num_planned], _first(weights, num_planned), count)
         metrics = {name: masked_mean(value, mask) for name, value in measured.items()}
-        controller_loss = masked_mean(errors, mask, _first(weights, last))
+        controller_loss = _weighted_sum(errors, mask, _first(weights, last), count)
         return controller_loss + plan_loss, {**metrics, "planner_loss": plan_loss}
 
     def _skill_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -198,19 +203,20 @@ class HierarchicalVLA(PreTrainedModel):
         begins = ~batch.padding_mask[:, 0] | (batch.timesteps[:, 0] == 0)
         explained = torch.where(batch.padding_mask[..., None], explained, 0.0)
         arguments = (sketches, batch.padding_mask, begins)
-        num_valid = batch.padding_mask.sum(1).clamp(min=1)
-        surprise = -log_likelihood(explained, stops, *arguments) / num_valid
+        surprise = -log_likelihood(explained, stops, *arguments)
         running = posterior(explained, stops, *arguments)
-        weights = batch.weights_of_steps
+        weights, num_terms = batch.weights_of_steps, self.loss_count(batch)
         if weights is not None and weights.ndim == 2:
             # The likelihood of a window cannot be weighed step by step.
-            weights = (weights * batch.padding_mask).sum(1) / num_valid
-        controller_loss = masked_mean(surprise, torch.ones_like(begins), weights)
-        plan_loss, accuracy = self._plan_loss(high, sketches, running, batch)
+            weights = (weights * batch.padding_mask).sum(1) / batch.padding_mask.sum(1).clamp(min=1)
+        controller_loss = _weighted_sum(surprise, torch.ones_like(begins), weights, num_terms)
+        plan_loss, accuracy = self._plan_loss(high, sketches, running, batch, num_terms)
         metrics = {name: masked_mean((value * running).sum(-1), batch.padding_mask) for name, value in measured.items()}
         return controller_loss + plan_loss, {**metrics, "planner_loss": plan_loss, "planner_accuracy": accuracy}
 
-    def _plan_loss(self, high: Tensor, sketches: Sketches, running: Tensor, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+    def _plan_loss(
+        self, high: Tensor, sketches: Sketches, running: Tensor, batch: TrainBatch, num_terms: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Cross-entropy against (B, K, N) skills; a step is told the skill before it or, half of the time, none."""
         num_skills, steps = len(self.config.skills or ()), running.shape[1]
         index = sketches.skills[:, None].expand(-1, steps, -1)
@@ -224,7 +230,7 @@ class HierarchicalVLA(PreTrainedModel):
         logits = self.planner(high, torch.where(is_known, before, num_skills))
         errors = cross_entropy(logits.transpose(1, 2), labels.transpose(1, 2), reduction="none")
         right = (logits.argmax(-1) == labels.argmax(-1)).float()
-        loss = masked_mean(errors, batch.padding_mask, batch.weights_of_steps)
+        loss = _weighted_sum(errors, batch.padding_mask, batch.weights_of_steps, num_terms)
         return loss, masked_mean(right, batch.padding_mask)
 
     def _member_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -242,7 +248,8 @@ class HierarchicalVLA(PreTrainedModel):
         controller_loss, metrics = self.controller.loss(alone)
         first = torch.nn.functional.one_hot(torch.zeros_like(skill), sketches.skills.shape[1]).float()
         running = (first[:, None] * batch.padding_mask[..., None]).to(high.dtype)
-        plan_loss, accuracy = self._plan_loss(high, sketches, running, replace(batch, weights=alone.weights))
+        told = replace(batch, weights=alone.weights)
+        plan_loss, accuracy = self._plan_loss(high, sketches, running, told, self.loss_count(batch))
         named = {f"controller_{name}": value for name, value in metrics.items()}
         return controller_loss + plan_loss, {**named, "planner_loss": plan_loss, "planner_accuracy": accuracy}
 
@@ -254,6 +261,11 @@ class HierarchicalVLA(PreTrainedModel):
             return errors, {"accuracy": (output.argmax(-1) == choice).float()}
         difference = output - target
         return 0.5 * difference.square().mean(-1), {"action_error": difference.abs().mean(-1)}
+
+
+def _weighted_sum(terms: Tensor, mask: Tensor, weights: Tensor | None, count: Tensor) -> Tensor:
+    """As ``masked_mean``, over another count than that of the mask."""
+    return masked_mean(terms, mask, weights) * (mask.sum() / count.clamp(min=1))
 
 
 def _first(weights: Tensor | None, steps: int) -> Tensor | None:
@@ -344,9 +356,7 @@ def _build_member(config: HierarchicalVLAConfig) -> Any:
         "visual": config.visual,
     }
     known = setting_types(member.config)
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ConfigError(f"controller {member.name} has no settings {unknown}; it has {', '.join(known)}")
+    require_settings(f"controller {member.name}", known, settings)
     fitting = {name: value for name, value in shared.items() if name in known}
     return member.model(member.config(**{**fitting, **settings}))
 

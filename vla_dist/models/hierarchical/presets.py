@@ -5,16 +5,11 @@ from typing import Any
 
 from vla_dist.core.specs import EnvSpec
 from vla_dist.models.hierarchical.config import HierarchicalVLAConfig
+from vla_dist.models.robot_settings import robot_settings, small_eyes
 
 
 def _for_spec(spec: EnvSpec, size: dict[str, Any], changes: dict[str, Any]) -> HierarchicalVLAConfig:
-    settings = {
-        "state_dim": spec.proprio_dim,
-        "action_dim": spec.action_dim,
-        "head": "discrete" if spec.action_kind == "discrete" else "tanh",
-        "cameras": [camera.name for camera in spec.cameras],
-        "visual": {"backbone": "conv_small", "output_dim": 128} if spec.cameras else None,
-    }
+    settings = {**robot_settings(spec, head="tanh"), "visual": small_eyes(spec)}
     return HierarchicalVLAConfig(**{**settings, **size, **changes})
 
 

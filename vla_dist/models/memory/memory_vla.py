@@ -10,14 +10,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers import initialization as init
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.batch import TrainBatch
-from vla_dist.models.member import fill_normaliser, masked_mean, require_batch, setting_types
+from vla_dist.models.member import masked_mean, require_batch
 from vla_dist.models.memory.bank import EpisodicMemory, MemoryReader, WriteGate
+from vla_dist.models.pretrained import WholePreTrainedModel
+from vla_dist.models.settings import build_config
 from vla_dist.models.step_encoder import StepEncoder
+from vla_dist.models.visual_encoder import require_visual
 
 HEADS = ("tanh", "discrete")
 
@@ -77,6 +80,7 @@ class MemoryAugmentedVLAConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.cameras = list(self.cameras or [])
+        require_visual(self.visual)
         for name in ("action_dim", "memory_size", "memory_dim", "num_heads", "context_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"memory {name} {getattr(self, name)} must be at least 1")
@@ -100,7 +104,7 @@ class MemoryAugmentedVLAConfig(PreTrainedConfig):
             )
 
 
-class MemoryAugmentedVLA(PreTrainedModel):
+class MemoryAugmentedVLA(WholePreTrainedModel):
     """Reads its memory with what it sees, acts on both, then writes down what it sees, as firmly as a gate decides.
 
     What is written depends on the step alone, not on what was read, so that a memory cannot drift however long the
@@ -133,13 +137,8 @@ class MemoryAugmentedVLA(PreTrainedModel):
         if isinstance(input_dim, MemoryAugmentedVLAConfig):
             config = input_dim
         else:
-            unknown = sorted(set(settings) - set(setting_types(MemoryAugmentedVLAConfig)))
-            if unknown:
-                known = ", ".join(setting_types(MemoryAugmentedVLAConfig))
-                raise ConfigError(f"MemoryAugmentedVLA does not know {unknown}; its settings are {known}")
-            config = MemoryAugmentedVLAConfig(
-                state_dim=input_dim, memory_size=memory_size, memory_dim=memory_dim, **settings
-            )
+            sizes = {"state_dim": input_dim, "memory_size": memory_size, "memory_dim": memory_dim}
+            config = build_config(MemoryAugmentedVLAConfig, settings, **sizes)
         super().__init__(config)
         width = config.memory_dim
         self.encoder = StepEncoder(
@@ -173,22 +172,9 @@ class MemoryAugmentedVLA(PreTrainedModel):
             init.normal_(module.null_key, std=0.02)
             init.normal_(module.null_value, std=0.02)
 
-    def set_normaliser(
-        self,
-        *,
-        proprio_mean: Tensor,
-        proprio_std: Tensor,
-        goal_mean: Tensor | None = None,
-        goal_std: Tensor | None = None,
-    ) -> None:
-        """Fill the buffers. Raises DataError where a shape differs or a number is not finite."""
-        values = {
-            "proprio_mean": proprio_mean,
-            "proprio_std": proprio_std,
-            "goal_mean": goal_mean,
-            "goal_std": goal_std,
-        }
-        fill_normaliser(self.encoder, **values)
+    def set_normaliser(self, **scales: Tensor | None) -> None:
+        """Fill the encoder's buffers, see ``InputScales.set_normaliser``."""
+        self.encoder.set_normaliser(**scales)
 
     def initial_memory(self, num_rows: int) -> EpisodicMemory:
         """The empty memory of B episodes that begin."""

@@ -5,15 +5,12 @@ from typing import Any
 
 from vla_dist.core.specs import EnvSpec
 from vla_dist.models.language_encoder import BERT_BASE
+from vla_dist.models.robot_settings import robot_settings
 from vla_dist.models.rt1.rt1 import RT1Config
 
 
 def _for_spec(spec: EnvSpec, size: dict[str, Any], changes: dict[str, Any]) -> RT1Config:
-    settings: dict[str, Any] = {
-        "action_dim": spec.action_dim,
-        "head": "discrete" if spec.action_kind == "discrete" else "bins",
-        "cameras": [camera.name for camera in spec.cameras],
-    }
+    settings = {**robot_settings(spec, head="bins"), "state_dim": 0}
     return RT1Config(**{**settings, **size, **changes})
 
 

@@ -21,8 +21,10 @@ from vla_dist.models.fusion import FusionType, MultimodalFusion
 from vla_dist.models.heads import bins_loss, discrete_loss, from_bins
 from vla_dist.models.language_encoder import MINILM, LanguageEncoder
 from vla_dist.models.rt1.transformer import DecoderLayer
+from vla_dist.models.settings import build_config
 from vla_dist.models.token_learner import TokenLearner
-from vla_dist.models.visual_encoder import VisualEncoder, VisualEncoderConfig
+from vla_dist.models.transformer import attention_bias
+from vla_dist.models.visual_encoder import build_visual_encoder
 from vla_dist.models.visuomotor import ONE_CAMERA, VisuomotorConfig, VisuomotorModel, Words
 
 
@@ -67,7 +69,7 @@ class RT1Config(VisuomotorConfig):
             raise ConfigError(f"RT-1 decides one action at a time; horizon {self.horizon} must be 1")
         if not self.cameras:
             raise ConfigError("RT-1 needs a camera; give the robot one, or choose a model that acts on proprio alone")
-        if not self.goal_dim and self.language is None:
+        if not self.reads_words:
             raise ConfigError("RT-1 follows words; set goal_dim or language")
 
 
@@ -111,12 +113,12 @@ class RT1(VisuomotorModel):
             if language_model_name != MINILM:
                 settings.setdefault("goal_dim", 0)
                 settings.setdefault("language", {"model_name": language_model_name, "freeze": False})
-            config = RT1Config(action_dim=action_dim, hidden_dim=hidden_dim, visual=visual, **settings)
+            config = build_config(RT1Config, settings, action_dim=action_dim, hidden_dim=hidden_dim, visual=visual)
         super().__init__(config)
         width, by_film = config.hidden_dim, config.conditioning == "film"
-        visual = {**(config.visual or {}), "output_dim": width, "return_tokens": True}
         # The encoder's projection is the paper's 1x1 convolution to D channels.
-        self.visual = VisualEncoder(VisualEncoderConfig(**visual, condition_dim=self.words_dim if by_film else 0))
+        condition = self.words_dim if by_film else 0
+        self.visual = build_visual_encoder(config.visual, output_dim=width, return_tokens=True, condition_dim=condition)
         self.film = FiLM(self.words_dim, width) if by_film else None
         self.token_learner = TokenLearner(width, config.tokens_per_frame) if by_film else None
         self.fusion = None
@@ -228,7 +230,7 @@ class RT1(VisuomotorModel):
         slots = self.num_slots if num_slots is None else num_slots
         tokens = features
         if self.embed_state is not None:
-            tokens = torch.cat([tokens, self.embed_state(self.normalised(states))[:, :, None]], 2)
+            tokens = torch.cat([tokens, self.embed_state(self.proprio_of(states))[:, :, None]], 2)
         tokens = self.embed_token(tokens)
         # Steps are counted back from the newest one, so that what is padded on the left shifts nothing.
         table = self.embed_position.weight.unflatten(0, (self.config.context_steps, -1))[-steps:]
@@ -245,9 +247,9 @@ class RT1(VisuomotorModel):
             hidden = torch.cat([tokens.flatten(1, 2), queries[:, -1]], 1)
             is_slot = torch.arange(hidden.shape[1], device=valid.device) >= steps * self.num_tokens
             seen = torch.cat([valid.repeat_interleave(self.num_tokens, 1), valid[:, -1:].expand(-1, slots)], 1)
-        visible = _visibility(is_slot, seen)
+        bias = attention_bias(_visibility(is_slot, seen), hidden.dtype)
         for layer in self.layers:
-            hidden = layer(hidden, visible)
+            hidden = layer(hidden, bias)
         if every_step:
             return self.head(hidden.unflatten(1, (steps, -1))[:, :, self.num_tokens :])
         return self.head(hidden[:, -slots:][:, None])

@@ -21,12 +21,12 @@ class WideAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * num_heads * head_dim)
         self.out = nn.Linear(num_heads * head_dim, dim)
 
-    def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        """(B, L, D) tokens and (B, 1, L, L) bool, True where the row may look at the column, to (B, L, D)."""
+    def forward(self, tokens: Tensor, bias: Tensor) -> Tensor:
+        """(B, L, D) tokens and (B, 1, L, L) from ``attention_bias``, to (B, L, D)."""
         heads: Any = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.dropout if self.training else 0.0
-        mixed = scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
+        mixed = scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), dropout_p=dropout)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -41,6 +41,6 @@ class DecoderLayer(nn.Module):
         self.dense = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        tokens = tokens + self.attention(self.attention_norm(tokens), visible)
+    def forward(self, tokens: Tensor, bias: Tensor) -> Tensor:
+        tokens = tokens + self.attention(self.attention_norm(tokens), bias)
         return tokens + self.dropout(self.dense(self.dense_norm(tokens)))

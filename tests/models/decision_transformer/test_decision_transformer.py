@@ -7,7 +7,8 @@ import transformers
 from transformers import AutoModel
 
 from vla_dist.core.errors import ConfigError, DataError
-from vla_dist.models.decision_transformer import DecisionTransformer, VlaDecisionTransformerConfig
+from vla_dist.models.decision_transformer.config import VlaDecisionTransformerConfig
+from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
 from vla_dist.models.squashed_gaussian import SquashedGaussian
 from vla_dist.testing.windows import make_train_batch
 
@@ -335,6 +336,15 @@ def test_inputs_that_do_not_fit_the_config_are_named():
         model(**inputs, image_features=torch.zeros(B, T, 32))
     with pytest.raises(DataError, match="proprio_mean"):
         model.set_normaliser(proprio_mean=torch.zeros(P + 1), proprio_std=torch.ones(P))
+
+
+def test_inputs_of_another_size_are_named():
+    model = make_model()
+    inputs = make_inputs(model)
+    with pytest.raises(DataError, match=r"states of shape .* must end in 5"):
+        model(**{**inputs, "states": inputs["states"][..., 1:]})
+    with pytest.raises(DataError, match=r"goals of shape \(3, 7\) must be \(3, 8\)"):
+        model(**{**inputs, "goals": inputs["goals"][:, 1:]})
 
 
 def test_cameras_are_seen_and_features_may_come_from_before():

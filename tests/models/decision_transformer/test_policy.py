@@ -9,10 +9,11 @@ from vla_dist.core.specs import CameraSpec, Dimension
 from vla_dist.core.types import Observation, PolicyArtifact
 from vla_dist.models.auto import GOAL_EMBEDDINGS, build_policy, make_artifact
 from vla_dist.models.conditioning import ReturnConditioning
-from vla_dist.models.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.policy import DecisionTransformerPolicy
+from vla_dist.models.decision_transformer.presets import PRESETS
 from vla_dist.models.goals import GoalTable
-from vla_dist.models.policy import DecisionTransformerPolicy
-from vla_dist.models.presets import PRESETS, preset
+from vla_dist.models.zoo import architecture
 from vla_dist.testing.fakes import make_spec
 
 K, G = 4, 8
@@ -31,7 +32,7 @@ def no_embed(texts):
 
 def make_policy(spec=SPEC, *, conditioning=STEPS, name="small", **changes):
     torch.manual_seed(1)
-    model = DecisionTransformer(preset(name, spec, **{**SMALL, **changes}))
+    model = DecisionTransformer(PRESETS[name](spec, **{**SMALL, **changes}))
     with torch.no_grad():
         model.head.weight *= 20  # actions that differ visibly
     return DecisionTransformerPolicy(model, spec, conditioning=conditioning, goals=GoalTable(fake_embed)), model
@@ -254,10 +255,11 @@ def test_unknown_names_come_with_the_nearest():
     artifact = artifact_of()
     with pytest.raises(ConfigError, match="did you mean 'decision_transformer'"):
         build_policy(changed(artifact, architecture="decision_transfomer"))
+    member = architecture("decision_transformer")
     with pytest.raises(ConfigError, match="did you mean 'small'"):
-        preset("smal", SPEC)
-    with pytest.raises(ConfigError, match="hiden_dim"):
-        preset("small", SPEC, hiden_dim=3)
+        member.configure("smal", SPEC)
+    with pytest.raises(ConfigError, match="did you mean 'hidden_dim'"):
+        member.configure("small", SPEC, hiden_dim=3)
     with pytest.raises(ConfigError, match="conditioning"):
         build_policy(changed(artifact, config={"model": artifact.manifest.config["model"]}))
 
@@ -275,7 +277,7 @@ def test_a_model_that_does_not_fit_the_robot_is_refused():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_builds_and_acts(name):
     spec = make_spec(cameras=(CameraSpec(name="top", height=32, width=32),))
-    model = DecisionTransformer(preset(name, spec, goal_dim=G))
+    model = DecisionTransformer(PRESETS[name](spec, goal_dim=G))
     policy = DecisionTransformerPolicy(model, spec, conditioning=ReturnConditioning(), goals=GoalTable(fake_embed))
     action = run(policy, [observe(0, images={"top": np.zeros((32, 32, 3), np.uint8)})])[0][0]
     assert action.shape == (2,)

@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.models.transformer import ACTIVATIONS
+from vla_dist.models.visual_encoder import require_visual
 
 Head = Literal["tanh", "gaussian", "bins", "discrete"]
 Position = Literal["window", "timestep"]
@@ -72,6 +73,7 @@ class VlaDecisionTransformerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.cameras = list(self.cameras or [])
+        require_visual(self.visual)
         for name, value, allowed in (
             ("head", self.head, get_args(Head)),
             ("window", self.window, get_args(Window)),

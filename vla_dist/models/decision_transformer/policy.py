@@ -5,20 +5,26 @@ Shapes: B rows, K context steps, P proprio, A action, F image features, O output
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from vla_dist.core.errors import DataError
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Array, Observation
 from vla_dist.models.actions import ActionCodec
-from vla_dist.models.attention_cache import AttentionCache, gather_caches, split_cache
 from vla_dist.models.conditioning import ReturnConditioning
-from vla_dist.models.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.attention_cache import (
+    AttentionCache,
+    gather_buffers,
+    scatter_newest,
+    split_window,
+)
+from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.reader import WindowReader
 from vla_dist.models.goals import GoalTable
-from vla_dist.models.observations import camera_frames, goal_rows, pushed, require_fit
+from vla_dist.models.observations import camera_frames, finite_vector, goal_rows, pushed, require_fit
 
 _makers = itertools.count()
 
@@ -41,6 +47,23 @@ class DecisionTransformerState:
     """Index within the episode of the next observation."""
     cache: AttentionCache | None = None
     """What the model computed for these steps; None where the next act computes them anew: nothing is ever lost."""
+
+
+class _Window(NamedTuple):
+    """What a policy decides from: a state with the new observation as its last step."""
+
+    proprio: Array
+    actions: Array
+    """(K, A), the last one not decided yet; nobody else holds this array."""
+    returns_to_go: Array
+    features: Array
+    num_steps: int
+    timestep: int
+    """Of the last step."""
+    cache: AttentionCache | None
+    """Of the steps before it."""
+    will_grow: bool
+    """Whether the step that follows will still be added to these."""
 
 
 class DecisionTransformerPolicy:
@@ -71,6 +94,7 @@ class DecisionTransformerPolicy:
         """
         require_fit(model.config, spec, has_goals=goals is not None)
         self._model = model.eval()
+        self._reader = WindowReader(model)
         self._spec = spec
         self._conditioning = conditioning
         self._goals = goals
@@ -83,9 +107,12 @@ class DecisionTransformerPolicy:
         self._steps = config.context_steps
         self._hops = config.window == "hop"
         self._tokens_per_step = model.tokens_per_step
-        self._has_action_tokens = config.use_previous_actions
+        self._has_action_tokens, self._has_return_tokens = config.use_previous_actions, config.use_returns
+        self._draws = config.head == "gaussian"
         self._goal_dim = config.goal_dim
         self._num_prefix = config.num_goal_tokens if config.goal_dim and config.goal_fusion == "prefix" else 0
+        self._last_row = model.embed_position.num_embeddings - 1
+        self._numbers_steps = config.position == "window"
 
     @property
     def spec(self) -> EnvSpec:
@@ -131,58 +158,65 @@ class DecisionTransformerPolicy:
             return [], []
         with torch.inference_mode():
             features = self._encode_images(observations)
-            current = [
-                self._observe(observation, state, feature)
-                for observation, state, feature in zip(observations, states, features, strict=True)
-            ]
-            outputs, caches = self._predict(observations, current)
+            windows = [self._observe(o, s, f) for o, s, f in zip(observations, states, features, strict=True)]
+            outputs, caches = self._predict(observations, windows)
             noise = None
-            if generator is not None and self._model.config.head == "gaussian":
-                noise = self._tensor(generator.standard_normal((len(current), self._spec.action_dim), np.float32))
+            if generator is not None and self._draws:
+                noise = self._tensor(generator.standard_normal((len(windows), self._spec.action_dim), np.float32))
             predicted = self._model.actions_from(outputs, noise).float().cpu().numpy()
         actions = self._codec.decode(predicted)
         own = self._codec.encode(actions)
-        after = [
-            replace(state, actions=_with_last(state.actions, action), cache=cache)
-            for state, action, cache in zip(current, own, caches, strict=True)
-        ]
+        after = [self._decided(w, action, cache) for w, action, cache in zip(windows, own, caches, strict=True)]
         return list(actions[:, None]), after
 
-    def _observe(
-        self, observation: Observation, state: DecisionTransformerState, feature: Array
-    ) -> DecisionTransformerState:
-        """The state with this observation as its newest step, its action still unknown."""
-        proprio = _checked("proprio", observation.proprio, self._spec.proprio_dim)
-        actions = state.actions
+    def _observe(self, observation: Observation, state: DecisionTransformerState, feature: Array) -> _Window:
+        proprio = finite_vector("proprio", observation.proprio, self._spec.proprio_dim)
+        actions = np.empty_like(state.actions)
+        actions[:-1], actions[-1] = state.actions[1:], 0.0
         if not state.num_steps:
             value = self._conditioning.first(state.timestep, instruction=self._known_words(observation.instruction))
         else:
             value = self._conditioning.after(float(state.returns_to_go[-1]), observation.previous_reward)
             if observation.previous_action is not None:
-                executed = _checked("previous_action", observation.previous_action, self._spec.action_dim)
-                actions = _with_last(actions, self._codec.encode(executed))
-        return DecisionTransformerState(
+                executed = finite_vector("previous_action", observation.previous_action, self._spec.action_dim)
+                actions[-2:-1] = self._codec.encode(executed)
+        num_steps = self._num_remembered(state.num_steps, state.timestep)
+        return _Window(
             proprio=pushed(state.proprio, proprio),
-            actions=pushed(actions, np.zeros(self._spec.action_dim, np.float32)),
+            actions=actions,
             returns_to_go=pushed(state.returns_to_go, np.float32(value)),
             features=pushed(state.features, feature),
-            num_steps=self._num_remembered(state),
-            timestep=state.timestep + 1,
+            num_steps=num_steps,
+            timestep=state.timestep,
             cache=state.cache,
+            will_grow=self._num_remembered(num_steps, state.timestep + 1) == num_steps + 1,
         )
 
-    def _num_remembered(self, before: DecisionTransformerState) -> int:
-        """Valid steps of the state that follows.
+    def _decided(self, window: _Window, action: Array, cache: AttentionCache | None) -> DecisionTransformerState:
+        window.actions[-1] = action
+        window.actions.flags.writeable = False
+        return DecisionTransformerState(
+            proprio=window.proprio,
+            actions=window.actions,
+            returns_to_go=window.returns_to_go,
+            features=window.features,
+            num_steps=window.num_steps,
+            timestep=window.timestep + 1,
+            cache=cache,
+        )
+
+    def _num_remembered(self, num_steps: int, timestep: int) -> int:
+        """Valid steps of a state once the step ``timestep`` has joined the ``num_steps`` before it.
 
         With ``hop`` the oldest step is a multiple of K / 2 counted from the start of the episode, so that a state
         rebuilt from its last K observations has the same one.
         """
         steps = self._steps
         if not self._hops:
-            return min(before.num_steps + 1, steps)
+            return min(num_steps + 1, steps)
         half = max(1, steps // 2)
-        oldest = half * max(0, -((steps - 1 - before.timestep) // half))
-        return min(before.num_steps + 1, before.timestep - oldest + 1)
+        oldest = half * max(0, -((steps - 1 - timestep) // half))
+        return min(num_steps + 1, timestep - oldest + 1)
 
     def _known_words(self, instruction: str) -> str:
         """The wording whose target holds for this instruction: itself, or the nearest one in meaning."""
@@ -197,28 +231,31 @@ class DecisionTransformerPolicy:
         return goal_rows(instructions, self._goals, self._model.goal_mean.cpu().numpy())
 
     def _predict(
-        self, observations: Sequence[Observation], states: Sequence[DecisionTransformerState]
+        self, observations: Sequence[Observation], windows: Sequence[_Window]
     ) -> tuple[torch.Tensor, list[AttentionCache | None]]:
         """(B, O) outputs for the newest step of each row, and what each row's next act may add to."""
-        goals = np.zeros((len(states), 0), np.float32)
+        goals = np.zeros((len(windows), 0), np.float32)
         if self._goals is not None and self._goal_dim:
             goals = self._lookup_goals([observation.instruction for observation in observations])
-        growing = [row for row, state in enumerate(states) if self._may_extend(state, goals[row])]
-        others = sorted(set(range(len(states))) - set(growing))
-        outputs = torch.empty(len(states), self._model.config.num_outputs, device=self._device)
+        growing = [row for row, window in enumerate(windows) if self._may_extend(window, goals[row])]
+        if len(growing) == len(windows):
+            return self._extend(windows, goals)
+        if not growing:
+            return self._compute(windows, goals)
+        others = sorted(set(range(len(windows))) - set(growing))
+        outputs = torch.empty(len(windows), self._model.config.num_outputs, device=self._device)
         caches: dict[int, AttentionCache | None] = {}
         for rows, compute in ((growing, self._extend), (others, self._compute)):
-            if rows:
-                outputs[rows], made = compute([states[row] for row in rows], goals[rows])
-                caches.update(zip(rows, made, strict=True))
-        return outputs, [caches[row] for row in range(len(states))]
+            outputs[rows], made = compute([windows[row] for row in rows], goals[rows])
+            caches.update(zip(rows, made, strict=True))
+        return outputs, [caches[row] for row in range(len(windows))]
 
-    def _may_extend(self, state: DecisionTransformerState, goal: Array) -> bool:
-        cache = state.cache
+    def _may_extend(self, window: _Window, goal: Array) -> bool:
+        cache = window.cache
         return (
             cache is not None
             and cache.maker == self._maker
-            and cache.keys_values.shape[2] == self._num_tokens(state.num_steps - 1)
+            and cache.length == self._num_tokens(window.num_steps - 1)
             and np.array_equal(cache.goal, goal)
         )
 
@@ -226,65 +263,79 @@ class DecisionTransformerPolicy:
         """Of the goal and of this many steps up to the last state token."""
         return self._num_prefix + num_steps * self._tokens_per_step - self._has_action_tokens
 
-    def _compute(
-        self, states: Sequence[DecisionTransformerState], goals: Array
-    ) -> tuple[torch.Tensor, list[AttentionCache | None]]:
-        num_steps = np.array([state.num_steps for state in states])
-        newest = np.array([state.timestep - 1 for state in states])
+    def _compute(self, windows: Sequence[_Window], goals: Array) -> tuple[torch.Tensor, list[AttentionCache | None]]:
+        """All windows whole."""
+        num_steps = np.array([window.num_steps for window in windows])
+        newest = np.array([window.timestep for window in windows])
         # Steps that no row remembers are not computed.
         kept = slice(-int(num_steps.max()), None)
         column = np.arange(-num_steps.max(), 0)
-        outputs, cache = self._model.newest(
-            self._tensor(np.stack([state.proprio[kept] for state in states])),
-            self._tensor(np.stack([state.actions[kept] for state in states])),
-            self._returns(np.stack([state.returns_to_go[kept] for state in states])),
+        outputs, cache = self._reader.whole(
+            self._tensor(np.stack([window.proprio[kept] for window in windows])),
+            self._tensor(np.stack([window.actions[kept] for window in windows])),
+            self._tensor(np.stack([w.returns_to_go[kept] for w in windows]) / np.float32(self._conditioning.scale)),
             self._goal_tensor(goals),
             self._tensor(np.maximum(newest[:, None] + 1 + column, 0)),
             self._tensor(column >= -num_steps[:, None]),
-            image_features=self._tensor(np.stack([s.features[kept] for s in states])) if self._cameras else None,
+            image_features=self._tensor(np.stack([w.features[kept] for w in windows])) if self._cameras else None,
         )
-        growing = [row for row, state in enumerate(states) if self._num_remembered(state) == state.num_steps + 1]
-        made: list[AttentionCache | None] = [None] * len(states)
+        growing = [row for row, window in enumerate(windows) if window.will_grow]
+        made: list[AttentionCache | None] = [None] * len(windows)
         if growing:
             lengths = [self._num_tokens(int(num_steps[row])) for row in growing]
-            own = split_cache(
-                cache[:, :, growing],
-                lengths,
-                [goals[row] for row in growing],
-                num_prefix=self._num_prefix,
-                maker=self._maker,
-            )
-            for row, one in zip(growing, own, strict=True):
-                made[row] = one
+            room = {"num_prefix": self._num_prefix, "capacity": self._reader.capacity}
+            buffers = split_window(cache[:, :, growing], lengths, **room)
+            for row, buffer, length in zip(growing, buffers, lengths, strict=True):
+                made[row] = AttentionCache.of(buffer, length, goal=_own(goals[row]), maker=self._maker)
         return outputs, made
 
-    def _extend(
-        self, states: Sequence[DecisionTransformerState], goals: Array
-    ) -> tuple[torch.Tensor, list[AttentionCache | None]]:
-        size = self._tokens_per_step
-        past = [state.cache for state in states if state.cache is not None]
-        cache, is_key = gather_caches(past, room=size, device=self._device)
-        outputs = self._model.extend(
-            cache,
+    def _extend(self, windows: Sequence[_Window], goals: Array) -> tuple[torch.Tensor, list[AttentionCache | None]]:
+        """All windows by their newest step, to which their caches reach."""
+        size, past = self._tokens_per_step, [window.cache for window in windows if window.cache is not None]
+        lengths, buffers = [cache.length for cache in past], [cache.room(size) for cache in past]
+        is_alone = len(past) == 1 and self._device.type == "cpu"
+        if is_alone:
+            together, is_key = buffers[0].tensor[:, :, None, : lengths[0] + size], None
+        else:
+            together, is_key = gather_buffers(buffers, lengths, room=size)
+            together, is_key = together.to(self._device), is_key.to(self._device)
+        outputs = self._reader.extend(
+            together,
             is_key,
-            state=self._tensor(np.stack([state.proprio[-1] for state in states])),
-            previous_action=self._tensor(np.stack([state.actions[-2] for state in states])),
-            return_to_go=self._returns(np.stack([state.returns_to_go[-1] for state in states])),
+            numbers=self._tensor(self._numbers(windows)),
+            positions=self._tensor(self._positions(windows)),
             goals=self._goal_tensor(goals),
-            timestep=self._tensor(np.array([state.timestep - 1 for state in states])),
-            num_before=self._tensor(np.array([state.num_steps - 1 for state in states])),
-            image_features=self._tensor(np.stack([s.features[-1] for s in states])) if self._cameras else None,
+            image_features=self._tensor(np.stack([w.features[-1] for w in windows])) if self._cameras else None,
         )
-        lengths = [one.keys_values.shape[2] + size for one in past]
-        own = split_cache(cache, lengths, [one.goal for one in past], num_prefix=0, maker=self._maker)
-        kept = [one if self._num_remembered(s) == s.num_steps + 1 else None for one, s in zip(own, states, strict=True)]
-        return outputs, kept
+        if not is_alone:
+            scatter_newest(together, buffers, lengths, num=size)
+        made = [
+            AttentionCache.of(buffer, length + size, goal=cache.goal, maker=self._maker) if window.will_grow else None
+            for window, cache, buffer, length in zip(windows, past, buffers, lengths, strict=True)
+        ]
+        return outputs, made
+
+    def _numbers(self, windows: Sequence[_Window]) -> Array:
+        """(B, I) what ``WindowReader.extend`` reads of the newest steps."""
+        rows = []
+        for window in windows:
+            row = [window.proprio[-1]]
+            if self._has_return_tokens:
+                row.insert(0, window.returns_to_go[-1:] / np.float32(self._conditioning.scale))
+            if self._has_action_tokens:
+                row.insert(0, window.actions[-2])
+            rows.append(np.concatenate(row))
+        return np.stack(rows)
+
+    def _positions(self, windows: Sequence[_Window]) -> Array:
+        """(B, S) rows of the position table: the action belongs to the step before."""
+        later = np.array([w.num_steps - 1 if self._numbers_steps else w.timestep for w in windows])
+        rows = np.repeat(later[:, None], self._tokens_per_step, 1)
+        rows[:, 0] -= self._has_action_tokens
+        return rows.clip(0, self._last_row)
 
     def _goal_tensor(self, goals: Array) -> torch.Tensor | None:
         return self._tensor(goals) if self._goal_dim else None
-
-    def _returns(self, values: Array) -> torch.Tensor:
-        return self._tensor(values / np.float32(self._conditioning.scale))
 
     def _encode_images(self, observations: Sequence[Observation]) -> Array:
         """(B, F) features of the newest frames: past ones are kept in the state, so each is encoded once."""
@@ -292,20 +343,15 @@ class DecisionTransformerPolicy:
             return np.zeros((len(observations), 0), np.float32)
         frames = camera_frames(observations, self._spec, self._cameras)
         views = {name: images[:, None].to(self._device) for name, images in frames.items()}
-        return self._model.encode_images(views)[:, 0].float().cpu().numpy()
+        features = self._model.encode_images(views)
+        assert features is not None
+        return features[:, 0].float().cpu().numpy()
 
     def _tensor(self, array: Array) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
 
 
-def _checked(name: str, vector: Array, size: int) -> Array:
-    if vector.shape != (size,) or not np.isfinite(vector).all():
-        raise DataError(f"{name} must be ({size},) finite numbers, got shape {vector.shape}: {vector}")
-    return vector.astype(np.float32, copy=False)
-
-
-def _with_last(history: Array, newest: Array) -> Array:
-    changed = history.copy()
-    changed[-1] = newest
-    changed.flags.writeable = False
-    return changed
+def _own(goal: Array) -> Array:
+    kept = goal.copy()
+    kept.flags.writeable = False
+    return kept

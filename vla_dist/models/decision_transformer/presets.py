@@ -1,32 +1,20 @@
 """Named sizes of the Decision Transformer, each a function of the robot's spec."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any
 
-from vla_dist.core.errors import ConfigError
 from vla_dist.core.specs import EnvSpec
-from vla_dist.models.decision_transformer import VlaDecisionTransformerConfig
-
-Preset = Callable[..., VlaDecisionTransformerConfig]
+from vla_dist.models.decision_transformer.config import VlaDecisionTransformerConfig
+from vla_dist.models.robot_settings import robot_settings, small_eyes
 
 
 def _for_spec(spec: EnvSpec, size: dict[str, Any], changes: dict[str, Any]) -> VlaDecisionTransformerConfig:
-    settings: dict[str, Any] = {
-        "state_dim": spec.proprio_dim,
-        "action_dim": spec.action_dim,
-        "head": "discrete" if spec.action_kind == "discrete" else "tanh",
+    settings = {
+        **robot_settings(spec, head="tanh"),
         "max_episode_len": spec.max_episode_steps,
-        "cameras": [camera.name for camera in spec.cameras],
-        "visual": {"backbone": "conv_small", "output_dim": 128} if spec.cameras else None,
-        **size,
-        **changes,
+        "visual": small_eyes(spec),
     }
-    known = VlaDecisionTransformerConfig.__annotations__
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ConfigError(f"decision transformer settings {unknown} do not exist; known are {', '.join(known)}")
-    return VlaDecisionTransformerConfig(**settings)
+    return VlaDecisionTransformerConfig(**{**settings, **size, **changes})
 
 
 def tiny(spec: EnvSpec, **changes: Any) -> VlaDecisionTransformerConfig:
@@ -97,17 +85,11 @@ def base(spec: EnvSpec, **changes: Any) -> VlaDecisionTransformerConfig:
     return _for_spec(spec, {"hidden_dim": 512, "n_layers": 6, "n_heads": 8, "context_steps": 20}, changes)
 
 
-PRESETS: dict[str, Preset] = {"tiny": tiny, "mini": mini, "small": small, "gym": gym, "online": online, "base": base}
-
-
-def preset(name: str, spec: EnvSpec, **changes: Any) -> VlaDecisionTransformerConfig:
-    """The config of a named size for this spec, with changes.
-
-    Raises:
-        ConfigError: no such preset or setting.
-    """
-    if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"no model preset {name!r}; {hint}there are {', '.join(PRESETS)}")
-    return PRESETS[name](spec, **changes)
+PRESETS: dict[str, Callable[..., VlaDecisionTransformerConfig]] = {
+    "tiny": tiny,
+    "mini": mini,
+    "small": small,
+    "gym": gym,
+    "online": online,
+    "base": base,
+}

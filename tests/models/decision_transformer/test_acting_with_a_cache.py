@@ -1,5 +1,6 @@
 """What a Decision Transformer's policy computes anew, what it adds to, and that nobody can tell the difference."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -8,10 +9,10 @@ import torch
 
 from vla_dist.core.types import Observation
 from vla_dist.models.conditioning import ReturnConditioning
-from vla_dist.models.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
+from vla_dist.models.decision_transformer.policy import DecisionTransformerPolicy
+from vla_dist.models.decision_transformer.presets import PRESETS
 from vla_dist.models.goals import GoalTable
-from vla_dist.models.policy import DecisionTransformerPolicy
-from vla_dist.models.presets import preset
 from vla_dist.testing.fakes import make_spec
 
 K, G = 6, 8
@@ -25,6 +26,8 @@ SHAPES = [
     {"use_previous_actions": False, "goal_dim": 0},
     {"head": "gaussian"},
     {"head": "bins", "num_bins": 64},
+    {"n_heads": 1, "activation": "relu"},
+    {"n_heads": 1, "num_goal_tokens": 2, "use_returns": False},
 ]
 
 
@@ -35,7 +38,7 @@ def fake_embed(texts):
 def make_policy(**changes):
     torch.manual_seed(1)
     size = {"hidden_dim": 32, "n_layers": 3, "n_heads": 4, "context_steps": K, "goal_dim": G}
-    model = DecisionTransformer(preset("small", SPEC, **{**size, **changes}))
+    model = DecisionTransformer(PRESETS["small"](SPEC, **{**size, **changes}))
     with torch.no_grad():
         model.head.weight *= 20  # actions that differ visibly
     return DecisionTransformerPolicy(model, SPEC, conditioning=STEPS, goals=GoalTable(fake_embed)), model
@@ -51,10 +54,15 @@ def uncached(states):
     return [replace(state, cache=None) for state in states]
 
 
-def count_tokens(model):
+def count_tokens(policy):
     """Tokens of each pass from here on."""
-    seen = []
-    model.transformer.blocks[0].widen.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    seen, read = [], policy._reader._read
+
+    def counting(tokens, bias, cache):
+        seen.append(tokens.shape[1])
+        return read(tokens, bias, cache)
+
+    policy._reader._read = counting
     return seen
 
 
@@ -85,8 +93,8 @@ def test_rows_at_different_steps_act_as_if_there_were_no_cache(changes, window):
 
 
 def test_while_the_window_grows_a_pass_reads_one_step_then_whole_windows():
-    policy, model = make_policy()
-    seen, state = count_tokens(model), policy.initial_state()
+    policy, _ = make_policy()
+    seen, state = count_tokens(policy), policy.initial_state()
     for t in range(K + 3):
         _, (state,) = policy.act([observe(t)], [state])
     assert seen == [3] + [3] * (K - 1) + [3 * K] * 3  # 1 goal token and return, state; then action, return, state
@@ -94,8 +102,8 @@ def test_while_the_window_grows_a_pass_reads_one_step_then_whole_windows():
 
 
 def test_a_window_that_hops_is_computed_whole_every_half_window_only():
-    policy, model = make_policy(window="hop")
-    seen, state, remembered = count_tokens(model), policy.initial_state(), []
+    policy, _ = make_policy(window="hop")
+    seen, state, remembered = count_tokens(policy), policy.initial_state(), []
     for t in range(4 * K):
         _, (state,) = policy.act([observe(t)], [state])
         remembered.append(state.num_steps)
@@ -121,11 +129,11 @@ def test_a_window_that_hops_is_rebuilt_from_the_last_k_observations():
 
 def test_a_new_instruction_reaches_every_remembered_step():
     for changes in ({}, {"goal_fusion": "add"}):
-        policy, model = make_policy(**changes)
+        policy, _ = make_policy(**changes)
         state = policy.initial_state()
         for t in range(3):
             _, (state,) = policy.act([observe(t)], [state])
-        seen = count_tokens(model)
+        seen = count_tokens(policy)
         changed = observe(9, instruction="stop")
         (chunk,), (after,) = policy.act([changed], [state])
         assert seen[0] > 3
@@ -153,6 +161,41 @@ def test_two_futures_of_one_state_do_not_meet():
     assert np.array_equal(left.cache.keys_values[:, :, : before.shape[2]], before)
     with pytest.raises(ValueError, match="read-only"):
         left.cache.keys_values[0] = 0
+
+
+def test_the_newest_future_shares_the_buffer_and_others_copy_it():
+    policy, _ = make_policy()
+    _, (state,) = policy.act([observe(0)], [policy.initial_state()])
+    _, (first,) = policy.act([observe(1)], [state])
+    _, (second,) = policy.act([observe(2)], [state])
+    assert first.cache.buffer is state.cache.buffer
+    assert second.cache.buffer is not state.cache.buffer
+    _, (rest,) = policy.act([observe(3)], [first])
+    assert rest.cache.buffer is state.cache.buffer
+    expected = policy.act([observe(3)], uncached([first]))[1][0]
+    np.testing.assert_allclose(rest.cache.keys_values, expected.cache.keys_values, atol=1e-5)
+
+
+def test_one_state_in_two_threads_at_once_has_two_futures():
+    policy, _ = make_policy(context_steps=40)
+    _, (state,) = policy.act([observe(0)], [policy.initial_state()])
+    alone = [policy.act([observe(seed)], uncached([state]))[0][0] for seed in range(8)]
+
+    def many(seed):
+        return [policy.act([observe(seed)], [state])[0][0] for _ in range(20)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for seed, chunks in enumerate(pool.map(many, range(8))):
+            np.testing.assert_allclose(chunks, [alone[seed]] * 20, atol=1e-5)
+
+
+def test_a_single_head_keeps_one_vector_a_token():
+    shapes = []
+    for heads in (1, 4):
+        policy, _ = make_policy(n_heads=heads)
+        _, (state,) = policy.act([observe(0)], [policy.initial_state()])
+        shapes.append(state.cache.keys_values.shape)
+    assert shapes == [(3, 1, 3, 32), (3, 2, 3, 32)]
 
 
 def test_a_gaussian_draws_with_a_generator_only():
