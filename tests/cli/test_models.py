@@ -27,6 +27,13 @@ def test_parameters_are_those_of_a_real_model():
     assert (tiny.needs, small.needs) == (("language",), ("language", "returns"))
 
 
+def test_what_reads_words_by_itself_needs_language_too():
+    needs = {entry.preset: entry.needs for entry in catalogue(architecture("bcz"), reference_spec())}
+    assert needs == dict.fromkeys(("tiny", "small", "full", "clip"), ("camera", "language"))
+    vit = {entry.preset: entry.needs for entry in catalogue(architecture("rt1"), reference_spec())}["vit"]
+    assert vit == ("camera", "language")
+
+
 def test_the_table_names_one_member_alone_and_unknown_ones_get_the_nearest(capsys):
     main(["models", "decision_transformer"])
     out = capsys.readouterr().out

@@ -101,14 +101,34 @@ def online_dt() -> RunConfig:
 
 
 def memory_tiny() -> RunConfig:
-    """BabyAI with the memory-augmented model."""
-    return _missions("memory-tiny", ModelSettings(architecture="memory", preset="tiny", conditioning="none"))
+    """T-mazes with the memory-augmented model: only the first cell tells which way to turn at the end."""
+    run = babyai()
+    return dataclasses.replace(
+        run,
+        preset="memory-tiny",
+        env=EnvSettings(family="t-maze", tasks=("length-5-30",), max_episode_steps=70),
+        model=ModelSettings(architecture="memory", preset="tiny", conditioning="none"),
+        learner=dataclasses.replace(
+            run.learner, total_updates=900, publish_updates=(0, 150, 300, 900), learning_rate=3e-3
+        ),
+    )
 
 
 def hierarchical_tiny() -> RunConfig:
-    """BabyAI with a planner of subgoals and a controller."""
-    model = ModelSettings(architecture="hierarchical", preset="tiny", conditioning="none")
-    return _missions("hierarchical-tiny", model)
+    """Three tasks of one scene: a planner finds the skill in the words, a controller executes it."""
+    skills = ",".join(f'"{task}"' for task in SHARED_SCENE_TASKS)
+    changes = (f"skills=[{skills}]", "hold_steps=10", "low_level_dim=128", "hidden_dim=256")
+    return RunConfig(
+        preset="hierarchical-tiny",
+        env=EnvSettings(tasks=SHARED_SCENE_TASKS, language_tasks=SHARED_SCENE_TASKS),
+        replay=ReplaySettings(min_steps=800, samples_per_insert=20.0),
+        rollout=RolloutSettings(episodes_per_task=40),
+        model=ModelSettings(architecture="hierarchical", preset="tiny", changes=changes, conditioning="none"),
+        learner=LearnerSettings(total_updates=1_500, publish_updates=(0, 200, 600, 1_500)),
+        fleet=FleetSettings(num_robots=1),
+        evaluation=EvaluationSettings(episodes_per_task=5, final_episodes_per_task=20, num_envs=4),
+        min_memory_gib=3.0,
+    )
 
 
 def rt1_tiny() -> RunConfig:
@@ -120,6 +140,12 @@ def bcz_tiny() -> RunConfig:
     """BabyAI with BC-Z, which sends the robot four actions at a time."""
     model = ModelSettings(architecture="bcz", preset="tiny", changes=("horizon=4",), conditioning="none")
     return _missions("bcz-tiny", model, cameras=_VIEW)
+
+
+def vla_tiny() -> RunConfig:
+    """BabyAI with the composed model: its view, its symbols and the words fused by gates, four actions at a time."""
+    model = ModelSettings(architecture="vla", preset="tiny", conditioning="none")
+    return _missions("vla-tiny", model, cameras=_VIEW)
 
 
 def _missions(name: str, model: ModelSettings, *, cameras: tuple[CameraSpec, ...] = ()) -> RunConfig:
@@ -138,6 +164,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "hierarchical-tiny": hierarchical_tiny,
     "rt1-tiny": rt1_tiny,
     "bcz-tiny": bcz_tiny,
+    "vla-tiny": vla_tiny,
 }
 
 

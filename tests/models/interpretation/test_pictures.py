@@ -9,9 +9,11 @@ from PIL import Image
 
 from vla_dist.core.errors import DataError, NotFound
 from vla_dist.models.conditioning import ReturnConditioning
-from vla_dist.models.interpretation.episode import EpisodeWindows, explain_episode
+from vla_dist.models.interpretation.attention import InterpretableVLA
+from vla_dist.models.interpretation.episode import EpisodeWindows, _grid, _named_tokens, explain_episode
 from vla_dist.models.interpretation.pictures import overlay, patch_grid, token_sheet, write_video
-from vla_dist.testing.fakes import make_segment
+from vla_dist.models.zoo import architecture
+from vla_dist.testing.fakes import make_segment, make_spec
 from vla_dist.testing.zoo import ZooCase, zoo_cases
 
 CASES = {case.name: case for case in zoo_cases()}
@@ -106,6 +108,46 @@ def test_an_episode_becomes_files(name: str, files: set[str], tmp_path: Path):
         else:
             with av.open(str(path)) as film:
                 assert sum(1 for _ in film.decode(video=0)) == 3
+
+
+def test_tokens_are_named_by_kind_and_step_and_steps_before_the_episode_are_left_out():
+    plain = CASES["decision_transformer-default"].build()
+    assert plain.token_names() == [("s", step) for step in range(-4, 1)]
+    full = architecture("decision_transformer")
+    names = full.model(full.configure("small", make_spec(), context_steps=2)).token_names()
+    assert names == [("goal", None), ("R", -1), ("s", -1), ("a", -1), ("R", 0), ("s", 0)]
+    model = CASES["rt1-default"].build()
+    size = len(model.token_names())
+    weights = np.arange(2 * size * size, dtype=float).reshape(2, size, size)
+    trimmed, columns, rows = _named_tokens(model, {"layer": weights}, np.array([False, True, True]))
+    per_step = size // 3
+    assert columns == rows["layer"]
+    assert columns[0] == "image 0 -1"
+    assert columns[-1] == f"action {model.num_slots - 1} 0"
+    np.testing.assert_array_equal(trimmed["layer"], weights[:, per_step:, per_step:])
+
+
+def test_all_tokens_of_a_window_have_a_name():
+    for name in ("decision_transformer-default", "decision_transformer-discrete", "rt1-default", "memory-default"):
+        case = CASES[name]
+        model = case.build()
+        watched = InterpretableVLA(model)
+        with watched.watch():
+            model.loss(case.batch())
+        widths = {
+            weights.shape[-1] for layer, weights in watched.get_attention_maps().items() if "learner" not in layer
+        }
+        assert len(model.token_names()) in widths, name
+
+
+def test_patches_that_look_at_words_are_drawn_where_they_are():
+    weights = np.zeros((1, 4, 3))
+    weights[0, :, 0] = [0.2, 1.0, 1.0, 1.0]
+    weights[0, 0, 1] = 0.8
+    grid = _grid("fusion.attention", weights, np.zeros((8, 8, 3), np.uint8))
+    assert grid is not None
+    np.testing.assert_allclose(grid, [[1, 0], [0, 0]])
+    assert _grid("layers.0.attention", weights, np.zeros((8, 8, 3), np.uint8)) is None
 
 
 def test_steps_and_episodes_that_are_not_there_are_refused(tmp_path: Path):

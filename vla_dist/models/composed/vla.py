@@ -122,6 +122,11 @@ class ComposedVLA(VisuomotorModel):
         cameras = len(self.config.cameras or ())
         return (cameras * max(1, self.config.tokens_per_frame), self.config.hidden_dim)
 
+    def token_names(self) -> list[tuple[str, int | None]]:
+        """What visual tokens may look at in cross-attention; none of it belongs to one step."""
+        num_words = self.config.num_goal_tokens if self.embed_goal is not None else 0
+        return [("nothing", None), *((f"goal {index}", None) for index in range(num_words))]
+
     def encode_frames(self, images: Mapping[str, Tensor], words: Words | None) -> Tensor:
         """camera name -> (B, T, 3, H, W), to (B, T, tokens, D).
 

@@ -271,6 +271,16 @@ class DecisionTransformer(InputScales, CameraViews, WholePreTrainedModel):
             keys = torch.cat([keys.new_ones(batch, goal.shape[1]), keys], 1)
         return sequence, keys, first
 
+    def token_names(self) -> list[tuple[str, int | None]]:
+        """Kind and step of each token of a whole window, the newest step 0, the one before -1; None: the goal's."""
+        config = self.config
+        prefix = config.num_goal_tokens if config.goal_dim and config.goal_fusion == "prefix" else 0
+        kinds = ["R"] * config.use_returns + ["s"] + ["a"] * config.use_previous_actions
+        steps = range(1 - config.context_steps, 1)
+        names: list[tuple[str, int | None]] = [("goal", None)] * prefix
+        names += [(kind, step) for step in steps for kind in kinds if (kind, step) != ("a", 0)]
+        return names
+
     def _positions(self, timesteps: Tensor, valid: Tensor) -> Tensor:
         """(B, T, D). In ``window`` a step's number is how many valid steps precede it: padding shifts nothing."""
         if self.config.position == "timestep":

@@ -30,6 +30,8 @@ from vla_dist.models.interpretation.pictures import (
 )
 from vla_dist.models.member import PolicyModelConfig
 
+_MOST_QUERIES = 8
+
 
 class EpisodeWindows:
     """The windows of one episode as a model trains on them: what a policy had before it at each step."""
@@ -160,7 +162,7 @@ def explain_episode(
         if not grids:
             continue
         sheet = folder / f"{camera}.png"
-        write_png(sheet, overlay_sheet(image, grids, title=title))
+        write_png(sheet, overlay_sheet(image, _panels(maps, grids, image), title=title))
         frames, layer = [], list(grids)[-1]
         for at in range(0, windows.num_steps, every):
             image = windows.frame(camera, at)
@@ -168,12 +170,12 @@ def explain_episode(
         film = folder / f"{camera}.mp4"
         write_video(film, frames, rate_hz=rate_hz / every)
         written += [sheet, film]
-    tokens = {name: weights for name, weights in maps.items() if not _is_visual(name)}
+    tokens = {name: weights for name, weights in maps.items() if not _is_over_patches(name, weights, windows, cameras)}
     if tokens:
         path = folder / "tokens.png"
-        columns, rows = _token_names(model.config, tokens)
         widest = max(weights.shape[2] for weights in tokens.values())
         same = {name: weights for name, weights in tokens.items() if weights.shape[2] == widest}
+        same, columns, rows = _named_tokens(model, same, windows.window(step).padding_mask[0].numpy())
         write_png(path, token_sheet(same, columns=columns, rows=rows, title=title))
         written.append(path)
     return written
@@ -195,49 +197,74 @@ def _look(watched: InterpretableVLA, windows: EpisodeWindows, step: int) -> dict
     return {name: np.concatenate(calls, 1) for name, calls in found.items()}
 
 
-def _is_visual(layer: str) -> bool:
-    return any(part in layer for part in ("visual", "token_learner", "fusion"))
+def _is_over_patches(name: str, weights: Array, windows: EpisodeWindows, cameras: Sequence[str]) -> bool:
+    """Whether a layer is shown on the camera's image, if anywhere, and not as a map of tokens."""
+    if "fusion" not in name:
+        return "visual" in name or "token_learner" in name
+    return any(_grid(name, weights, windows.frame(camera, 0)) is not None for camera in cameras)
+
+
+def _grid(name: str, weights: Array, image: Array) -> Array | None:
+    """(h, w) of what a layer looks at, or how much each patch looks at words; None where it has no patches."""
+    height, width = image.shape[:2]
+    if "fusion" in name:
+        # The first key stands for nothing, the others are words.
+        return patch_grid(1.0 - weights[:, None, :, 0], height=height, width=width)
+    is_visual = "visual" in name or "token_learner" in name
+    return patch_grid(weights, height=height, width=width) if is_visual else None
 
 
 def _patches(maps: Mapping[str, Array], image: Array, index: int, num_cameras: int) -> dict[str, Array]:
     """layer -> (h, w) of the camera with this index: layers see the cameras one after the other."""
-    height, width = image.shape[:2]
     grids = {}
     for name, weights in maps.items():
         layer, _, call = name.partition("#")
-        if not _is_visual(layer) or (num_cameras > 1 and int(call or 0) % num_cameras != index):
-            continue
-        grid = patch_grid(weights, height=height, width=width)
-        if grid is not None:
+        grid = _grid(name, weights, image)
+        if grid is not None and int(call or 0) % num_cameras == index:
             grids[layer] = grid
     return grids
 
 
-def _token_names(config: Any, maps: Mapping[str, Array]) -> tuple[list[str], dict[str, list[str]]]:
-    """Names of the S keys, and for each layer of its L queries, which are the last of the keys or one kind of them."""
-    num_keys = max(weights.shape[2] for weights in maps.values())
-    names = [str(index) for index in range(num_keys)]
-    states = names
-    if hasattr(config, "goal_fusion"):
-        names, states = _decision_transformer_names(config, num_keys)
-    elif hasattr(config, "memory_size"):
-        names = ["nothing", *(f"slot {index}" for index in range(config.memory_size))]
-    rows = {}
+def _panels(maps: Mapping[str, Array], grids: Mapping[str, Array], image: Array) -> dict[str, Array]:
+    """The grids, and beside one that is the mean over a few queries each of these."""
+    panels = {}
+    for layer, grid in grids.items():
+        panels[layer] = grid
+        weights = maps[layer]
+        if "fusion" in layer or not 1 < weights.shape[1] <= _MOST_QUERIES or weights.shape[1] == weights.shape[2]:
+            continue
+        for query in range(weights.shape[1]):
+            own = _grid(layer, weights[:, query : query + 1], image)
+            if own is not None:
+                panels[f"{layer}, token {query}"] = own
+    return panels
+
+
+def _named_tokens(
+    model: Any, maps: Mapping[str, Array], is_step: Array
+) -> tuple[dict[str, Array], list[str], dict[str, list[str]]]:
+    """Maps without the steps before the episode, the names of their keys, and those of each layer's queries.
+
+    Args:
+        maps: layer -> (N, L, S), S the same for all.
+        is_step: (K,) bool, newest last, False where the window is padded.
+    """
+    num_keys = next(iter(maps.values())).shape[2]
+    keys: list[tuple[str, int | None]] = [(str(index), None) for index in range(num_keys)]
+    if hasattr(model, "token_names") and len(model.token_names()) == num_keys:
+        keys = model.token_names()
+    kind = "s" if any(name == "s" for name, _ in keys) else "step"
+    steps: list[tuple[str, int | None]] = [(kind, index - len(is_step) + 1) for index in range(len(is_step))]
+    columns, shown = _shown(keys, is_step)
+    trimmed, rows = {}, {}
     for layer, weights in maps.items():
-        num_queries = weights.shape[1]
-        if num_queries == num_keys:
-            rows[layer] = names
-        elif hasattr(config, "memory_size"):
-            rows[layer] = [f"step {index - num_queries + 1}" for index in range(num_queries)]
-        else:
-            rows[layer] = list(states)[-num_queries:]
-    return names, rows
+        queries = keys if weights.shape[1] == num_keys else steps[-weights.shape[1] :]
+        rows[layer], lines = _shown(queries, is_step)
+        trimmed[layer] = weights[:, lines][:, :, shown]
+    return trimmed, columns, rows
 
 
-def _decision_transformer_names(config: Any, num_keys: int) -> tuple[list[str], list[str]]:
-    """Keys as (goal ..., then R, s, a of each step), and its state tokens, which are what the last layer asks with."""
-    prefix = config.num_goal_tokens if config.goal_dim and config.goal_fusion == "prefix" else 0
-    kinds = ["R"] * config.use_returns + ["s"] + ["a"] * config.use_previous_actions
-    steps = [(kind, index - config.context_steps + 1) for index in range(config.context_steps) for kind in kinds]
-    names = ["goal"] * prefix + [f"{kind} {at}" for kind, at in steps]
-    return names[:num_keys], [f"s {at}" for kind, at in steps if kind == "s"]
+def _shown(tokens: Sequence[tuple[str, int | None]], is_step: Array) -> tuple[list[str], list[int]]:
+    """Names and places of the tokens that belong to no step or to one of the episode."""
+    places = [at for at, (_, step) in enumerate(tokens) if step is None or is_step[step - 1]]
+    return [name if step is None else f"{name} {step}" for name, step in (tokens[at] for at in places)], places

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -19,6 +20,8 @@ from vla_dist.core.errors import DataError, ResourceMissing
 from vla_dist.core.types import Array
 
 _HEAT = colormaps["inferno"]
+_BY_ROOT = PowerNorm(0.5, vmin=0, vmax=1)
+"""Of fifty tokens each may have a fiftieth of the weight, which must not look like nothing."""
 _MOST_OPAQUE = 0.75
 _LEAST_SIDE = 224
 _MOST_LABELS = 80
@@ -92,6 +95,8 @@ def token_sheet(
 ) -> Array:
     """(H, W, 3) uint8: one map a layer and head, query tokens downwards, key tokens to the right.
 
+    Brightness follows the square root of the weight.
+
     Args:
         maps: layer -> (N, L, S).
         columns: S names of the keys.
@@ -109,7 +114,7 @@ def token_sheet(
             if head >= len(weights):
                 axis.axis("off")
                 continue
-            shown = axis.imshow(weights[head], cmap="inferno", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            shown = axis.imshow(weights[head], cmap="inferno", norm=_BY_ROOT, aspect="auto", interpolation="nearest")
             axis.set_title(f"{layer}, head {head}", fontsize=7)
             _name_ticks(axis, columns, rows[layer])
         figure.colorbar(shown, ax=line, shrink=0.7).ax.tick_params(labelsize=6)
@@ -118,8 +123,8 @@ def token_sheet(
 
 def _name_ticks(axis: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
     across, down = -(-len(columns) // _MOST_LABELS), -(-len(rows) // _MOST_LABELS)
-    axis.set_xticks(range(0, len(columns), across), list(columns[::across]), rotation=90, fontsize=5)
-    axis.set_yticks(range(0, len(rows), down), list(rows[::down]), fontsize=5)
+    axis.set_xticks(range(0, len(columns), across), list(columns[::across]), rotation=90, fontsize=6)
+    axis.set_yticks(range(0, len(rows), down), list(rows[::down]), fontsize=6)
 
 
 def _drawn(figure: Figure) -> Array:

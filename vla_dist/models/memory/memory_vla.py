@@ -176,6 +176,10 @@ class MemoryAugmentedVLA(WholePreTrainedModel):
         """Fill the encoder's buffers, see ``InputScales.set_normaliser``."""
         self.encoder.set_normaliser(**scales)
 
+    def token_names(self) -> list[tuple[str, int | None]]:
+        """What a step may look at; none of it belongs to one step of a window."""
+        return [("nothing", None), *((f"slot {index}", None) for index in range(self.config.memory_size))]
+
     def initial_memory(self, num_rows: int) -> EpisodicMemory:
         """The empty memory of B episodes that begin."""
         config = self.config

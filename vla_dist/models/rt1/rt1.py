@@ -170,6 +170,13 @@ class RT1(VisuomotorModel):
         """S: one for each dimension of an action, or one for a choice."""
         return 1 if self.config.head == "discrete" else self.config.action_dim
 
+    def token_names(self) -> list[tuple[str, int | None]]:
+        """Kind and step of each token of a training window, the newest step 0, the one before -1."""
+        kinds = [f"image {index}" for index in range(self.num_frame_tokens)]
+        kinds += ["proprio"] * (self.num_tokens - self.num_frame_tokens)
+        kinds += [f"action {index}" for index in range(self.num_slots)]
+        return [(kind, step) for step in range(1 - self.config.context_steps, 1) for kind in kinds]
+
     @property
     def feature_shape(self) -> tuple[int, ...]:
         return (self.num_frame_tokens, self.config.hidden_dim)
