@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from vla_dist.core.errors import ConfigError, DataError
-from vla_dist.models.language_encoder import masked_mean
+from vla_dist.models.language_encoder import mean_over_tokens
 
 FusionType = Literal["concat", "cross_attention", "gated_fusion", "film"]
 FUSIONS: tuple[FusionType, ...] = get_args(FusionType)
@@ -127,12 +127,12 @@ class MultimodalFusion(nn.Module):
         visual, language, seen, said = self._tokens(visual, language, visual_mask, language_mask)
         if self.attention is not None:
             visual = visual + self.attention(self.visual_norm(visual), self.language_norm(language), said)
-            return masked_mean(visual + self.combine(self.attended_norm(visual)), seen)
-        visual, words = self.visual_norm(visual), masked_mean(self.language_norm(language), said)
+            return mean_over_tokens(visual + self.combine(self.attended_norm(visual)), seen)
+        visual, words = self.visual_norm(visual), mean_over_tokens(self.language_norm(language), said)
         if self.modulation is not None:
             scale, shift = self.modulation(words)[:, None].chunk(2, -1)
-            return masked_mean(self.combine((1.0 + scale) * visual + shift), seen)
-        picture = masked_mean(visual, seen)
+            return mean_over_tokens(self.combine((1.0 + scale) * visual + shift), seen)
+        picture = mean_over_tokens(visual, seen)
         both = torch.cat([picture, words], -1)
         if self.gate is not None:
             gate = self.gate(both).sigmoid()

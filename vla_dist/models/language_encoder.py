@@ -52,7 +52,7 @@ def language_model_path(model_name: str) -> Path:
     )
 
 
-def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
+def mean_over_tokens(tokens: Tensor, mask: Tensor) -> Tensor:
     """(B, L, E) and (B, L), 1 = real, to the (B, E) mean over real tokens."""
     weight = mask.to(tokens.dtype).unsqueeze(-1)
     return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1.0)
@@ -201,7 +201,7 @@ class LanguageEncoder(WholePreTrainedModel):
             num_rows: repeat a single text to this many rows.
         """
         tokens, mask = self._trunk_tokens(texts, attention_mask)
-        pooled = masked_mean(tokens, mask)
+        pooled = mean_over_tokens(tokens, mask)
         features = self.project(normalize(pooled, dim=-1) if self.config.unit_length else pooled)
         if num_rows is not None and len(features) != num_rows:
             if len(features) != 1:
@@ -291,7 +291,7 @@ class SentenceEmbedder:
         trunk, tokenizer = self._loaded
         with torch.inference_mode():
             ids, mask = _tokenize(tokenizer, [text], self._max_tokens)
-            pooled = masked_mean(trunk(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+            pooled = mean_over_tokens(trunk(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
             return normalize(pooled, dim=-1)[0].numpy().copy()
 
 

@@ -22,7 +22,7 @@ from vla_dist.models.language_encoder import (
     LanguageEncoder,
     LanguageEncoderConfig,
     language_model_path,
-    masked_mean,
+    mean_over_tokens,
     shared_embedder,
 )
 from vla_dist.models.member import require_batch, setting_types
@@ -106,7 +106,7 @@ class Words:
     @property
     def pooled(self) -> Tensor:
         """(B, W), the mean over real tokens."""
-        return masked_mean(self.tokens, self.mask)
+        return mean_over_tokens(self.tokens, self.mask)
 
     def repeated(self, times: int) -> "Words":
         """Each row this many times in a row."""

@@ -1,7 +1,7 @@
 """What a Decision Transformer's policy computes anew, what it adds to, and that nobody can tell the difference."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -174,6 +174,13 @@ def test_the_newest_future_shares_the_buffer_and_others_copy_it():
     assert rest.cache.buffer is state.cache.buffer
     expected = policy.act([observe(3)], uncached([first]))[1][0]
     np.testing.assert_allclose(rest.cache.keys_values, expected.cache.keys_values, atol=1e-5)
+
+
+def test_a_state_is_arrays_and_numbers_wherever_its_cache_lies():
+    policy, _ = make_policy()
+    _, (state,) = policy.act([observe(0)], [policy.initial_state()])
+    kinds = {field.name: type(getattr(state.cache, field.name)) for field in fields(state.cache)}
+    assert kinds == {"keys_values": np.ndarray, "goal": np.ndarray, "maker": int}
 
 
 def test_one_state_in_two_threads_at_once_has_two_futures():

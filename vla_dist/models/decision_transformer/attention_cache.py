@@ -37,8 +37,16 @@ class TokenBuffer:
             return True
 
 
+class _InBuffer:
+    """Where a cache lies, which is no part of what a state says: whoever stores or sends a state leaves it out."""
+
+    __slots__ = ("buffer",)
+
+    buffer: TokenBuffer
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class AttentionCache:
+class AttentionCache(_InBuffer):
     """Of the steps that one state remembers, up to the newest state token."""
 
     keys_values: Array
@@ -47,14 +55,15 @@ class AttentionCache:
     """(G,) float32, read-only: with another goal every key would be another one."""
     maker: int
     """Which policy object made it: another one may have other weights."""
-    buffer: TokenBuffer
 
     @classmethod
     def of(cls, buffer: TokenBuffer, length: int, *, goal: Array, maker: int) -> AttentionCache:
         """The first ``length`` places of a buffer."""
         view = buffer.array[:, :, :length]
         view.flags.writeable = False
-        return cls(keys_values=view, goal=goal, maker=maker, buffer=buffer)
+        cache = cls(keys_values=view, goal=goal, maker=maker)
+        object.__setattr__(cache, "buffer", buffer)
+        return cache
 
     @property
     def length(self) -> int:
