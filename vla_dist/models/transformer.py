@@ -50,31 +50,31 @@ class SelfAttention(nn.Module):
             query = linear(tokens[:, read], self.qkv.weight[:dim], self.qkv.bias[:dim])
             key, value = linear(tokens, self.qkv.weight[dim:], self.qkv.bias[dim:]).split(dim, -1)
         query, key, value = (self._heads(part) for part in (query, key, value))
-        mixed, _ = self._mixed(query, key, value, bias)
+        mixed = self._mixed(query, key, value, bias)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _single_head(self, tokens: Tensor, bias: Tensor, read: slice | None) -> Tensor:
         """With one head keys and values are the tokens themselves, so that nothing is projected for them."""
         weights = folded_head(self.qkv, self.out)
-        asking = tokens if read is None else tokens[:, read]
-        query, content = linear(asking, weights.query, weights.query_bias)[:, None], tokens[:, None]
-        mixed, total = self._mixed(query, content, content, bias)
-        if total is None:
-            return linear(mixed[:, 0], weights.out, weights.out_bias + weights.value_bias)
-        # Dropout makes the weights of a token add up to something else than one.
-        return torch.addcmul(linear(mixed[:, 0], weights.out, weights.out_bias), total[:, 0], weights.value_bias)
-
-    def _mixed(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, N, R, D / N), and the sum of the weights, (B, N, R, 1), where that may differ from one."""
-        bias = bias.to(query.dtype)
+        query = linear(tokens if read is None else tokens[:, read], weights.query, weights.query_bias)
         if not (self.training and self.dropout):
-            return scaled_dot_product_attention(query, key, value, attn_mask=bias), None
-        if query.is_cuda and self.num_heads > 1:
-            return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=self.dropout), None
+            content, mask = tokens[:, None], bias.to(query.dtype)
+            mixed = scaled_dot_product_attention(query[:, None], content, content, attn_mask=mask, scale=1.0)[:, 0]
+            return linear(mixed, weights.out, weights.out_bias + weights.value_bias)
+        scores = torch.baddbmm(bias[:, 0], query, tokens.transpose(1, 2))
+        chosen = _dropped(scores.softmax(-1), self.dropout)
+        mixed = linear(torch.bmm(chosen, tokens), weights.out, weights.out_bias)
+        # Dropout makes a token's weights add up to something else than one.
+        return torch.addcmul(mixed, chosen.sum(-1, keepdim=True), weights.value_bias)
+
+    def _mixed(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """(B, N, R, D / N)."""
+        dropout, bias = self.dropout if self.training else 0.0, bias.to(query.dtype)
+        if not dropout or query.is_cuda:
+            return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         # On a CPU there is no fused form with dropout.
         scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3)) + bias
-        weights = _dropped(scores.softmax(-1), self.dropout)
-        return torch.matmul(weights, value), weights.sum(-1, keepdim=True)
+        return torch.matmul(_dropped(scores.softmax(-1), dropout), value)
 
     def _heads(self, tokens: Tensor) -> Tensor:
         """(B, L, D) to (B, N, L, D / N), without a copy."""
@@ -85,7 +85,7 @@ class FoldedHead(NamedTuple):
     """Attention of one head over plain tokens: softmax((Q x + q) . y) y, then O and its biases."""
 
     query: Tensor
-    """(D, D)."""
+    """(D, D), with the scale of the scores."""
     query_bias: Tensor
     """(D,)."""
     out: Tensor
@@ -100,10 +100,11 @@ def folded_head(qkv: nn.Linear, out: nn.Linear) -> FoldedHead:
     """The projections of one head in pairs, since they act in pairs alone.
 
     (W_q x + b_q) . (W_k y + b_k) is (W_k' W_q x + W_k' b_q) . y and a term without y, which cancels in the softmax;
-    W_o of a weighted mean of W_v y + b_v is W_o W_v of the mean of y, and W_o b_v.
+    W_o of a weighted mean of W_v y + b_v is W_o W_v of the mean of y, and W_o b_v. The scores' scale goes into W_k.
     """
     query, key, value = qkv.weight.chunk(3)
     query_bias, _, value_bias = qkv.bias.chunk(3)
+    key = key * len(key) ** -0.5
     return FoldedHead(
         query=key.t() @ query,
         query_bias=(query_bias[None] @ key)[0],

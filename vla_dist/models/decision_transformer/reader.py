@@ -44,7 +44,6 @@ class WindowReader:
         self._num_heads = config.n_heads
         self._eps = config.layer_norm_eps
         self._shape = (config.hidden_dim,)
-        self._scale = (config.hidden_dim // config.n_heads) ** -0.5
         self._activation = ACTIVATIONS[config.activation]
         self._adds_goal = config.goal_fusion == "add" and config.goal_dim > 0
         self._num_new = model.tokens_per_step
@@ -150,7 +149,7 @@ class WindowReader:
         return linear(self._normed(tokens[:, 0], self._norm), *self._head)
 
     def _mixed_by_one(self, query: Tensor, content: Tensor, bias: Tensor) -> Tensor:
-        scores = torch.baddbmm(bias, query, content.transpose(1, 2), alpha=self._scale)
+        scores = torch.baddbmm(bias, query, content.transpose(1, 2))
         return torch.bmm(torch.softmax(scores, -1), content)
 
     def _mixed_by_many(self, query: Tensor, held: Tensor, bias: Tensor) -> Tensor:
