@@ -84,8 +84,13 @@ def build_backbone(name: str, *, width: int, image_size: int, changes: dict[str,
 
 def _published(name: str, image_size: int, changes: dict[str, Any]) -> nn.Module:
     if name == "vit":
-        settings = {"image_size": image_size, **changes}
-        return ViTModel(_config(ViTConfig, name, settings), add_pooling_layer=False)
+        config = _config(ViTConfig, name, {"image_size": image_size, **changes})
+        if config.hidden_size % config.num_attention_heads:
+            raise ConfigError(
+                f"backbone 'vit': {config.num_attention_heads} heads do not divide its width {config.hidden_size}; "
+                "choose a multiple"
+            )
+        return ViTModel(config, add_pooling_layer=False)
     if name in _RESNETS:
         return ResNetModel(_config(ResNetConfig, name, {**_RESNETS[name], **changes}))
     return EfficientNetModel(_config(EfficientNetConfig, name, {**_EFFICIENTNETS[name], **changes}))

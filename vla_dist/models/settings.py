@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
+
 from vla_dist.core.errors import ConfigError
 from vla_dist.models.member import setting_types
 
@@ -73,8 +75,9 @@ def config_errors(whose: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise ConfigError(f"{whose} cannot be built: {error}; change its settings") from error
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{whose} cannot be built: {reason}; change its settings") from error
 
 
 def _parsed(text: str, kind: Any) -> Any:

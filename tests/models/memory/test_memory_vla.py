@@ -218,7 +218,7 @@ def test_inputs_that_do_not_fit_are_refused():
             model(inputs, goals)
     with pytest.raises(DataError, match="must be"):
         model(torch.zeros(1, 2, CUES + 2), None)
-    with pytest.raises(ConfigError, match="does not know"):
+    with pytest.raises(ConfigError, match="has no setting"):
         MemoryAugmentedVLA(3, slots=4)
 
 
