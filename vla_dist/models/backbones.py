@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import EfficientNetConfig, EfficientNetModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from vla_dist.core.errors import ConfigError
-from vla_dist.models.settings import config_errors, did_you_mean
+from vla_dist.models.settings import config_errors, did_you_mean, require_heads
 
 Modulate = Callable[[int, Tensor], Tensor]
 """(index of a block, its output (B, C, h, w)) to what goes on from there."""
@@ -85,11 +85,7 @@ def build_backbone(name: str, *, width: int, image_size: int, changes: dict[str,
 def _published(name: str, image_size: int, changes: dict[str, Any]) -> nn.Module:
     if name == "vit":
         config = _config(ViTConfig, name, {"image_size": image_size, **changes})
-        if config.hidden_size % config.num_attention_heads:
-            raise ConfigError(
-                f"backbone 'vit': {config.num_attention_heads} heads do not divide its width {config.hidden_size}; "
-                "choose a multiple"
-            )
+        require_heads("hidden_size of backbone 'vit'", config.hidden_size, config.num_attention_heads)
         return ViTModel(config, add_pooling_layer=False)
     if name in _RESNETS:
         return ResNetModel(_config(ResNetConfig, name, {**_RESNETS[name], **changes}))

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.language_encoder import mean_over_tokens
+from vla_dist.models.settings import require_heads
 
 FusionType = Literal["concat", "cross_attention", "gated_fusion", "film"]
 FUSIONS: tuple[FusionType, ...] = get_args(FusionType)
@@ -25,8 +26,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ConfigError(f"{num_heads} heads do not divide the width {dim}; choose a multiple")
+        require_heads("the width", dim, num_heads)
         self.num_heads = num_heads
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)

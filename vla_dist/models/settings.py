@@ -68,6 +68,12 @@ def build_config(kind: type[C], settings: Mapping[str, Any], **others: Any) -> C
     return kind(**given)
 
 
+def require_heads(whose: str, width: int, num_heads: int) -> None:
+    """Raises ConfigError where attention heads do not share a width evenly."""
+    if num_heads < 1 or width % num_heads:
+        raise ConfigError(f"{num_heads} heads do not divide {whose} {width}; choose a multiple")
+
+
 @contextlib.contextmanager
 def config_errors(whose: str) -> Iterator[None]:
     """What transformers says to settings that cannot work, in a dozen ways, as ConfigError."""

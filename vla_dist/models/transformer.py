@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, linear, scaled_dot_product_attention
 
 from vla_dist.core.errors import ConfigError
+from vla_dist.models.settings import require_heads
 
 ACTIVATIONS = {"gelu": gelu, "relu": torch.relu_}
 """Of a tensor that nobody else holds: ``relu`` writes into it, which saves the largest array of a block."""
@@ -23,8 +24,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ConfigError(f"{num_heads} heads do not divide the width {dim}; choose a multiple")
+        require_heads("the width", dim, num_heads)
         self.num_heads = num_heads
         self.dropout = dropout
         self.qkv = nn.Linear(dim, 3 * dim)

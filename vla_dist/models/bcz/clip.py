@@ -24,7 +24,7 @@ from transformers import (
 
 from vla_dist.core.errors import ConfigError, ResourceMissing
 from vla_dist.models.pixels import unit_pixels
-from vla_dist.models.settings import config_errors
+from vla_dist.models.settings import config_errors, require_heads
 
 _PIXEL_MEAN, _PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -38,7 +38,9 @@ class ClipVision(nn.Module):
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__()
         with config_errors("CLIP's vision tower"):
-            self.tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings))
+            config = CLIPVisionConfig(**settings)
+            require_heads("hidden_size of CLIP's vision tower", config.hidden_size, config.num_attention_heads)
+            self.tower = CLIPVisionModelWithProjection(config)
         self.register_buffer("pixel_mean", torch.tensor(_PIXEL_MEAN).view(1, 3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(_PIXEL_STD).view(1, 3, 1, 1))
 
@@ -68,6 +70,7 @@ class ClipText(nn.Module):
         super().__init__()
         with config_errors("CLIP's text tower"):
             config = CLIPTextConfig(**settings)
+            require_heads("hidden_size of CLIP's text tower", config.hidden_size, config.num_attention_heads)
             self.tower = CLIPTextModelWithProjection(config)
         self.tokenizer: Any = _byte_tokenizer(config)
 

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedConfig
 
 from vla_dist.core.errors import ConfigError
+from vla_dist.models.settings import require_heads
 from vla_dist.models.transformer import ACTIVATIONS
 from vla_dist.models.visual_encoder import require_visual
 
@@ -95,8 +96,7 @@ class VlaDecisionTransformerConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"decision transformer {name} {getattr(self, name)} must be at least 1")
-        if self.hidden_dim % self.n_heads:
-            raise ConfigError(f"{self.n_heads} heads do not divide hidden_dim {self.hidden_dim}; choose a multiple")
+        require_heads("hidden_dim", self.hidden_dim, self.n_heads)
         for name in ("dropout", "action_dropout", "return_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"decision transformer {name} {getattr(self, name)} must be within [0, 1)")

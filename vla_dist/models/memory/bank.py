@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vla_dist.core.errors import ConfigError, DataError
+from vla_dist.core.errors import DataError
+from vla_dist.models.settings import require_heads
 
 _SAME_STRENGTH = 1e-3
 _SAME_ENTRY = 1e-2
@@ -134,8 +135,7 @@ class MemoryReader(nn.Module):
         max_age: older slots count as this old. Ages that training never shows must not be met in a long episode.
         """
         super().__init__()
-        if dim % num_heads:
-            raise ConfigError(f"{num_heads} heads do not divide memory_dim {dim}; choose a multiple")
+        require_heads("memory_dim", dim, num_heads)
         self.num_heads = num_heads
         self.max_age = max_age
         self.query = nn.Linear(dim, dim)

@@ -18,7 +18,7 @@ from vla_dist.models.batch import TrainBatch
 from vla_dist.models.member import masked_mean, require_batch
 from vla_dist.models.memory.bank import EpisodicMemory, MemoryReader, WriteGate
 from vla_dist.models.pretrained import WholePreTrainedModel
-from vla_dist.models.settings import build_config
+from vla_dist.models.settings import build_config, require_heads
 from vla_dist.models.step_encoder import StepEncoder
 from vla_dist.models.visual_encoder import require_visual
 
@@ -84,8 +84,7 @@ class MemoryAugmentedVLAConfig(PreTrainedConfig):
         for name in ("action_dim", "memory_size", "memory_dim", "num_heads", "context_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"memory {name} {getattr(self, name)} must be at least 1")
-        if self.memory_dim % self.num_heads:
-            raise ConfigError(f"{self.num_heads} heads do not divide memory_dim {self.memory_dim}; choose a multiple")
+        require_heads("memory_dim", self.memory_dim, self.num_heads)
         if self.write_cost < 0:
             raise ConfigError(f"write_cost {self.write_cost} must not be negative")
         if self.head not in HEADS:
