@@ -1,7 +1,7 @@
 """Models from a directory or the hub: whole, of their own kind, and never from a pickle."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -35,7 +35,7 @@ class WholePreTrainedModel(PreTrainedModel):
         given = {**kwargs, "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
         try:
             cls._require_own_kind(source, **kwargs)
-            model, found = super().from_pretrained(source, *args, **given)
+            model, found = cast(tuple[Any, dict], super().from_pretrained(source, *args, **given))
         except SafetensorError as error:
             raise IntegrityError(f"the weights in {source} are damaged ({error}); save the model again") from error
         except OSError as error:
