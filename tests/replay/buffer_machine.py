@@ -365,6 +365,13 @@ class BufferMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "writer"):
             return
+        try:
+            self.require_nothing_else_stored()
+        finally:
+            for client in (self.writer, *self.clients.values()):
+                client.close()
+
+    def require_nothing_else_stored(self):
         keys = self.keys_in_redis()
         self.read_everything_back()
         stored = set()
@@ -376,8 +383,6 @@ class BufferMachine(RuleBasedStateMachine):
         payloads = {name for name, life in keys.items() if life == -1 and (":row:" in name or ":image:" in name)}
         assert payloads == stored, "what is stored for ever is what the model holds, no more and no less"
         self.writer.link.call([("UNLINK", *keys)], timeout_s=PATIENCE_S)
-        for client in (self.writer, *self.clients.values()):
-            client.close()
 
 
 class RestartedBufferMachine(BufferMachine):

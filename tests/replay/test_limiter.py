@@ -39,6 +39,17 @@ def test_nothing_is_drawn_before_min_steps(make_table, make_episode, append_all)
     assert (stats.samples_waited, stats.steps_sampled) == (1, 4), "counted once a call, not once a try"
 
 
+def test_what_follows_a_segment_that_waits_waits_behind_it(waiting_writer, make_episode, append_all):
+    table = waiting_writer
+    stored = make_episode("second", 16)
+    late = [segment for number in range(8) for segment in make_episode(f"late-{number}", 20)]
+    with pytest.raises(ReplayWait, match=r"late-0/0 on were not stored"):
+        # More than one commit: the next must neither count the wait once more nor see the duplicates behind it.
+        table.append_all([*stored, *late[:20], *(stored * 5), *late[20:]], timeout_s=0.0)
+    assert table.stats().inserts_waited == 1
+    assert table.stats().duplicates == len(stored)
+
+
 def test_inserts_wait_until_enough_is_sampled(waiting_writer, make_episode, append_all):
     table = waiting_writer
     (segment,) = make_episode("third", 4)

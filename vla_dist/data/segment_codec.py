@@ -17,6 +17,7 @@ Dimensions: N rows, T segment steps, P proprio, A action, D = P + 2 A + 4 number
 
 import functools
 import hashlib
+import math
 import operator
 import struct
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,8 @@ class EncodedSegment:
     """camera name -> the ``length`` valid frames as the camera's ``ImageCodec`` packs them."""
     segment_return: float = 0.0
     """Sum of its valid rewards, float64."""
+    intervened: bool = False
+    """Whether a person had taken over in any valid step."""
 
 
 class SegmentCodec:
@@ -125,17 +128,30 @@ class SegmentCodec:
         self, segments: Sequence[Segment], frames: Sequence[Mapping[str, bytes | memoryview]] | None = None
     ) -> "CheckedSegments":
         """Everything that ``encode_all`` may refuse is refused here; what takes long is done when it is asked for."""
-        if not segments:
-            return CheckedSegments(self, (), None, bytearray(), (), ())
-        num, layout = len(segments), self.layout
-        buffer = bytearray(self._template * num)
-        strides = (self.row_bytes, self.step_bytes, 4)
-        steps = np.ndarray((num, self.num_steps, layout.num_columns), "<f4", buffer, self.steps_offset, strides)
+        doubtful: list[Segment] = []
         for segment in segments:
             self._require_shapes(segment)
             if frames is None:
                 self._require_images(segment)
-        # What float32 cannot hold becomes infinite and is refused below.
+            if not _is_surely_finite(segment):
+                doubtful.append(segment)
+        if doubtful:
+            steps = self.fill_rows(doubtful)[1]
+            if not np.isfinite(steps).all():
+                raise DataError(_not_finite(doubtful, steps, self.layout))
+        texts = [
+            [_text_bytes(name, getattr(segment, name), capacity) for name, capacity in TEXT_BYTES.items()]
+            for segment in segments
+        ]
+        return CheckedSegments(self, segments, frames, texts)
+
+    def fill_rows(self, segments: Sequence[Segment]) -> tuple[bytearray, Array, Array]:
+        """Rows of which only the steps are filled in, those (N, T, D), and (N,) float64, the sums of the rewards."""
+        num, layout = len(segments), self.layout
+        buffer = bytearray(self._template * num)
+        strides = (self.row_bytes, self.step_bytes, 4)
+        steps = np.ndarray((num, self.num_steps, layout.num_columns), "<f4", buffer, self.steps_offset, strides)
+        # What float32 cannot hold becomes infinite, which ``check`` refuses.
         with np.errstate(over="ignore", invalid="ignore"):
             for name, place in zip(_COLUMNS, self._places, strict=True):
                 # One assignment for all segments: one for each costs more than the copy.
@@ -147,13 +163,7 @@ class SegmentCodec:
             to_end = steps[:, ::-1, layout.reward].cumsum(axis=1, dtype=np.float64)[:, ::-1]
             steps[..., layout.segment_return] = to_end
             steps[..., layout.segment_return + 1] = to_end - steps[..., layout.segment_return]
-        if not np.isfinite(steps).all():
-            raise DataError(_not_finite(segments, steps, layout))
-        texts = [
-            [_text_bytes(name, getattr(segment, name), capacity) for name, capacity in TEXT_BYTES.items()]
-            for segment in segments
-        ]
-        return CheckedSegments(self, segments, frames, buffer, texts, to_end[:, 0].tolist())
+        return buffer, steps, to_end[:, 0]
 
     def finish_row(
         self,
@@ -320,27 +330,38 @@ class CheckedSegments:
         codec: SegmentCodec,
         segments: Sequence[Segment],
         frames: Sequence[Mapping[str, bytes | memoryview]] | None,
-        buffer: bytearray,
         texts: Sequence[Sequence[bytes]],
-        returns: Sequence[float],
     ) -> None:
-        """Made by ``SegmentCodec.check``: ``buffer`` holds the rows, of which the steps are filled in."""
+        """Made by ``SegmentCodec.check``."""
         self._codec = codec
         self._segments = segments
         self._frames = frames
-        self._buffer = buffer
         self._texts = texts
-        self._returns = returns
 
     def encode(self, start: int, stop: int) -> list[EncodedSegment]:
-        """The segments from ``start`` to before ``stop``; each is to be asked for once."""
-        codec, encoded = self._codec, []
-        for number in range(start, stop):
-            segment = self._segments[number]
-            images = codec.pack_images(segment) if self._frames is None else self._frames[number]
-            row = codec.finish_row(self._buffer, number * codec.row_bytes, segment, self._texts[number], images)
-            encoded.append(EncodedSegment(row=row, images=images, segment_return=self._returns[number]))
+        """The segments from ``start`` to before ``stop``."""
+        codec, segments, encoded = self._codec, self._segments[start:stop], []
+        if not segments:
+            return encoded
+        buffer, steps, returns = codec.fill_rows(segments)
+        intervened = np.logical_or.reduce(steps[..., codec.layout.intervention], axis=1)
+        facts = zip(segments, self._texts[start:stop], returns.tolist(), intervened.tolist(), strict=True)
+        for place, (segment, texts, total, taken_over) in enumerate(facts):
+            images = codec.pack_images(segment) if self._frames is None else self._frames[start + place]
+            row = codec.finish_row(buffer, place * codec.row_bytes, segment, texts, images)
+            encoded.append(EncodedSegment(row=row, images=images, segment_return=total, intervened=taken_over))
         return encoded
+
+
+def _is_surely_finite(segment: Segment) -> bool:
+    """Finds nearly all that are, in a tenth of the time of looking at each number.
+
+    A sum of squares is finite where every number is, unless some are huge; what lies beyond ``length`` counts too.
+    """
+    for column in (segment.proprio, segment.actions, segment.target_actions, segment.rewards):
+        if column.dtype != np.float32 or not math.isfinite(np.vdot(column, column)):
+            return False
+    return True
 
 
 def _require_same_frames(camera: str, data: bytes | memoryview, record: np.void, number: int) -> None:

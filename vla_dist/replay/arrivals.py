@@ -15,10 +15,9 @@ from vla_dist.core.types import SOURCES, Segment
 from vla_dist.data.segment_codec import EncodedSegment, SegmentCodec
 from vla_dist.replay.keys import episode_digest
 
-_MOST_SEGMENTS = 20
-_MOST_BYTES = 5 << 20
-"""In one batch: large enough that an exchange costs little, small enough that the server works on one while the next
-is encoded."""
+_MOST_SEGMENTS = 32
+_MOST_BYTES = 10 << 20
+"""In one batch: an exchange costs the server as much as two segments."""
 MOST_SEGMENTS_PER_EPISODE = 1 << 16
 # See functions.lua.
 _RUN = struct.Struct("<16sBHHHH")
@@ -46,12 +45,14 @@ class ArrivalBatch:
     arrivals: list[Arrival]
     asks: bool = False
     """Whether to find out first if they must wait: their rows are not sent before they need not."""
-    staged: bool = False
-    """Whether their images lie on a server, under an expiry."""
+    staged: bool | None = False
+    """Whether their images lie on a server, under an expiry; None: they are on their way."""
     wait_reason: str = ""
     """Why they are not stored yet."""
     refused: DataError | None = None
     """The first that contradicts its episode."""
+    stopped: bool = False
+    """Whether the last commit of them ended early, so that what comes after them must not be stored first."""
 
     def keep_unstored(self) -> None:
         """The others are done with."""
@@ -83,7 +84,7 @@ def arrival_batches(
                 "earlier"
             )
     checked = codec.check(segments, frames)
-    count = max(1, min(_MOST_SEGMENTS, _MOST_BYTES // codec.largest_bytes))
+    most = max(1, min(_MOST_SEGMENTS, _MOST_BYTES // codec.largest_bytes))
     return (
         ArrivalBatch(
             [
@@ -91,9 +92,22 @@ def arrival_batches(
                 for segment, encoded in zip(segments[start:stop], checked.encode(start, stop), strict=True)
             ]
         )
-        for start in range(0, len(segments), count)
-        for stop in (min(start + count, len(segments)),)
+        for start, stop in _cuts(len(segments), most)
     )
+
+
+def _cuts(num_segments: int, most: int) -> Iterator[tuple[int, int]]:
+    """Where batches begin and end: each twice the one before it, so that the server soon has something to do, and does
+    not run out of it while the next is encoded.
+    """
+    least = size = max(1, most // 4)
+    start = 0
+    while start < num_segments:
+        stop = start + size
+        if num_segments - stop < least:
+            stop = num_segments
+        yield start, stop
+        start, size = stop, min(2 * size, most)
 
 
 def encoded_ahead(batches: Iterator[ArrivalBatch]) -> Generator[ArrivalBatch, None, None]:
@@ -118,7 +132,7 @@ def _packed(segment: Segment, encoded: EncodedSegment) -> bytes:
         segment.length,
         segment.is_last,
         segment.is_last and segment.success,
-        bool(segment.interventions[: segment.length].any()),
+        encoded.intervened,
         segment.policy_version,
         encoded.segment_return,
     )

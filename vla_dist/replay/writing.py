@@ -4,6 +4,7 @@ consumes: segments. waits for: the limiters, room, the archive. unblocked by: sa
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
@@ -63,11 +64,7 @@ class SegmentWriter:
         stream = met()
         # Whatever the stream could not store is stored with patience.
         try:
-            if self._images is None:
-                self._stream(stream, deadline)
-            else:
-                with contextlib.closing(encoded_ahead(stream)) as ready:
-                    self._stream(ready, deadline)
+            self._stream(stream, deadline)
         except (Unreachable, ServerFull):
             if deadline.left_s <= 0:
                 raise
@@ -87,37 +84,62 @@ class SegmentWriter:
                 self._link.call(left, timeout_s=0.0)
 
     def _stream(self, batches: Iterator[ArrivalBatch], deadline: Deadline) -> None:
-        """Store batches, each sent before the one before it is answered; ends early where one is not stored at once.
+        """Store batches, each made ready while the one before it is stored; ends early where one is not stored at once.
 
         Raises Unreachable, ServerFull.
         """
         with contextlib.ExitStack() as stack:
             rows = stack.enter_context(self._link.converse(timeout_s=deadline.left_s))
-            frames = None
-            if self._images is not None:
+            if self._images is None:
+                self._stream_rows(batches, deadline, rows)
+            else:
                 frames = stack.enter_context(self._images_link.converse(timeout_s=deadline.left_s))
-            for batch in batches:
-                if frames is not None and not self._stream_images(batch, rows, frames):
-                    break
-                rows.send(self._commands(batch, deadline), partial(self._hear, batch, deadline, frames))
-                rows.receive(leave=1)
-                if not deadline.first:
-                    break
-            rows.receive()
-            if frames is not None:
+                ahead = stack.enter_context(contextlib.closing(encoded_ahead(batches)))
+                self._stream_with_images(ahead, self._images, deadline, rows, frames)
                 frames.receive()
 
-    def _stream_images(self, batch: ArrivalBatch, rows: Conversation, frames: Conversation) -> bool:
-        """Stage the images of a batch; False where some are there already."""
-        assert self._images is not None
-        fresh: list[bool] = []
-        frames.send(self._images.staging(batch.arrivals), lambda replies: fresh.append(all(self._done(replies))))
-        # The commits before this one were done meanwhile. Their answers say what becomes of their images.
+    def _stream_rows(self, batches: Iterator[ArrivalBatch], deadline: Deadline, rows: Conversation) -> None:
+        """Each batch is encoded while the one before it is committed."""
+        previous: ArrivalBatch | None = None
+        for batch in batches:
+            rows.receive()
+            # Sent before that answer, a batch could be stored before what comes first, and wait once more.
+            if previous is not None and previous.stopped:
+                return
+            rows.send(self._commands(batch, deadline), partial(self._hear, batch, deadline, None))
+            previous = batch
         rows.receive()
-        while not fresh:
-            frames.receive(leave=frames.num_pending - 1)
-        (batch.staged,) = fresh
-        return batch.staged
+
+    def _stream_with_images(
+        self,
+        batches: Iterator[ArrivalBatch],
+        images: ImageUploads,
+        deadline: Deadline,
+        rows: Conversation,
+        frames: Conversation,
+    ) -> None:
+        """Each batch is committed while the images of the next are on their way; ends where some are there already."""
+        committed: ArrivalBatch | None = None
+        staged: ArrivalBatch | None = None
+        for batch in itertools.chain(batches, [None]):
+            if batch is not None:
+                batch.staged = None
+                frames.send(images.staging(batch.arrivals), partial(self._note_staged, batch))
+            if staged is not None:
+                while staged.staged is None:
+                    frames.receive(leave=frames.num_pending - 1)
+                # The commit before this one was done meanwhile.
+                rows.receive()
+                if not staged.staged or (committed is not None and committed.stopped):
+                    return
+                rows.send(self._commands(staged, deadline), partial(self._hear, staged, deadline, frames))
+                committed = staged
+            staged = batch
+        rows.receive()
+
+    def _note_staged(self, batch: ArrivalBatch, replies: Sequence[Any]) -> None:
+        # None stands for an image that was there: perhaps of an earlier attempt, perhaps of another segment.
+        batch.staged = all(self._done(replies))
 
     def _hear(
         self, batch: ArrivalBatch, deadline: Deadline, frames: Conversation | None, replies: Sequence[Any]
@@ -184,6 +206,7 @@ class SegmentWriter:
         answered = list(zip(batch.arrivals, letters.decode(), strict=False))
         numbers = iter(last_indices)
         asked, batch.asks = batch.asks, False
+        batch.stopped = letters[-1:] in (b"m", b"w")
         for arrival, letter in answered:
             arrival.inserted |= letter in "oO"
             if letter == "c":

@@ -14,7 +14,7 @@ from vla_dist.replay.table import RedisReplayTable
 T, K = 4, 6
 PATIENCE_S = 60.0
 """More than any outage of a storm: who has to give up found a bug."""
-CACHE_BYTES = (0, 4096, 1 << 29)
+CACHE_BYTES = (0, 4096, 1 << 24)
 """What readers keep of rows that they fetched: none, a few, all."""
 TABLES = (
     TableConfig(name="uniform", limiter=LimiterConfig(samples_per_insert=1.0, error_buffer_steps=400)),
