@@ -8,6 +8,9 @@ from vla_dist.core.types import Step
 from vla_dist.envs.key_to_door import ACTIONS, PHASES, KeyToDoorEnv, KeyToDoorExpert
 from vla_dist.envs.make import make_env, make_expert
 
+RED, BLUE = 2, 5
+ROOM = slice(8, 11)
+
 
 def act(name: str) -> np.ndarray:
     return np.eye(4, dtype=np.float32)[ACTIONS.index(name)]
@@ -72,13 +75,26 @@ def test_rooms_follow_the_clock_and_the_key_is_not_shown():
     for seed in range(5):
         expert = KeyToDoorExpert(env)
         steps = play(env, "one-door", seed, lambda step, expert=expert: expert.act(step.observation))
-        rooms = np.array([step.observation.proprio[108:111].argmax() for step in steps])
+        rooms = np.array([step.observation.proprio[ROOM].argmax() for step in steps])
         assert rooms[:10].tolist() == [0] * 10
         assert rooms[10:15].tolist() == [1] * 5
         assert set(rooms[15:]) == {2}
         for step, room in zip(steps, rooms, strict=True):
-            assert step.observation.proprio[:36].sum() == 1
-            assert step.observation.proprio[36:108].sum() <= (0 if room == 1 else 1)
+            assert step.observation.proprio[[RED, BLUE]].sum() <= (0 if room == 1 else 1)
+
+
+def test_an_object_is_seen_where_it_lies_from_the_robot():
+    env = KeyToDoorEnv()
+    for seed in range(5):
+        proprio = env.reset(seed=seed, task="one-door").observation.proprio
+        if env.has_key:
+            assert not proprio[RED : RED + 3].any()
+            continue
+        (key,) = env.objects.values()
+        offset = np.array(key) - np.array(env.cell)
+        np.testing.assert_allclose(proprio[:2] * 5, env.cell, atol=1e-6)
+        np.testing.assert_allclose(proprio[RED : RED + 3], [1.0, *(offset / 5)], atol=1e-6)
+        assert not proprio[BLUE : BLUE + 3].any()
 
 
 def test_the_colour_of_the_key_is_gone_when_the_doors_are_met():
@@ -88,13 +104,13 @@ def test_the_colour_of_the_key_is_gone_when_the_doors_are_met():
         first = env.reset(seed=seed, task="matching-door").observation.proprio
         colours.add(env.colour)
         if not env.has_key:
-            assert first[36 + 36 * env.colour : 72 + 36 * env.colour].sum() == 1
+            assert first[[RED, BLUE]].tolist() == [float(env.colour == 0), float(env.colour == 1)]
         step = None
         for _ in range(15):
             step = env.step(act("north"))
         assert step is not None
         if not step.is_last:
-            assert step.observation.proprio[36:108].sum() == 2
+            assert step.observation.proprio[[RED, BLUE]].sum() == 2
     assert colours == {0, 1}
 
 

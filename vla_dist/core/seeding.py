@@ -24,3 +24,11 @@ def evaluation_seed(suite_seed: int, episode_index: int) -> int:
 
 def is_evaluation_seed(seed: int) -> bool:
     return seed >= _HALF
+
+
+def redrawn_seed(seed: int, draw: int) -> int:
+    """The seed itself at draw 0, then further ones on the same side: for who must draw until something fits."""
+    if draw == 0:
+        return seed
+    base = int.from_bytes(hashlib.sha256(f"again/{seed}/{draw}".encode()).digest()[:4], "big") % _HALF
+    return base + _HALF * is_evaluation_seed(seed)

@@ -3,12 +3,13 @@
 Source: Chen et al. 2021, "Decision Transformer", section 5.5, after Mesnard et al. 2021. Their grid is not public; this
 one is our own: rooms of 6 x 6, phases of 10, 5 and 10 steps, the robot and each object placed anywhere, four moves.
 
-Proprio, P = 112 float32 of 0 or 1::
+Proprio, P = 12 float32::
 
-    robot      36  its cell, row first
-    red, blue  72  the cells of a red and of a blue object: keys in the first room, doors in the last
-    room        3  first, empty, last
-    time        1  steps spent in this room, as a share of its phase
+    robot      2  its row and column, 0 to 1
+    red, blue  6  of a red and of a blue object (keys in the first room, doors in the last): whether it is in this room,
+                  and how far south and east of the robot it lies, -1 to 1; zeros where it is not
+    room       3  first, empty, last; 0 or 1
+    time       1  steps spent in this room, as a share of its phase
 
 Whether the robot carries a key is not shown. The action is the largest of 4 numbers: north, east, south, west. The only
 reward is 1 at the right door with its key; the first door that is reached ends the episode.
@@ -69,12 +70,14 @@ class KeyToDoorEnv:
         steps = sum(PHASES) if max_episode_steps is None else max_episode_steps
         if steps < sum(PHASES):
             raise ConfigError(f"max_episode_steps {steps} ends before the last room does; allow {sum(PHASES)} or more")
-        cells = [f"{row}_{column}" for row in range(SIDE) for column in range(SIDE)]
-        names = [f"{what}_{cell}" for what in ("robot", *_COLOURS) for cell in cells]
-        names += ["room_first", "room_empty", "room_last", "time"]
+        things = [f"{colour}_{what}" for colour in _COLOURS for what in ("is_here", "south", "east")]
+        names = ["row", "column", *things, "room_first", "room_empty", "room_last", "time"]
+        offsets = ("south", "east")
         self.spec = EnvSpec(
             name="key-to-door",
-            proprio=tuple(Dimension(name=name, low=0.0, high=1.0) for name in names),
+            proprio=tuple(
+                Dimension(name=name, low=-1.0 if name.endswith(offsets) else 0.0, high=1.0) for name in names
+            ),
             action=tuple(Dimension(name=name, low=0.0, high=1.0) for name in ACTIONS),
             control_hz=10.0,
             max_episode_steps=steps,
@@ -172,14 +175,14 @@ class KeyToDoorEnv:
         return here[0] if here and self.room == 2 else None
 
     def _observation(self, action: Array | None, reward: float) -> Observation:
-        planes = np.zeros((1 + len(_COLOURS), SIDE, SIDE), np.float32)
-        planes[0][self._cell] = 1.0
+        here = np.array(self._cell, np.float32)
+        things = np.zeros((len(_COLOURS), 3), np.float32)
         for colour, cell in self.objects.items():
-            planes[1 + colour][cell] = 1.0
+            things[colour] = (1.0, *((np.array(cell) - here) / (SIDE - 1)))
         room = np.eye(len(PHASES), dtype=np.float32)[self.room]
         spent = (self._num_steps - sum(PHASES[: self.room])) / PHASES[self.room]
         return Observation(
-            proprio=np.concatenate([planes.ravel(), room, [spent]]).astype(np.float32),
+            proprio=np.concatenate([here / (SIDE - 1), things.ravel(), room, [spent]]).astype(np.float32),
             instruction=self._instruction,
             previous_action=action,
             previous_reward=reward,

@@ -2,7 +2,7 @@
 
 All tasks share an ``EnvSpec``, so one policy serves them all and only objects and words tell them apart: the goal that
 Meta-World puts into its observation is masked to zero. (``reach``, ``push`` and ``pick-place`` have goals in free
-space; without the goal they need a camera, which sees a coloured mark there.)
+space; without the goal they need a camera, which sees a coloured mark there, or ``shows_goal``.)
 
 An episode ends with ``terminated`` at the first step that meets the task's own success condition, which Meta-World
 itself never does, and with ``truncated`` at ``max_episode_steps``. ``info`` holds ``success`` and ``achieved``: the
@@ -38,7 +38,9 @@ _LAYOUT_FIELDS = ("body_pos", "body_quat", "site_pos")
 """Parts of the model that a reset overwrites with the episode's layout."""
 
 
-def tabletop_spec(cameras: tuple[CameraSpec, ...] = (), max_episode_steps: int = 200) -> EnvSpec:
+def tabletop_spec(
+    cameras: tuple[CameraSpec, ...] = (), max_episode_steps: int = 200, *, shows_goal: bool = False
+) -> EnvSpec:
     """The one contract of every task here."""
     current = (
         *(Dimension(name=f"hand_{axis}", unit="m") for axis in "xyz"),
@@ -46,7 +48,8 @@ def tabletop_spec(cameras: tuple[CameraSpec, ...] = (), max_episode_steps: int =
         *(d for index in (1, 2) for d in _object(f"object_{index}")),
     )
     previous = tuple(Dimension(name=f"previous_{d.name}", unit=d.unit) for d in current)
-    goal = tuple(Dimension(name=f"goal_{axis}_masked", unit="m") for axis in "xyz")
+    suffix = "" if shows_goal else "_masked"
+    goal = tuple(Dimension(name=f"goal_{axis}{suffix}", unit="m") for axis in "xyz")
     return EnvSpec(
         name="metaworld",
         proprio=(*current, *previous, *goal),
@@ -84,9 +87,12 @@ class MetaWorldEnv:
         cameras: tuple[CameraSpec, ...] = (),
         max_episode_steps: int = 200,
         instructions: Split = "training",
+        shows_goal: bool = False,
     ) -> None:
+        """``shows_goal`` leaves Meta-World's goal in proprio, as its own benchmarks do; the scene has none to show."""
         _check(tasks, cameras, max_episode_steps, instructions)
-        self.spec = tabletop_spec(cameras, max_episode_steps)
+        self.spec = tabletop_spec(cameras, max_episode_steps, shows_goal=shows_goal)
+        self._shows_goal = shows_goal
         self.tasks = tuple(tasks)
         self._split: Split = instructions
         self._simulators: dict[str, _Simulator] = {}
@@ -162,7 +168,8 @@ class MetaWorldEnv:
 
     def _observation(self, action: Array | None, reward: float) -> Observation:
         proprio = self._full.astype(np.float32)
-        proprio[GOAL] = 0.0
+        if not self._shows_goal:
+            proprio[GOAL] = 0.0
         return Observation(
             proprio=proprio,
             instruction=self._instruction,

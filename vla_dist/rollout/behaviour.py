@@ -1,4 +1,4 @@
-"""Who chooses the action in a rollout: a scripted expert with noise, or the newest version of a policy."""
+"""Who chooses the action in a rollout: a scripted expert with noise, chance, or the newest version of a policy."""
 
 from typing import Any, Protocol
 
@@ -67,6 +67,32 @@ class NoisyExpert:
         choice = np.zeros_like(clean)
         choice[self._rng.integers(len(clean))] = 1.0
         return choice
+
+
+class RandomActions:
+    """Uniform over the bounds, or over the choices. Nobody's intention: what is executed is what can be imitated."""
+
+    source: Source = "policy"
+    policy_version = 0
+
+    def __init__(self, spec: EnvSpec) -> None:
+        """Raises ConfigError where an action has no bounds."""
+        self._low = np.array([d.low for d in spec.action], np.float32)
+        self._high = np.array([d.high for d in spec.action], np.float32)
+        self._is_discrete = spec.action_kind == "discrete"
+        if not np.isfinite([self._low, self._high]).all():
+            raise ConfigError(f"actions of {spec.name!r} have no bounds to draw within; use the expert as the teacher")
+
+    def begin(self, *, task: str, seed: int) -> None:
+        # A stream of its own: the environment lays out its episode from the same seed.
+        self._rng = np.random.default_rng((1, seed))
+
+    def act(self, observation: Observation) -> tuple[Array, Array | None]:
+        if not self._is_discrete:
+            return self._rng.uniform(self._low, self._high).astype(np.float32), None
+        choice = np.zeros(len(self._low), np.float32)
+        choice[self._rng.integers(len(choice))] = 1.0
+        return choice, None
 
 
 class FollowedPolicy:

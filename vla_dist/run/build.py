@@ -91,6 +91,8 @@ def build_env(config: RunConfig, *, instructions: Split = "training") -> RobotEn
         cameras=env.cameras,
         max_episode_steps=env.max_episode_steps,
         instructions=instructions,
+        layouts=env.layouts,
+        shows_goal=env.shows_goal,
     )
 
 
@@ -163,7 +165,7 @@ def blobs_location(config: RunConfig, run_dir: Path, redis_url: str) -> str:
 
 def build_rollout_worker(place: Place, worker_index: int) -> list[RolloutWorker]:
     from vla_dist.envs.make import make_expert
-    from vla_dist.rollout.behaviour import NoisyExpert
+    from vla_dist.rollout.behaviour import NoisyExpert, RandomActions
     from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
 
     config = place.config
@@ -177,9 +179,13 @@ def build_rollout_worker(place: Place, worker_index: int) -> list[RolloutWorker]
         segment_steps=config.replay.segment_steps,
         seed=config.seed,
     )
-    expert = NoisyExpert(make_expert(env), env.spec, noise_scales=rollout.noise_scales)
+    teacher = (
+        RandomActions(env.spec)
+        if config.rollout.teacher == "random"
+        else NoisyExpert(make_expert(env), env.spec, noise_scales=rollout.noise_scales)
+    )
     table = build_table(place, seed=worker_index)
-    workers = [RolloutWorker(env, expert, table, rollout, worker_index=worker_index)]
+    workers = [RolloutWorker(env, teacher, table, rollout, worker_index=worker_index)]
     if config.rollout.policy_episodes_per_task:
         workers.append(_build_policy_rollout(place, rollout, table, worker_index))
     return workers

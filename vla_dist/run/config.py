@@ -27,6 +27,11 @@ class EnvSettings:
     """Those of ``tasks`` that share one scene, so that only the words tell them apart; empty: no language control."""
     max_episode_steps: int = 200
     cameras: tuple[CameraSpec, ...] = ()
+    layouts: Literal["any", "split"] = "any"
+    """split: no evaluation episode begins as a training episode may; a world with few layouts repeats them otherwise.
+    """
+    shows_goal: bool = False
+    """Whether proprio holds the place of the goal; metaworld alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +96,13 @@ class RegistrySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSettings:
-    """Scripted experts that fill the replay, and the policy itself beside them."""
+    """Teachers that fill the replay, and the policy itself beside them."""
 
     num_workers: int = 2
+    teacher: Literal["expert", "random"] = "expert"
+    """The scripted expert, or actions drawn uniformly, which are imitated as they were executed."""
     episodes_per_task: int = 50
-    """By the expert, over all workers."""
+    """By the teacher, over all workers."""
     noise_scales: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
     """Each expert episode draws one: standard deviation in action units, or the chance of a random discrete action."""
     policy_episodes_per_task: int = 0

@@ -12,6 +12,7 @@ import ray
 from vla_dist.core.errors import Unreachable, WaitTimeout
 from vla_dist.core.protocols import Worker
 from vla_dist.core.types import Array
+from vla_dist.envs.instructions import Split
 from vla_dist.evaluation.suite import EpisodeOutcome, SuiteConfig
 from vla_dist.run.board import BoardLink
 from vla_dist.run.build import Place, build_judge
@@ -91,9 +92,9 @@ class WorkerHost:
 class JudgeHost:
     """A VersionJudge in the process that runs it."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, instructions: Split = "training") -> None:
         make_way()
-        self._judge = build_judge(place)
+        self._judge = build_judge(place, instructions=instructions)
 
     def ping(self) -> int:
         """The process id, once the environments are built."""

@@ -19,6 +19,11 @@ from vla_dist.run.config import (
 
 SINGLE_SCENE_TASKS = ("drawer-open", "drawer-close", "window-open", "window-close", "button-press-topdown")
 SHARED_SCENE_TASKS = ("scene/drawer-open", "scene/drawer-close", "scene/button-press")
+MT10_TASKS = (
+    *("reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close", "button-press-topdown"),
+    *("peg-insert-side", "window-open", "window-close"),
+)
+"""Meta-World's ten."""
 
 _VIEW = (CameraSpec(name="view", height=56, width=56),)
 """What BabyAI's agent sees, 8 pixels a tile."""
@@ -100,6 +105,70 @@ def online_dt() -> RunConfig:
     )
 
 
+def key_to_door() -> RunConfig:
+    """A thousand random walks, one in thirty of which finds a key and, rooms later, its door."""
+    return RunConfig(
+        preset="key-to-door",
+        env=EnvSettings(family="key-to-door", tasks=("one-door",), max_episode_steps=25, layouts="split"),
+        # The window is the whole episode.
+        replay=ReplaySettings(min_steps=2_000, segment_steps=25),
+        rollout=RolloutSettings(num_workers=1, teacher="random", episodes_per_task=1_000),
+        model=ModelSettings(
+            preset="small",
+            changes=("hidden_dim=64", "n_layers=2", "context_steps=25", "goal_dim=0", "dropout=0.1"),
+            action_dropout=0.0,
+            return_dropout=0.0,
+            conditioning="reward",
+            target_quantile=1.0,
+        ),
+        learner=LearnerSettings(total_updates=1_200, publish_updates=(0, 400, 1_200), checkpoint_every_updates=400),
+        fleet=FleetSettings(num_robots=1),
+        evaluation=EvaluationSettings(episodes_per_task=100, final_episodes_per_task=200, num_envs=32),
+        min_memory_gib=3.0,
+    )
+
+
+def t_maze() -> RunConfig:
+    """A sign at the start of a corridor of up to 30 cells, read in windows of 16: only a memory knows which way."""
+    return RunConfig(
+        preset="t-maze",
+        env=EnvSettings(family="t-maze", tasks=("length-5-30",), max_episode_steps=70),
+        replay=ReplaySettings(min_steps=1_000, samples_per_insert=40.0),
+        rollout=RolloutSettings(num_workers=1, episodes_per_task=300, noise_scales=(0.0,)),
+        model=ModelSettings(architecture="memory", preset="tiny", changes=("goal_dim=0",), conditioning="none"),
+        learner=LearnerSettings(
+            total_updates=1_000,
+            publish_updates=(0, 300, 1_000),
+            learning_rate=3e-3,
+            checkpoint_every_updates=250,
+        ),
+        fleet=FleetSettings(num_robots=1),
+        evaluation=EvaluationSettings(episodes_per_task=50, final_episodes_per_task=100, num_envs=32),
+        min_memory_gib=3.0,
+    )
+
+
+def metaworld_mt10() -> RunConfig:
+    """Meta-World's ten tasks and the three of the shared scene from state, in words: one token a step."""
+    return RunConfig(
+        preset="metaworld-mt10",
+        env=EnvSettings(
+            tasks=(*MT10_TASKS, *SHARED_SCENE_TASKS),
+            language_tasks=SHARED_SCENE_TASKS,
+            layouts="split",
+            shows_goal=True,
+        ),
+        replay=ReplaySettings(samples_per_insert=20.0),
+        rollout=RolloutSettings(episodes_per_task=50),
+        model=ModelSettings(preset="tiny", conditioning="none"),
+        learner=LearnerSettings(
+            total_updates=16_000, publish_updates=(0, 4_000, 16_000), checkpoint_every_updates=2_000
+        ),
+        fleet=FleetSettings(num_robots=2),
+        evaluation=EvaluationSettings(episodes_per_task=5, final_episodes_per_task=20, num_envs=8),
+    )
+
+
 def memory_tiny() -> RunConfig:
     """T-mazes with the memory-augmented model: only the first cell tells which way to turn at the end."""
     run = babyai()
@@ -160,6 +229,9 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "babyai": babyai,
     "advantage-tiny": advantage_tiny,
     "online-dt": online_dt,
+    "key-to-door": key_to_door,
+    "t-maze": t_maze,
+    "metaworld-mt10": metaworld_mt10,
     "memory-tiny": memory_tiny,
     "hierarchical-tiny": hierarchical_tiny,
     "rt1-tiny": rt1_tiny,

@@ -1,0 +1,105 @@
+"""Seed by seed, each kept when it is done, so that an interrupted benchmark goes on where it stopped."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from learn.settings import Settings
+
+from vla_dist.run.config import RunConfig
+from vla_dist.run.files import write_atomically
+from vla_dist.run.launch import cpus_wanted, ray_runtime
+from vla_dist.run.study import HostedParts, LocalParts, Parts, Say
+
+RunSeed = Callable[[int, Path, Parts, Say], dict[str, Any]]
+"""(seed, folder, parts, say) to the plain JSON of what came out. Called again after an interruption, with what lies in
+the folder."""
+
+
+def run_seeds(
+    settings: Settings, name: str, protocol: Mapping[str, Any], config: RunConfig, run_seed: RunSeed
+) -> dict[int, dict[str, Any]]:
+    """What each seed came to, with ``wall_s``.
+
+    Args:
+        protocol: plain JSON of everything that decides the outcome beside the seed; another one is another benchmark.
+        config: the largest of the runs, for Ray to know how many parts there will be.
+    """
+    marks = {"protocol": protocol, "quick": settings.quick, "in_process": settings.in_process}
+    digest = hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:8]
+    home = settings.work_dir.resolve() / f"{name}-{digest}"
+    home.mkdir(parents=True, exist_ok=True)
+    found = {seed: json.loads(path.read_text()) for seed in settings.seeds if (path := _kept(home, seed)).exists()}
+    missing = [seed for seed in settings.seeds if seed not in found]
+    if missing:
+        with _parts(settings, config, home.name) as parts:
+            for seed in missing:
+                say = _progress(f"{name}, seed {seed}")
+                folder, started = home / f"seed-{seed}", time.monotonic()
+                answer = {**run_seed(seed, folder, parts, say), "wall_s": round(time.monotonic() - started, 1)}
+                write_atomically(_kept(home, seed), json.dumps(answer, indent=2))
+                shutil.rmtree(folder, ignore_errors=True)
+                say(f"done after {answer['wall_s']:.0f} s\n")
+                found[seed] = answer
+    return {seed: found[seed] for seed in settings.seeds}
+
+
+def for_comparison(config: RunConfig, *, seed: int) -> RunConfig:
+    """A preset as a study of one seed runs it: all data first, no fleet, episodes and suite of the seed's own."""
+    return dataclasses.replace(
+        config,
+        seed=seed,
+        # Every window that a learner asks for: a study has no ratio to keep.
+        replay=dataclasses.replace(config.replay, samples_per_insert=1e6),
+        fleet=dataclasses.replace(config.fleet, num_robots=0),
+        evaluation=dataclasses.replace(config.evaluation, seed=1000 + seed),
+        min_memory_gib=0.0,
+    )
+
+
+def trained_for(config: RunConfig, updates: int, **model: Any) -> RunConfig:
+    """With so many updates, published at their end, and other settings of the model."""
+    learner = dataclasses.replace(
+        config.learner,
+        total_updates=updates,
+        publish_updates=(0, updates),
+        checkpoint_every_updates=max(1, updates // 4),
+    )
+    return dataclasses.replace(config, learner=learner, model=dataclasses.replace(config.model, **model))
+
+
+@contextlib.contextmanager
+def _parts(settings: Settings, config: RunConfig, name: str) -> Iterator[Parts]:
+    if settings.in_process:
+        yield LocalParts()
+        return
+    with ray_runtime(num_cpus=cpus_wanted(config), object_store_mb=config.object_store_mb):
+        yield HostedParts(name)
+
+
+def _kept(home: Path, seed: int) -> Path:
+    return home / f"seed-{seed}.json"
+
+
+def _progress(title: str) -> Say:
+    """On a terminal the line is replaced; elsewhere there is one every half minute."""
+    started, last = time.monotonic(), [float("-inf")]
+
+    def say(line: str) -> None:
+        now = time.monotonic()
+        text = f"[{now - started:5.0f} s] {title}: {line}"
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[K{text}")
+        elif line.endswith("\n") or now - last[0] > 30:
+            last[0] = now
+            sys.stderr.write(text.rstrip("\n") + "\n")
+        sys.stderr.flush()
+
+    return say
