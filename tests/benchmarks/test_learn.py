@@ -1,0 +1,184 @@
+"""The frame of the learning benchmarks, and their quick forms, which catch rot and claim nothing."""
+
+import importlib
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks"
+NAMES = sorted(path.stem for path in (FOLDER / "learn").glob("*.py") if path.stem not in ("__init__", "settings"))
+OURS = ("babyai_fusion", "key_to_door", "metaworld_mt10", "t_maze")
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def settings(tmp_path, **changes):
+    from learn.settings import Settings
+
+    return Settings(**{"seeds": (0,), "quick": True, "in_process": True, "work_dir": tmp_path, **changes})
+
+
+def run_quick(name, tmp_path, **changes):
+    module = importlib.import_module(f"learn.{name}")
+    result = json.loads(json.dumps(module.run(settings(tmp_path, **changes))))
+    module.figure(result, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5_000
+    return result
+
+
+def check(result, name):
+    assert result["name"] == name.replace("_", "-")
+    assert result["claims"] is False
+    assert result["targets"] == []
+    assert result["wall_s"].keys() == {"0"}
+    for label, found in result["measures"].items():
+        assert found["low"] <= found["mean"] <= found["high"], label
+        assert found["by_seed"].keys() == {"0"}
+
+
+def test_quick_key_to_door_runs_in_one_process_and_keeps_its_seed(tmp_path):
+    result = run_quick("key_to_door", tmp_path)
+    check(result, "key_to_door")
+    again = run_quick("key_to_door", tmp_path)
+    assert again["wall_s"] == result["wall_s"]
+    assert list(tmp_path.glob("key-to-door-*/seed-0.json"))
+    assert not list(tmp_path.glob("key-to-door-*/seed-0"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", [name for name in OURS if name != "key_to_door"])
+def test_quick_forms_run_in_one_process(name, tmp_path):
+    check(run_quick(name, tmp_path), name)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+def test_quick_key_to_door_runs_through_ray(tmp_path):
+    result = run_quick("key_to_door", tmp_path, in_process=False)
+    check(result, "key_to_door")
+    assert "Ray" in result["path"]
+
+
+def answer_of(name, **changes):
+    from learn_parts.results import answer, measure, target
+
+    rates = {f"DT, {size}": measure({0: (60, 100), 1: (70, 100)}) for size in ("1,000 episodes", "10,000 episodes")}
+    found = answer(
+        type("Full", (), {"quick": False, "in_process": False})(),
+        name=name,
+        title="Key-to-Door",
+        question="Does it?",
+        protocol={"layouts": "split", "sizes": [1, 2]},
+        seeds={0: {"wall_s": 12.4}, 1: {"wall_s": 13.6}},
+        measures=rates,
+        targets=[target("DT", 0.65, 0.6, source="a paper"), target("wrong", 0.3, 0.1, at_most=True)],
+        notes=["A note."],
+    )
+    return {**found, **changes}
+
+
+def test_the_page_is_made_from_the_files_alone(tmp_path):
+    from learn_parts.page import write_page
+
+    results, page = tmp_path / "results", tmp_path / "docs" / "results.md"
+    results.mkdir()
+    page.parent.mkdir()
+    (results / "key-to-door.json").write_text(json.dumps(answer_of("key-to-door")))
+    (results / "key-to-door-in-process.json").write_text(json.dumps(answer_of("key-to-door")))
+    assert write_page(results, page) == ["key-to-door-in-process.json", "key-to-door.json"]
+    text = page.read_text()
+    assert "## Key-to-Door: in-process" in text
+    assert "| DT, 1,000 episodes | **0.65** | 0.582 to 0.713 | 0.6 | 0.7 | 200 |" in text
+    assert "| DT | at least 0.6 (a paper) | 0.65 | met |" in text
+    assert "| wrong | at most 0.1 | 0.3 | **missed** |" in text
+    assert "12, 14 s for each seed" in text
+    assert "| [Key-to-Door](#key-to-door) | 0, 1 | 1 of 2 |" in text
+    for name in ("key-to-door", "key-to-door-in-process"):
+        assert f"](results/{name}.png)" in text
+        assert (page.parent / "results" / f"{name}.png").exists()
+
+
+def test_a_quick_run_does_not_get_onto_the_page(tmp_path):
+    from learn_parts.page import write_page
+
+    (tmp_path / "key-to-door.json").write_text(json.dumps(answer_of("key-to-door", claims=False)))
+    with pytest.raises(ValueError, match="claims nothing"):
+        write_page(tmp_path, tmp_path / "page.md")
+
+
+def test_the_page_in_the_repository_is_that_of_the_results(tmp_path):
+    from learn_parts.page import PAGE, RESULTS, write_page
+
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    write_page(RESULTS, page)
+    assert page.read_text() == PAGE.read_text(), "run: vla-dist bench learn --page"
+
+
+def test_seeds_are_run_once_and_only_for_one_protocol(tmp_path):
+    from learn_parts.seeds import run_seeds
+
+    from vla_dist.run.presets import preset
+
+    ran = []
+
+    def run_seed(seed, folder, parts, say):
+        ran.append(seed)
+        if seed == 2 and ran.count(2) == 1:
+            raise KeyboardInterrupt
+        return {"value": seed}
+
+    def run(seeds, **protocol):
+        return run_seeds(settings(tmp_path, seeds=seeds), "one", protocol, preset("key-to-door"), run_seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        run((1, 2), size=3)
+    found = run((1, 2), size=3)
+    assert ran == [1, 2, 2]
+    assert [found[seed]["value"] for seed in (1, 2)] == [1, 2]
+    run((1,), size=4)
+    assert ran == [1, 2, 2, 1]
+
+
+def test_results_call_a_missed_figure_missed():
+    from learn_parts.results import target
+
+    assert target("share", 0.94, 0.95)["met"] is False
+    assert target("share", 0.95, 0.95)["met"] is True
+    assert target("wrong", 0.11, 0.10, at_most=True)["met"] is False
+
+
+def test_shuffled_words_are_the_same_words_on_other_episodes():
+    from learn.babyai_fusion import with_shuffled_words
+
+    from vla_dist.testing.fakes import make_segment, make_spec
+
+    spec = make_spec()
+    episodes = [
+        [make_segment(spec, episode_id=f"e{n}", num_steps=4, is_last=True, instruction=f"go to {n}")] for n in range(30)
+    ]
+    shuffled = list(with_shuffled_words(episodes, seed=0))
+    assert sorted(e[0].instruction for e in shuffled) == sorted(e[0].instruction for e in episodes)
+    moved = sum(e[0].instruction != f"go to {e[0].episode_id[1:]}" for e in shuffled)
+    assert moved > 20
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [(("key-to-dor",), "did you mean key-to-door"), ((), "which one"), (("t-maze", "--seeds", "0"), "at least 1")],
+)
+def test_a_wrong_call_is_told_what_there_is(words, complaint, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vla-dist bench learn", *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FOLDER / "learn.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert complaint in capsys.readouterr().err

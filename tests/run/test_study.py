@@ -1,0 +1,132 @@
+"""Studies: what is collected once, trained on by several and judged alike; the same by hosts and in one process."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from vla_dist.core.errors import ConfigError
+from vla_dist.evaluation.pairing import compare_outcomes
+from vla_dist.evaluation.suite import SuiteConfig
+from vla_dist.run.config import LearnerSettings
+from vla_dist.run.presets import preset
+from vla_dist.run.study import HostedParts, LocalParts, best_episodes, judge_expert, open_study
+from vla_dist.testing.fakes import make_segment, make_spec
+
+
+def config_of(*, episodes=60, updates=6):
+    config = preset("key-to-door")
+    return dataclasses.replace(
+        config,
+        replay=dataclasses.replace(config.replay, min_steps=50, samples_per_insert=1e6),
+        rollout=dataclasses.replace(config.rollout, episodes_per_task=episodes, num_workers=2),
+        model=dataclasses.replace(config.model, hidden_dim=16, n_layers=1, n_heads=2),
+        learner=LearnerSettings(
+            total_updates=updates,
+            publish_updates=(0, updates),
+            batch_size=16,
+            checkpoint_every_updates=updates,
+            updates_per_step=updates,
+        ),
+        fleet=dataclasses.replace(config.fleet, num_robots=0),
+        evaluation=dataclasses.replace(config.evaluation, num_envs=8),
+    )
+
+
+SUITE = SuiteConfig(tasks=("one-door",), episodes_per_task=24, seed=11)
+
+
+def contents(study, place=None):
+    return {
+        episode[0].episode_id: tuple(s.actions.tobytes() + s.proprio.tobytes() for s in episode)
+        for episode in study.episodes(place)
+    }
+
+
+def test_learners_of_one_study_learn_from_the_same_episodes_and_are_judged_on_the_same_ones(tmp_path):
+    config = config_of()
+    with open_study(config, tmp_path / "study", LocalParts()) as study:
+        study.collect()
+        collected = contents(study)
+        assert len(collected) == 60
+        first = study.train("first", config)
+        cloning = dataclasses.replace(
+            config,
+            model=dataclasses.replace(
+                config.model, changes=(*config.model.changes, "use_returns=false"), conditioning="none"
+            ),
+        )
+        best = study.derive("best", best_episodes(study.episodes(), 0.2))
+        second = study.train("second", cloning, best)
+        assert contents(study) == collected
+        assert contents(study, best).items() <= collected.items()
+        assert 0 < len(contents(study, best)) < 60
+        found = [study.judge(trained, SUITE)[0] for trained in (first, second)]
+        assert compare_outcomes(*found).overall.trials == 24
+        alone = study.evaluate(study.load(first), SUITE)
+        assert compare_outcomes(alone, found[0]).overall.mean == 0.0
+        with pytest.raises(ConfigError, match="other tasks or another replay"):
+            study.train("third", dataclasses.replace(config, env=dataclasses.replace(config.env, tasks=("other",))))
+
+
+def test_a_study_that_was_interrupted_goes_on_where_it_stopped(tmp_path):
+    config = config_of(episodes=20)
+    lines = []
+    with open_study(config, tmp_path / "study", LocalParts()) as study:
+        study.collect()
+        collected = contents(study)
+        version = study.train("one", config).version
+    with open_study(config, tmp_path / "study", LocalParts(), lines.append) as study:
+        study.collect()
+        assert contents(study) == collected
+        assert study.train("one", config).version == version
+        assert not any("update" in line for line in lines)
+        assert study.train("two", config).version > version
+        assert any("two: update 6 of 6" in line for line in lines)
+
+
+def test_the_best_episodes_are_all_of_a_return_or_none():
+    def episodes(*returns):
+        spec = make_spec()
+        for number, value in enumerate(returns):
+            segment = make_segment(spec, episode_id=f"e{number}", num_steps=4, is_last=True)
+            yield [dataclasses.replace(segment, rewards=np.full(4, value / 4, np.float32))]
+
+    def chosen(share, *returns):
+        return [int(episode[0].episode_id[1:]) for episode in best_episodes(episodes(*returns), share)]
+
+    assert chosen(0.4, 3, 9, 5, 1, 7) == [1, 4]
+    assert chosen(0.4, 0, 0, 1, 0, 0) == [2]
+    assert chosen(0.4, 1, 1, 1, 0, 0) == [0, 1, 2]
+    assert chosen(0.1, 4, 4, 4) == [0, 1, 2]
+
+
+def test_the_expert_is_judged_on_the_suite_of_the_others():
+    outcomes = judge_expert(config_of(), SUITE)
+    assert len(outcomes) == 24
+    assert all(outcome.success for outcome in outcomes)
+    assert [(o.task, o.seed) for o in outcomes] == [(task, seed) for task, seed, _ in SUITE.episodes()]
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(400)
+def test_hosts_and_one_process_collect_the_same_and_learn_alike(tmp_path):
+    from vla_dist.run.launch import cpus_wanted, ray_runtime
+
+    config = config_of(episodes=600, updates=150)
+    suite = dataclasses.replace(SUITE, episodes_per_task=200)
+    found, kept = {}, {}
+    with ray_runtime(num_cpus=cpus_wanted(config)):
+        for name, parts in (("hosts", HostedParts("board-of-a-test")), ("alone", LocalParts())):
+            with open_study(config, tmp_path / name, parts) as study:
+                study.collect()
+                kept[name] = {episode: rows for episode, rows in contents(study).items()}
+                (found[name],) = study.judge(study.train("dt", config), suite)
+    assert {name.partition("-w")[2] for name in kept["hosts"]} == {name.partition("-w")[2] for name in kept["alone"]}
+    assert sorted(kept["hosts"].values()) == sorted(kept["alone"].values())
+    difference = compare_outcomes(found["alone"], found["hosts"]).overall
+    # Two trainings of one kind: they differ by what draws and initialisation make of it, not by the way they went.
+    assert abs(difference.mean) < 0.2, difference
+    assert json.loads(next((tmp_path / "hosts").glob("evaluations-*.json")).read_text())
