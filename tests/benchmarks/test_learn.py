@@ -1,5 +1,6 @@
 """The frame of the learning benchmarks, and their quick forms, which catch rot and claim nothing."""
 
+import dataclasses
 import importlib
 import json
 import runpy
@@ -163,9 +164,8 @@ def test_shuffled_words_are_the_same_words_on_other_episodes():
     from vla_dist.testing.fakes import make_segment, make_spec
 
     spec = make_spec()
-    episodes = [
-        [make_segment(spec, episode_id=f"e{n}", num_steps=4, is_last=True, instruction=f"go to {n}")] for n in range(30)
-    ]
+    plain = [make_segment(spec, episode_id=f"e{n}", num_steps=4, is_last=True) for n in range(30)]
+    episodes = [[dataclasses.replace(one, instruction=f"go to {n}")] for n, one in enumerate(plain)]
     shuffled = list(with_shuffled_words(episodes, seed=0))
     assert sorted(e[0].instruction for e in shuffled) == sorted(e[0].instruction for e in episodes)
     moved = sum(e[0].instruction != f"go to {e[0].episode_id[1:]}" for e in shuffled)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from vla_dist.cli.main import main
-from vla_dist.run.config import LearnerSettings, RunConfig
+from vla_dist.run.config import LearnerSettings, load_config
 from vla_dist.run.files import CONFIG
 from vla_dist.run.presets import preset
 from vla_dist.run.study import LocalParts, open_study
@@ -75,11 +75,13 @@ def test_one_version_is_judged_as_before(capsys, run_dir, tmp_path):
 def test_versions_of_other_tasks_are_not_compared(capsys, run_dir, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    config: RunConfig = preset("key-to-door")
+    config = load_config(run_dir / CONFIG)
     config = dataclasses.replace(config, env=dataclasses.replace(config.env, tasks=("matching-door",)))
-    with open_study(dataclasses.replace(config), other, LocalParts()):
-        pass
+    with open_study(config, other, LocalParts()) as study:
+        study.collect()
+        study.train("one", config)
     (other / CONFIG).write_text(config.to_json())
-    assert "no version" in failed(capsys, f"{run_dir}@9", "@1") or True
-    err = failed(capsys, f"{run_dir}@1", other)
+    err = failed(capsys, f"{run_dir}@1", other, "--episodes-per-task", "1")
     assert err.count("\n") == 1
+    assert "env.tasks ('one-door',) against ('matching-door',)" in err
+    assert "9" in failed(capsys, f"{run_dir}@1", "@9", "--episodes-per-task", "1")

@@ -122,7 +122,7 @@ def test_hosts_and_one_process_collect_the_same_and_learn_alike(tmp_path):
         for name, parts in (("hosts", HostedParts("board-of-a-test")), ("alone", LocalParts())):
             with open_study(config, tmp_path / name, parts) as study:
                 study.collect()
-                kept[name] = {episode: rows for episode, rows in contents(study).items()}
+                kept[name] = contents(study)
                 (found[name],) = study.judge(study.train("dt", config), suite)
     assert {name.partition("-w")[2] for name in kept["hosts"]} == {name.partition("-w")[2] for name in kept["alone"]}
     assert sorted(kept["hosts"].values()) == sorted(kept["alone"].values())
