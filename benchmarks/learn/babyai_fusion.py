@@ -19,7 +19,8 @@ from vla_dist.core.types import Segment
 from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run.config import ModelSettings, RunConfig
 from vla_dist.run.presets import preset
-from vla_dist.run.study import Parts, Say, open_study
+from vla_dist.run.study import open_study
+from vla_dist.run.study_parts import Parts, Say
 
 _FUSIONS = ("concat", "cross_attention", "gated_fusion", "film")
 _CONTROL = "words shuffled"

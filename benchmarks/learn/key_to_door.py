@@ -18,7 +18,8 @@ from learn.settings import Settings
 from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run.config import RunConfig
 from vla_dist.run.presets import preset
-from vla_dist.run.study import Parts, Say, best_episodes, open_study
+from vla_dist.run.study import best_episodes, open_study
+from vla_dist.run.study_parts import Parts, Say
 
 _REFERENCE = {1_000: 0.718, 10_000: 0.946}
 """Of a Decision Transformer, by episodes; %BC 0.699 and 0.951, BC 0.014 and 0.016, random 0.031."""

@@ -19,7 +19,8 @@ from learn.settings import Settings
 from vla_dist.evaluation.suite import EpisodeOutcome, SuiteConfig
 from vla_dist.run.config import ModelSettings, RunConfig
 from vla_dist.run.presets import MT10_TASKS, SHARED_SCENE_TASKS, preset
-from vla_dist.run.study import Parts, Say, Study, Trained, judge_expert, open_study
+from vla_dist.run.study import Study, Trained, judge_expert, open_study
+from vla_dist.run.study_parts import Parts, Say
 
 _DT = ModelSettings(preset="mini")
 _OPPOSITES = {("scene/drawer-open", "scene/drawer-close"), ("scene/drawer-close", "scene/drawer-open")}

@@ -21,7 +21,8 @@ from vla_dist.core.types import Array, Observation
 from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run.config import ModelSettings, RunConfig
 from vla_dist.run.presets import preset
-from vla_dist.run.study import Parts, Say, Study, Trained, open_study
+from vla_dist.run.study import Study, Trained, open_study
+from vla_dist.run.study_parts import Parts, Say
 
 _CONTEXT = 16
 _LABELS = ("memory", "DT", "memory emptied")

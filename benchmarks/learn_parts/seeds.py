@@ -16,7 +16,7 @@ from learn.settings import Settings
 from vla_dist.run.config import RunConfig
 from vla_dist.run.files import write_atomically
 from vla_dist.run.launch import cpus_wanted, ray_runtime
-from vla_dist.run.study import HostedParts, LocalParts, Parts, Say
+from vla_dist.run.study_parts import HostedParts, LocalParts, Parts, Say
 
 RunSeed = Callable[[int, Path, Parts, Say], dict[str, Any]]
 """(seed, folder, parts, say) to the plain JSON of what came out. Called again after an interruption, with what lies in

@@ -9,7 +9,8 @@ from vla_dist.cli.main import main
 from vla_dist.run.config import LearnerSettings, load_config
 from vla_dist.run.files import CONFIG
 from vla_dist.run.presets import preset
-from vla_dist.run.study import LocalParts, open_study
+from vla_dist.run.study import open_study
+from vla_dist.run.study_parts import LocalParts
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from vla_dist.evaluation.pairing import compare_outcomes
 from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run.config import LearnerSettings
 from vla_dist.run.presets import preset
-from vla_dist.run.study import HostedParts, LocalParts, best_episodes, judge_expert, open_study
+from vla_dist.run.study import best_episodes, judge_expert, open_study
+from vla_dist.run.study_parts import HostedParts, LocalParts
 from vla_dist.testing.fakes import make_segment, make_spec
 
 

@@ -1,0 +1,213 @@
+"""Who does the work of a study: everything in this process, or hosts as a run has them."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
+from typing import Any, Protocol
+
+import ray
+
+from vla_dist.core.errors import ReplayWait, WaitTimeout
+from vla_dist.core.types import Metrics
+from vla_dist.envs.instructions import Split
+from vla_dist.evaluation.suite import EpisodeOutcome, SuiteConfig
+from vla_dist.run.board import BoardLink
+from vla_dist.run.build import Place, build_judge, build_learner, build_rollout_worker
+from vla_dist.run.evaluations import EvaluationBoard
+from vla_dist.run.host import JudgeHost, WorkerHost
+from vla_dist.run.hosts import HostedWorker
+from vla_dist.run.placement import Placement
+from vla_dist.run.roles import ROLLOUT
+from vla_dist.run.training import Training
+
+_TICK_S = 0.5
+_STOP_S = 60.0
+_MAX_COLLECT_S, _MAX_TRAIN_S, _MAX_JUDGE_S = 4 * 3600.0, 24 * 3600.0, 4 * 3600.0
+
+Say = Callable[[str], None]
+"""Takes a line on how far it is; each replaces the one before."""
+
+
+class Parts(Protocol):
+    """Who does the work of a study; each call ends when its work is done."""
+
+    def collect(self, place: Place, say: Say) -> None:
+        """Every episode that the config asks of its rollout workers; those that are stored already are skipped."""
+        ...
+
+    def train(self, place: Place, say: Say) -> None:
+        """From the first update to the last, publishing as the config says."""
+        ...
+
+    def interact(self, place: Place, say: Say) -> None:
+        """Collects and trains at once, the learner's versions acting beside the teacher, until the learner is done."""
+        ...
+
+    def judge(
+        self, place: Place, version: int, suites: Sequence[SuiteConfig], instructions: Split
+    ) -> list[list[EpisodeOutcome]]:
+        """Outcomes of each suite."""
+        ...
+
+
+class LocalParts:
+    """Everything in this process."""
+
+    def collect(self, place: Place, say: Say) -> None:
+        for index in range(place.config.rollout.num_workers):
+            name, end = f"rollout-{index}", time.monotonic() + _MAX_COLLECT_S
+            board: Any = _Told(say, wanted=_episodes_wanted(place))
+            with contextlib.closing(WorkerHost(name, partial(build_rollout_worker, place, index), board)) as host:
+                host.run(max_seconds=_MAX_COLLECT_S)
+            _require_time(end, name)
+
+    def train(self, place: Place, say: Say) -> None:
+        self._train(place, say, may_wait=lambda: False)
+
+    def interact(self, place: Place, say: Say) -> None:
+        count = place.config.rollout.num_workers
+        board: Any = _Told(lambda line: None, wanted=_episodes_wanted(place))
+        hosts = [WorkerHost(f"rollout-{i}", partial(build_rollout_worker, place, i), board) for i in range(count)]
+        with ThreadPoolExecutor(count) as threads, contextlib.ExitStack() as stack:
+            for host in hosts:
+                stack.callback(host.close)
+            runs = [threads.submit(host.run, max_seconds=_MAX_COLLECT_S) for host in hosts]
+            try:
+                # The replay may be short of what the learner asks for, as long as somebody collects.
+                self._train(place, say, may_wait=lambda: not all(run.done() for run in runs))
+            finally:
+                for host in hosts:
+                    host.stop()
+                wait(runs, timeout=_STOP_S)
+        for run in runs:
+            run.result()
+
+    @staticmethod
+    def _train(place: Place, say: Say, *, may_wait: Callable[[], bool]) -> None:
+        """Raises ReplayWait where the replay is short of data and ``may_wait`` says that none will come."""
+        from vla_dist.learner.config import Rank
+
+        learner, end = build_learner(place, Rank()), time.monotonic() + _MAX_TRAIN_S
+        with contextlib.closing(learner):
+            while not learner.done:
+                _require_time(end, "the learner")
+                try:
+                    _say_progress(say, learner.step(), place)
+                except ReplayWait:
+                    if not may_wait():
+                        raise
+
+    def judge(
+        self, place: Place, version: int, suites: Sequence[SuiteConfig], instructions: Split
+    ) -> list[list[EpisodeOutcome]]:
+        judge = build_judge(place, instructions=instructions)
+        with contextlib.closing(judge):
+            return [judge.judge(version, suite) for suite in suites]
+
+
+class HostedParts:
+    """As a run places them, on a Ray that is initialised."""
+
+    def __init__(self, name: str) -> None:
+        self._placement = Placement()
+        self._board = BoardLink(name)
+        self._board.start(self._placement.beside_driver(cpus=0))
+
+    def collect(self, place: Place, say: Say) -> None:
+        with self._rollouts(place) as hosts:
+            end = time.monotonic() + _MAX_COLLECT_S
+            while not all(host.is_done for host in hosts):
+                _require_time(end, "the rollout workers")
+                for host in hosts:
+                    host.poll()
+                seen = self._board.read()
+                done = sum(m.get("finished", 0.0) for n, m in seen.items() if n.startswith("rollout-"))
+                say(f"{done:.0f} of {_episodes_wanted(place)} episodes")
+                time.sleep(_TICK_S)
+
+    def train(self, place: Place, say: Say) -> None:
+        self._train(place, say, ())
+
+    def interact(self, place: Place, say: Say) -> None:
+        with self._rollouts(place) as hosts:
+            self._train(place, say, hosts)
+
+    def _train(self, place: Place, say: Say, hosts: Sequence[HostedWorker]) -> None:
+        """Watching those who collect meanwhile."""
+        training = Training(place, self._placement, partial(self._board.post, "learner"))
+        with contextlib.closing(training):
+            end = time.monotonic() + _MAX_TRAIN_S
+            while not training.is_done:
+                _require_time(end, "the learner")
+                for host in hosts:
+                    host.poll()
+                _say_progress(say, self._board.read().get("learner", {}), place)
+                time.sleep(_TICK_S)
+            training.raise_if_failed()
+
+    def judge(
+        self, place: Place, version: int, suites: Sequence[SuiteConfig], instructions: Split
+    ) -> list[list[EpisodeOutcome]]:
+        make = ray.remote(JudgeHost).options(max_restarts=-1, **self._rollout_options(place))
+        judges = [make.remote(place, instructions) for _ in range(place.config.evaluation.num_workers)]
+        try:
+            board = EvaluationBoard(judges, place.run_dir / f"evaluations-{place.config.preset}-{instructions}.json")
+            for suite in suites:
+                board.ask(version, suite)
+            end = time.monotonic() + _MAX_JUDGE_S
+            while not board.is_idle:
+                _require_time(end, "the judges")
+                board.poll()
+                time.sleep(_TICK_S / 5)
+            return [board.outcomes(version, suite) or [] for suite in suites]
+        finally:
+            for judge in judges:
+                ray.kill(judge)
+
+    @contextlib.contextmanager
+    def _rollouts(self, place: Place) -> Iterator[list[HostedWorker]]:
+        hosts = [
+            HostedWorker(
+                f"rollout-{index}",
+                partial(build_rollout_worker, place, index),
+                self._board,
+                max_seconds=_MAX_COLLECT_S,
+                options=self._rollout_options(place),
+            )
+            for index in range(place.config.rollout.num_workers)
+        ]
+        try:
+            yield hosts
+        finally:
+            for host in hosts:
+                host.close()
+
+    def _rollout_options(self, place: Place) -> dict[str, Any]:
+        return self._placement.options(ROLLOUT, cpus=place.config.placement.rollout_cpus)
+
+
+class _Told:
+    """Takes what a host would post on a run's board."""
+
+    def __init__(self, say: Say, *, wanted: int) -> None:
+        self._say = say
+        self._wanted = wanted
+
+    def post(self, component: str, metrics: Metrics) -> None:
+        self._say(f"{component}: {metrics.get('finished', 0.0):.0f} episodes of {self._wanted} in all")
+
+
+def _episodes_wanted(place: Place) -> int:
+    return place.config.rollout.total_episodes_per_task * len(place.config.env.tasks)
+
+
+def _say_progress(say: Say, metrics: Metrics, place: Place) -> None:
+    done, loss = metrics.get("updates", 0.0), metrics.get("loss", float("nan"))
+    say(f"update {done:.0f} of {place.config.learner.total_updates}, loss {loss:.4f}")
+
+
+def _require_time(end: float, who: str) -> None:
+    if time.monotonic() > end:
+        raise WaitTimeout(f"{who} did not end within hours; call again to go on, or ask for less")
