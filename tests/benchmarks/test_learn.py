@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
 NAMES = sorted(path.stem for path in (FOLDER / "learn").glob("*.py") if path.stem not in ("__init__", "settings"))
-OURS = ("babyai_fusion", "key_to_door", "metaworld_mt10", "online_dt", "t_maze")
+OURS = ("babyai_fusion", "hierarchy", "key_to_door", "metaworld_mt10", "online_dt", "t_maze")
 
 
 @pytest.fixture(autouse=True)

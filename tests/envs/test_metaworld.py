@@ -198,3 +198,39 @@ def test_expert_refuses_a_task_of_another_environment_and_acts_only_after_reset(
     step = env.reset(seed=0, task="reach")
     with pytest.raises(RuntimeError, match="call reset"):
         expert.act(step.observation)
+
+
+def test_two_tasks_in_a_row_are_done_in_their_order() -> None:
+    task = "scene/button-press+scene/drawer-open"
+    env = MetaWorldEnv((task,), max_episode_steps=300)
+    skills, expert = [], MetaWorldExpert(env)
+    step = env.reset(seed=evaluation_seed(3, 0), task=task)
+    expert.reset(task=task, seed=0)
+    rewards = []
+    while not step.is_last:
+        skills.append(env.skill)
+        step = env.step(expert.act(step.observation))
+        rewards.append(step.reward)
+    assert step.success
+    assert task in step.info["achieved"]
+    change = skills.index("scene/drawer-open")
+    assert set(skills[:change]) == {"scene/button-press"}
+    assert set(skills[change:]) == {"scene/drawer-open"}
+    assert max(rewards[: change - 1]) < 5.0 <= min(rewards[change - 1 :])
+    assert rewards[-1] == 10.0
+    assert env.reset(seed=5, task=task).observation.instruction.count(", then ") == 1
+    assert env.skill == "scene/button-press"
+
+
+def test_the_second_task_alone_is_not_the_sequence() -> None:
+    task = "scene/drawer-open+scene/drawer-close"
+    env = MetaWorldEnv((task, "scene/drawer-close"), max_episode_steps=120)
+    closer = MetaWorldExpert(env)
+    step = env.reset(seed=evaluation_seed(3, 1), task=task)
+    closer.reset(task="scene/drawer-close", seed=0)
+    closed = False
+    while not step.is_last:
+        step = env.step(closer.act(step.observation))
+        closed |= "scene/drawer-close" in step.info["achieved"]
+    assert closed
+    assert not step.success

@@ -8,7 +8,7 @@ import numpy as np
 from metaworld.policies import ENV_POLICY_MAP
 
 from vla_dist.core.types import Array, Observation
-from vla_dist.envs.drawer_button import BUTTON_PRESS, DRAWER_CLOSE, DRAWER_OPEN
+from vla_dist.envs.drawer_button import BUTTON_PRESS, DRAWER_CLOSE, DRAWER_OPEN, JOINT
 from vla_dist.envs.metaworld import MetaWorldEnv
 from vla_dist.envs.requirements import require_task
 
@@ -29,30 +29,32 @@ class MetaWorldExpert:
     def __init__(self, env: MetaWorldEnv) -> None:
         self._env = env
         self._policies: dict[str, Any] = {}
-        self._act: Callable[[Array], Array] | None = None
         self._task = ""
 
     def reset(self, *, task: str, seed: int) -> None:
         """Raises ConfigError when ``task`` is not one of the env's."""
         del seed  # scripted policies draw nothing
         require_task(task, self._env.tasks)
-        name = _SAME_MOTION[task][0] if task in _SAME_MOTION else task
-        if name not in self._policies:
-            self._policies[name] = ENV_POLICY_MAP[f"{name}-v3"]()
-        self._act = self._policies[name].get_action
         self._task = task
 
     def act(self, observation: Observation) -> Array:
         del observation  # the goal is masked there
-        if self._act is None:
+        if not self._task:
             raise RuntimeError("the expert was not told its task; call reset")
+        skill = self._env.skill if JOINT in self._task else self._task
         full = self._env.full_observation()
-        if self._task in _SAME_MOTION:
-            _, where, offset = _SAME_MOTION[self._task]
+        if skill in _SAME_MOTION:
+            _, where, offset = _SAME_MOTION[skill]
             full = full.copy()
             full[4:7] = full[where] + offset
         with warnings.catch_warnings():
             # "Constant(s) may be too high": the clipping that it announces is done here.
             warnings.simplefilter("ignore")
-            action = self._act(full)
+            action = self._policy(skill)(full)
         return np.clip(action, -1.0, 1.0).astype(np.float32)
+
+    def _policy(self, skill: str) -> Callable[[Array], Array]:
+        name = _SAME_MOTION[skill][0] if skill in _SAME_MOTION else skill
+        if name not in self._policies:
+            self._policies[name] = ENV_POLICY_MAP[f"{name}-v3"]()
+        return self._policies[name].get_action

@@ -128,7 +128,10 @@ _SAME_WORDS = MappingProxyType(
     }
 )
 
-WORDED_TASKS: tuple[str, ...] = (*_TRAINING, *_SAME_WORDS)
+_JOINT = "+"
+_SEQUENCES = tuple(f"{first}{_JOINT}{second}" for first in _SAME_WORDS for second in _SAME_WORDS if first != second)
+
+WORDED_TASKS: tuple[str, ...] = (*_TRAINING, *_SAME_WORDS, *_SEQUENCES)
 """Every task that has words."""
 
 
@@ -141,11 +144,19 @@ def phrases(task: str, split: Split) -> tuple[str, ...]:
     """
     if split not in SPLITS:
         raise ConfigError(f"instruction split {split!r} must be one of {', '.join(SPLITS)}")
+    if task in _SEQUENCES:
+        return _joined(task, split)
     table = _TRAINING if split == "training" else _HELD_OUT
     key = _SAME_WORDS.get(task, task)
     if key not in table:
         raise NotFound(f"no instructions for task {task!r}; tasks with words are {', '.join(WORDED_TASKS)}")
     return table[key]
+
+
+def _joined(task: str, split: Split) -> tuple[str, ...]:
+    """Of two tasks in a row: each wording of the first with one of the second, not of the same place in its list."""
+    first, second = (phrases(one, split) for one in task.split(_JOINT))
+    return tuple(f"{words}, then {second[(place + 1) % len(second)]}" for place, words in enumerate(first))
 
 
 def instruction_for(task: str, seed: int, split: Split = "training") -> str:

@@ -22,7 +22,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from vla_dist.core.errors import ConfigError, DataError, NotFound
 from vla_dist.core.specs import CameraSpec, Dimension, EnvSpec
 from vla_dist.core.types import Array, Observation, Step
-from vla_dist.envs.drawer_button import PREFIX, DrawerButtonSimulator
+from vla_dist.envs.drawer_button import JOINT, PREFIX, DrawerButtonSimulator
 from vla_dist.envs.instructions import SPLITS, WORDED_TASKS, Split, instruction_for
 from vla_dist.envs.rendering import TABLE_VIEW, SceneRenderer
 
@@ -151,6 +151,11 @@ class MetaWorldEnv:
     def task(self) -> str:
         """The task of the running episode."""
         return self._task
+
+    @property
+    def skill(self) -> str:
+        """The single task that is to be done now: of a sequence the first that is not done, else the task itself."""
+        return self._current.env.skill if self._current is not None and JOINT in self._task else self._task
 
     def full_observation(self) -> Array:
         """(39,) float64, the last observation with its goal: what a scripted expert may see and a policy may not."""

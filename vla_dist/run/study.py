@@ -18,7 +18,7 @@ import numpy as np
 
 from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.core.protocols import Policy
-from vla_dist.core.types import Segment
+from vla_dist.core.types import PolicyArtifact, Segment
 from vla_dist.envs.instructions import Split
 from vla_dist.evaluation.suite import EpisodeOutcome, Evaluator, SuiteConfig
 from vla_dist.replay.limiter import LimiterConfig
@@ -135,11 +135,14 @@ class Study:
             place = replace(place, config=replace(place.config, env=config.env, evaluation=config.evaluation))
         return self._parts.judge(place, trained.version, suites, instructions)
 
+    def artifact(self, trained: Trained) -> PolicyArtifact:
+        """As it lies in the registry."""
+        with contextlib.closing(build_registry(trained.place)) as registry:
+            return registry.fetch(trained.place.config.preset, trained.version)
+
     def load(self, trained: Trained) -> Policy[Any]:
         """The trained policy, in this process."""
-        place = trained.place
-        with contextlib.closing(build_registry(place)) as registry:
-            return build_policy_loader(place.config)(registry.fetch(place.config.preset, trained.version))
+        return build_policy_loader(trained.place.config)(self.artifact(trained))
 
     def evaluate(
         self, policy: Policy[Any], suite: SuiteConfig, *, config: RunConfig | None = None
