@@ -27,7 +27,7 @@ _BEST_SHARE = 0.1
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    sizes = (200,) if settings.quick else tuple(_REFERENCE)
+    sizes = (300,) if settings.quick else tuple(_REFERENCE)
     updates = 60 if settings.quick else 1_200
     protocol = {
         "environment": "key-to-door one-door, 6 x 6, phases 10 / 5 / 10, our own grid",

@@ -46,11 +46,11 @@ def contents(study, place=None):
 
 
 def test_learners_of_one_study_learn_from_the_same_episodes_and_are_judged_on_the_same_ones(tmp_path):
-    config = config_of()
+    config = config_of(episodes=220)
     with open_study(config, tmp_path / "study", LocalParts()) as study:
         study.collect()
         collected = contents(study)
-        assert len(collected) == 60
+        assert len(collected) == 220
         first = study.train("first", config)
         cloning = dataclasses.replace(
             config,
@@ -62,7 +62,7 @@ def test_learners_of_one_study_learn_from_the_same_episodes_and_are_judged_on_th
         second = study.train("second", cloning, best)
         assert contents(study) == collected
         assert contents(study, best).items() <= collected.items()
-        assert 0 < len(contents(study, best)) < 60
+        assert 0 < len(contents(study, best)) <= 44
         found = [study.judge(trained, SUITE)[0] for trained in (first, second)]
         assert compare_outcomes(*found).overall.trials == 24
         alone = study.evaluate(study.load(first), SUITE)
