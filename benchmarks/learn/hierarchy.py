@@ -59,7 +59,9 @@ def run(settings: Settings) -> dict[str, Any]:
             study.collect()
             hierarchy = study.train("hierarchy", trained_for(dataclasses.replace(config, model=high), updates))
             flat = study.train("flat", trained_for(dataclasses.replace(config, model=low), updates))
-            found = dict(zip(_LABELS, [*study.judge(flat, suite), *study.judge(hierarchy, suite)], strict=False))
+            found: dict[str, list[EpisodeOutcome]] = dict(
+                zip(_LABELS, [*study.judge(flat, suite), *study.judge(hierarchy, suite)], strict=False)
+            )
             for label, subgoals in ((_LABELS[2], "oracle"), (_LABELS[3], "random")):
                 say(label)
                 found[label] = _judge_ablation(study, hierarchy, suite, subgoals)

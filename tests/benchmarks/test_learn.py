@@ -70,11 +70,12 @@ def test_quick_key_to_door_runs_through_ray(tmp_path):
 
 
 def answer_of(name, **changes):
+    from learn.settings import Settings
     from learn_parts.results import answer, measure, target
 
     rates = {f"DT, {size}": measure({0: (60, 100), 1: (70, 100)}) for size in ("1,000 episodes", "10,000 episodes")}
     found = answer(
-        type("Full", (), {"quick": False, "in_process": False})(),
+        Settings(),
         name=name,
         title="Key-to-Door",
         question="Does it?",

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from vla_dist.cli.main import main
-from vla_dist.run.config import LearnerSettings, load_config
+from vla_dist.run.config import LearnerSettings
+from vla_dist.run.config_file import load_config
 from vla_dist.run.files import CONFIG
 from vla_dist.run.presets import preset
 from vla_dist.run.study import open_study

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import uuid
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -163,7 +164,10 @@ def blobs_location(config: RunConfig, run_dir: Path, redis_url: str) -> str:
     return place if "://" in place else str(run_dir / place) if place else redis_url
 
 
-def build_rollout_worker(place: Place, worker_index: int) -> list[RolloutWorker]:
+def build_rollout_worker(place: Place, worker_index: int, *, opened: ExitStack | None = None) -> list[RolloutWorker]:
+    """Args:
+    opened: takes what a process that goes on must close afterwards; None: it stays open.
+    """
     from vla_dist.envs.make import make_expert
     from vla_dist.rollout.behaviour import NoisyExpert, RandomActions
     from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
@@ -185,6 +189,8 @@ def build_rollout_worker(place: Place, worker_index: int) -> list[RolloutWorker]
         else NoisyExpert(make_expert(env), env.spec, noise_scales=rollout.noise_scales)
     )
     table = build_table(place, seed=worker_index)
+    if opened is not None:
+        opened.callback(table.close)
     workers = [RolloutWorker(env, teacher, table, rollout, worker_index=worker_index)]
     if config.rollout.policy_episodes_per_task:
         workers.append(_build_policy_rollout(place, rollout, table, worker_index))
@@ -242,9 +248,12 @@ def build_policy_loader(config: RunConfig, *, explores: bool = False) -> PolicyL
     return partial(build_executed_policy, execution=config.model.execution, explores=explores)
 
 
-def build_learner(place: Place, rank: Rank, *, registry: PolicyRegistry | None = None) -> Learner:
+def build_learner(
+    place: Place, rank: Rank, *, registry: PolicyRegistry | None = None, opened: ExitStack | None = None
+) -> Learner:
     """Args:
     registry: that versions go to; None: the run's.
+    opened: takes what a process that goes on must close afterwards; None: it stays open.
     """
     from vla_dist.learner.config import LearnerConfig
     from vla_dist.learner.learner import Learner
@@ -281,17 +290,20 @@ def build_learner(place: Place, rank: Rank, *, registry: PolicyRegistry | None =
         sample_timeout_s=learner.sample_timeout_s,
         seed=config.seed,
     )
+    table = build_table(
+        place,
+        seed=_LEARNER_LANE + rank.index + config.learner.num_workers * rank.first_update,
+        context_steps=model_config.context_steps,
+        future_steps=max(model_config.horizon - 1, interventions.before_steps if interventions else 0),
+        phase=rank.index / config.learner.num_workers,
+    )
+    if opened is not None:
+        opened.callback(table.close)
     return Learner(
         learner_config,
         model=architecture(settings.architecture).model(model_config),
         spec=spec,
-        table=build_table(
-            place,
-            seed=_LEARNER_LANE + rank.index + config.learner.num_workers * rank.first_update,
-            context_steps=model_config.context_steps,
-            future_steps=max(model_config.horizon - 1, interventions.before_steps if interventions else 0),
-            phase=rank.index / config.learner.num_workers,
-        ),
+        table=table,
         registry=registry or build_registry(place),
         embed=shared_embedder().embed,
         phrases=training_phrases(config),

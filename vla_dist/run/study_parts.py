@@ -59,7 +59,9 @@ class LocalParts:
         for index in range(place.config.rollout.num_workers):
             name, end = f"rollout-{index}", time.monotonic() + _MAX_COLLECT_S
             board: Any = _Told(say, wanted=_episodes_wanted(place))
-            with contextlib.closing(WorkerHost(name, partial(build_rollout_worker, place, index), board)) as host:
+            with contextlib.ExitStack() as opened:
+                host = WorkerHost(name, partial(build_rollout_worker, place, index, opened=opened), board)
+                opened.callback(host.close)
                 host.run(max_seconds=_MAX_COLLECT_S)
             _require_time(end, name)
 
@@ -69,10 +71,11 @@ class LocalParts:
     def interact(self, place: Place, say: Say) -> None:
         count = place.config.rollout.num_workers
         board: Any = _Told(lambda line: None, wanted=_episodes_wanted(place))
-        hosts = [WorkerHost(f"rollout-{i}", partial(build_rollout_worker, place, i), board) for i in range(count)]
-        with ThreadPoolExecutor(count) as threads, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as opened, ThreadPoolExecutor(count) as threads:
+            build = partial(build_rollout_worker, place, opened=opened)
+            hosts = [WorkerHost(f"rollout-{i}", partial(build, i), board) for i in range(count)]
             for host in hosts:
-                stack.callback(host.close)
+                opened.callback(host.close)
             runs = [threads.submit(host.run, max_seconds=_MAX_COLLECT_S) for host in hosts]
             try:
                 # The replay may be short of what the learner asks for, as long as somebody collects.
@@ -89,8 +92,10 @@ class LocalParts:
         """Raises ReplayWait where the replay is short of data and ``may_wait`` says that none will come."""
         from vla_dist.learner.config import Rank
 
-        learner, end = build_learner(place, Rank()), time.monotonic() + _MAX_TRAIN_S
-        with contextlib.closing(learner):
+        end = time.monotonic() + _MAX_TRAIN_S
+        with contextlib.ExitStack() as opened:
+            learner = build_learner(place, Rank(), opened=opened)
+            opened.callback(learner.close)
             while not learner.done:
                 _require_time(end, "the learner")
                 try:
@@ -150,8 +155,8 @@ class HostedParts:
     def judge(
         self, place: Place, version: int, suites: Sequence[SuiteConfig], instructions: Split
     ) -> list[list[EpisodeOutcome]]:
-        make = ray.remote(JudgeHost).options(max_restarts=-1, **self._rollout_options(place))
-        judges = [make.remote(place, instructions) for _ in range(place.config.evaluation.num_workers)]
+        make: Any = ray.remote(JudgeHost).options(max_restarts=-1, **self._rollout_options(place))
+        judges: list[Any] = [make.remote(place, instructions) for _ in range(place.config.evaluation.num_workers)]
         try:
             board = EvaluationBoard(judges, place.run_dir / f"evaluations-{place.config.preset}-{instructions}.json")
             for suite in suites:
