@@ -27,8 +27,8 @@ _BEST_SHARE = 0.1
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    sizes = (300,) if settings.quick else tuple(_REFERENCE)
-    updates = 60 if settings.quick else 1_200
+    sizes = (220,) if settings.quick else tuple(_REFERENCE)
+    updates = 12 if settings.quick else 1_200
     protocol = {
         "environment": "key-to-door one-door, 6 x 6, phases 10 / 5 / 10, our own grid",
         "layouts": "split",
@@ -38,7 +38,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "context": "25 steps, the whole episode",
         "model": "2 layers, width 64, 4 heads",
         "percent_bc": f"episodes of the highest return, at most {_BEST_SHARE:.0%}",
-        "evaluation_episodes": 60 if settings.quick else 400,
+        "evaluation_episodes": 24 if settings.quick else 400,
     }
 
     def run_seed(seed: int, folder: Path, parts: Parts, say: Say) -> dict[str, Any]:

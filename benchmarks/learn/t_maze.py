@@ -117,7 +117,8 @@ def figure(result: dict[str, Any], path: Path) -> None:
 def _config(seed: int, episodes: int) -> RunConfig:
     config = for_comparison(preset("t-maze"), seed=seed)
     rollout = dataclasses.replace(config.rollout, episodes_per_task=episodes, num_workers=2)
-    return dataclasses.replace(config, rollout=rollout)
+    replay = dataclasses.replace(config.replay, min_steps=50)
+    return dataclasses.replace(config, rollout=rollout, replay=replay)
 
 
 def _decision_transformer(config: RunConfig, updates: int) -> RunConfig:
