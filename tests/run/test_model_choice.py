@@ -61,3 +61,10 @@ def test_every_preset_names_a_model_that_fits_its_environment(name):
     model = build_model_config(config, build_spec(config))
     assert model.horizon >= 1
     assert set(model.cameras or ()) <= {camera.name for camera in config.env.cameras}
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if preset(name).model.conditioning == "none"])
+def test_what_is_told_no_return_is_not_shown_its_own_failures(name):
+    shares = preset(name).replay.stratum_shares
+    assert shares and shares.get("demo", 0.0) > 0.0
+    assert not shares.get("failure") and not shares.get("policy")

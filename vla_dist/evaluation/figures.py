@@ -34,7 +34,8 @@ def draw_learning_curve(
     """
     if len(updates) != len(overall) or not updates:
         raise DataError(f"{len(updates)} versions and {len(overall)} success rates; expected as many, at least one")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), width_ratios=(3, 1), layout="constrained")
+    figure = plt.figure(figsize=(11, 4.8) if language else (8.4, 4.8), layout="constrained")
+    left, *rest = figure.subplots(1, 2, width_ratios=(3, 1)) if language else [figure.subplots()]
     places = np.arange(len(updates))
     for index, task in enumerate(by_task[-1]):
         rates = [version[task].mean if task in version else np.nan for version in by_task]
@@ -45,15 +46,13 @@ def draw_learning_curve(
     left.set(xlabel="version and learner updates", ylabel="success", ylim=(-0.03, 1.03), title=title)
     left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=5)
     left.grid(alpha=0.3)
-    if language:
+    for right in rest:
         modes = list(language)
         means = [language[m].mean for m in modes]
         errors = np.array([[language[m].mean - language[m].low, language[m].high - language[m].mean] for m in modes]).T
         right.bar(modes, means, yerr=errors, capsize=4, color=["tab:green", "tab:gray", "tab:red"][: len(modes)])
         right.set(ylim=(0, 1.03), title="one scene, three tasks:\nwhich words were said", xlabel="instruction")
         right.grid(axis="y", alpha=0.3)
-    else:
-        right.axis("off")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

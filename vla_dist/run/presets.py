@@ -27,6 +27,8 @@ MT10_TASKS = (
 
 _VIEW = (CameraSpec(name="view", height=56, width=56),)
 """What BabyAI's agent sees, 8 pixels a tile."""
+_WORTH_IMITATING = ("demo=0.5", "success=0.5")
+"""For models that are told no return: what they are shown, they do, so their own failures stay out of the batches."""
 
 
 def demo() -> RunConfig:
@@ -176,6 +178,7 @@ def memory_tiny() -> RunConfig:
         run,
         preset="memory-tiny",
         env=EnvSettings(family="t-maze", tasks=("length-5-30",), max_episode_steps=70),
+        replay=dataclasses.replace(run.replay, strata=_WORTH_IMITATING),
         model=ModelSettings(architecture="memory", preset="tiny", conditioning="none"),
         learner=dataclasses.replace(
             run.learner, total_updates=900, publish_updates=(0, 150, 300, 900), learning_rate=3e-3
@@ -190,7 +193,7 @@ def hierarchical_tiny() -> RunConfig:
     return RunConfig(
         preset="hierarchical-tiny",
         env=EnvSettings(tasks=SHARED_SCENE_TASKS, language_tasks=SHARED_SCENE_TASKS),
-        replay=ReplaySettings(min_steps=800, samples_per_insert=20.0),
+        replay=ReplaySettings(min_steps=800, samples_per_insert=20.0, strata=_WORTH_IMITATING),
         rollout=RolloutSettings(episodes_per_task=40),
         model=ModelSettings(architecture="hierarchical", preset="tiny", changes=changes, conditioning="none"),
         learner=LearnerSettings(total_updates=1_500, publish_updates=(0, 200, 600, 1_500)),
@@ -220,7 +223,10 @@ def vla_tiny() -> RunConfig:
 def _missions(name: str, model: ModelSettings, *, cameras: tuple[CameraSpec, ...] = ()) -> RunConfig:
     """The ``babyai`` run with another model, and with the agent's view as a camera where the model needs one."""
     run = babyai()
-    return dataclasses.replace(run, preset=name, model=model, env=dataclasses.replace(run.env, cameras=cameras))
+    told = model.conditioning != "none"
+    replay = run.replay if told else dataclasses.replace(run.replay, strata=_WORTH_IMITATING)
+    env = dataclasses.replace(run.env, cameras=cameras)
+    return dataclasses.replace(run, preset=name, model=model, env=env, replay=replay)
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
