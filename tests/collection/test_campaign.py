@@ -14,7 +14,7 @@ contract: arm.json
 groups: {left: [arm-1, arm-2]}
 quotas:
   - {task: open, episodes: 3, source: human, robots: [left, "spare-*"]}
-  - {task: close, episodes: 2, success: null, robots: left}
+  - {task: close, episodes: 2, success: null, policy: demo@stable, robots: left}
 """
 
 
@@ -45,6 +45,11 @@ def test_a_campaign_is_read(tmp_path: Path) -> None:
         (("source: human", "source: robot"), "must be one of expert, policy, human"),
         (("contract: arm.json", "contract: arm.json\nenvironment: metaworld"), "exactly one of them"),
         (("contract: arm.json", "contract: arm.json\nsimulation: {num_robots: 2}"), "needs environment"),
+        ((", policy: demo@stable", ""), "must be written name@channel"),
+        (
+            ("contract: arm.json", "environment: metaworld\nsimulation: {num_robots: 2}"),
+            "by demo@stable; say .*policy_server",
+        ),
         (("contract: arm.json", "contract: arm.json\nhost: 0.0.0.0"), "set token as well"),
         (("left: [arm-1, arm-2]", "left: []"), "group 'left' has no robot"),
         (("quotas:", "quotas: []\nother:"), "has no setting 'other'"),

@@ -6,7 +6,7 @@ import pytest
 from vla_dist.core.errors import ConfigError
 from vla_dist.envs.babyai import BabyAIExpert
 from vla_dist.envs.experts import MetaWorldExpert
-from vla_dist.envs.make import make_env, make_expert
+from vla_dist.envs.make import every_task, make_env, make_expert
 from vla_dist.testing.fakes import FakeEnv, make_spec
 
 _WITHOUT = """
@@ -26,6 +26,17 @@ def test_each_family_is_built_by_name() -> None:
     assert make_env("metaworld", tasks=("reach",), max_episode_steps=77).spec.max_episode_steps == 77
     assert make_env("babyai", tasks=("GoToLocal",)).spec.action_kind == "discrete"
     assert make_env("gymnasium:Pendulum-v1").tasks == ("Pendulum-v1",)
+
+
+@pytest.mark.parametrize("name", ["metaworld", "babyai", "key-to-door", "gymnasium:Pendulum-v1"])
+def test_every_task_of_a_family_can_be_built(name: str) -> None:
+    env = make_env(name, tasks=every_task(name))
+    assert len(env.tasks) == len(every_task(name) or ("Pendulum-v1",))
+
+
+def test_mazes_of_any_length_are_not_all_built() -> None:
+    with pytest.raises(ConfigError, match="for example length-5-30"):
+        every_task("t-maze")
 
 
 def test_experts_are_built_for_their_environment() -> None:

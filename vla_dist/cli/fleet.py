@@ -28,8 +28,10 @@ class SimulateOptions:
     num_robots: int
     driver: str = "metaworld"
     """metaworld, babyai, t-maze, key-to-door or gymnasium:ID."""
+    policy_server: str = ""
+    """host:port where policies are served, if elsewhere; links to it are neither delayed nor cut."""
     tasks: tuple[str, ...] = ()
-    """That they can do."""
+    """That they can do; empty: all of the driver's."""
     cameras: tuple[str, ...] = ()
     """NAME=HEIGHTxWIDTH each."""
     max_steps: int = 200
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str]) -> None:
     simulation = FleetSimulation(
         server=options.server,
         driver=options.driver,
+        policy_server=options.policy_server,
         num_robots=options.num_robots,
         tasks=options.tasks or ((options.task,) if options.task else ()),
         cameras=parse_cameras(options.cameras),

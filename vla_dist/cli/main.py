@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A polite kill ends things like Ctrl-C does, and Ctrl-C works even where a shell started us with it ignored (`&`).
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    # Processes here are started, never forked: gRPC need not prepare for forks, nor complain at each that it cannot.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     try:
         # Each verb is imported by itself: a robot's or a newcomer's install may lack what another verb needs.
         verb = importlib.import_module(f"vla_dist.cli.{words[0]}")

@@ -52,7 +52,9 @@ def main(arguments: Sequence[str]) -> None:
 def _add_driver(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("driver", help=_DRIVER_HELP)
     parser.add_argument("options", nargs="*", metavar="NAME=VALUE", help="options of the driver")
-    parser.add_argument("--tasks", default="", help="tasks it can do, separated by commas")
+    parser.add_argument(
+        "--tasks", default="", help="tasks it can do, separated by commas; default: all of the driver's"
+    )
     parser.add_argument("--cameras", default="", help="of simulators: NAME=HEIGHTxWIDTH, separated by commas")
     parser.add_argument("--max-steps", type=int, default=None, help="longest episode, of simulators")
     parser.add_argument("--noise", type=float, default=0.0, help="of a simulator's expert, in action units")

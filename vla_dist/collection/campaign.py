@@ -52,8 +52,11 @@ class Quota:
             raise ConfigError(f"quota for {self.task!r}: source {self.source!r} must be one of {', '.join(SOURCES)}")
         if not self.robots:
             raise ConfigError(f"quota for {self.task!r}: robots is empty; name robots or groups, or leave it out")
-        if self.source == "policy" and self.policy and not re.fullmatch(r"[^@]+@[^@]+", self.policy):
-            raise ConfigError(f"quota for {self.task!r}: policy {self.policy!r} must be written name@channel")
+        if self.source == "policy" and not re.fullmatch(r"[^@]+@[^@]+", self.policy):
+            raise ConfigError(
+                f"quota for {self.task!r}: policy {self.policy!r} must be written name@channel, as in demo@stable; or "
+                "say who else acts: source human or expert"
+            )
 
     @property
     def most_attempts(self) -> int:
@@ -75,6 +78,8 @@ class Simulation:
     robot_prefix: str = "sim"
     control_hz: float = 0.0
     """Steps a second; 0: as fast as the simulator goes."""
+    policy_server: str = ""
+    """``host:port`` where the policies of the quotas are served; ``vla-dist serve`` does."""
 
     def __post_init__(self) -> None:
         if self.num_robots < 0 or self.control_hz < 0:
@@ -130,6 +135,12 @@ class Campaign:
             raise ConfigError(f"host {self.host} lets other machines in; set token as well, so that not everybody can")
         if self.simulation.num_robots and not self.environment:
             raise ConfigError(f"campaign {self.name!r} simulates robots, so it needs environment, not contract")
+        policies = sorted({quota.policy for quota in self.quotas if quota.source == "policy"})
+        if self.simulation.num_robots and policies and not self.simulation.policy_server:
+            raise ConfigError(
+                f"campaign {self.name!r} simulates robots that act by {', '.join(policies)}; say in simulation where "
+                "that is served: policy_server: host:port (vla-dist serve runs/<id>)"
+            )
         for quota in self.quotas:
             for name in quota.robots:
                 if name in self.groups and not self.groups[name]:

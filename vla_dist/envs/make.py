@@ -1,14 +1,16 @@
 """Environments and experts by name: the one door into this room."""
 
+import contextlib
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from vla_dist.core.errors import ConfigError, ResourceMissing
 from vla_dist.core.protocols import Expert, RobotEnv
 from vla_dist.core.specs import CameraSpec
-from vla_dist.envs.instructions import Split
+from vla_dist.envs.instructions import WORDED_TASKS, Split
+from vla_dist.envs.key_to_door import TASKS as KEY_TO_DOOR_TASKS
 from vla_dist.envs.key_to_door import KeyToDoorEnv, KeyToDoorExpert
 from vla_dist.envs.layout_split import SplitLayouts
 from vla_dist.envs.t_maze import TMazeEnv, TMazeExpert
@@ -61,7 +63,7 @@ def make_env(
 
 
 def _make(name: str, tasks: tuple[str, ...], options: dict[str, Any]) -> RobotEnv:
-    try:
+    with _missing_simulator(name):
         if name == "metaworld":
             from vla_dist.envs.metaworld import MetaWorldEnv
 
@@ -78,16 +80,30 @@ def _make(name: str, tasks: tuple[str, ...], options: dict[str, Any]) -> RobotEn
             from vla_dist.envs.gymnasium_env import GymnasiumEnv
 
             return GymnasiumEnv(name.removeprefix(_GYMNASIUM), tasks, **options)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _SIMULATOR_PACKAGES:
-            raise
-        raise ResourceMissing(
-            f"environment {name!r} needs the package {package!r}, which is missing: pip install 'vla-dist[sim]'"
-        ) from error
     near = difflib.get_close_matches(name, FAMILIES, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ConfigError(f"unknown environment {name!r}; {hint}The families are {', '.join(FAMILIES)}")
+
+
+def every_task(name: str) -> tuple[str, ...]:
+    """All tasks of a family; of a Gymnasium id, or of an unknown name, none, which ``make_env`` takes or refuses.
+
+    Raises:
+        ConfigError: a family whose tasks have no end.
+        ResourceMissing: the simulator's package is not installed.
+    """
+    if name == "t-maze":
+        raise ConfigError("t-maze has mazes of any length; say which, for example length-5-30")
+    if name == "key-to-door":
+        return tuple(KEY_TO_DOOR_TASKS)
+    if name == "metaworld":
+        return WORDED_TASKS
+    if name == "babyai":
+        with _missing_simulator(name):
+            from vla_dist.envs.babyai import TASK_STEPS
+
+            return tuple(TASK_STEPS)
+    return ()
 
 
 def make_expert(env: RobotEnv) -> Expert:
@@ -114,3 +130,17 @@ def make_expert(env: RobotEnv) -> Expert:
     raise ConfigError(
         f"{type(env).__name__} has no scripted expert; MetaWorldEnv, BabyAIEnv, TMazeEnv and KeyToDoorEnv have one"
     )
+
+
+@contextlib.contextmanager
+def _missing_simulator(name: str) -> Iterator[None]:
+    """A simulator that is not installed becomes ResourceMissing, any other missing module stays what it is."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _SIMULATOR_PACKAGES:
+            raise
+        raise ResourceMissing(
+            f"environment {name!r} needs the package {package!r}, which is missing: pip install 'vla-dist[sim]'"
+        ) from error

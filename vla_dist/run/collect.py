@@ -146,6 +146,7 @@ class CampaignRun:
             num_robots=campaign.simulation.num_robots,
             robot_prefix=campaign.simulation.robot_prefix,
             control_hz=campaign.simulation.control_hz,
+            policy_server=campaign.simulation.policy_server,
             segment_steps=campaign.segment_steps,
             jpeg_quality=campaign.jpeg_quality,
             token=campaign.token,

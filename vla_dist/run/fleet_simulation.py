@@ -31,6 +31,8 @@ class FleetSimulation:
     """``host:port`` of the fleet's service."""
     driver: str
     num_robots: int
+    policy_server: str = ""
+    """``host:port`` where policies are served, if elsewhere; links to it are neither delayed nor cut."""
     tasks: tuple[str, ...] = ()
     cameras: tuple[CameraSpec, ...] = ()
     max_episode_steps: int = 200
@@ -213,6 +215,7 @@ class RobotProcess:
         options: dict[str, object] = {
             "server": self._link.address if self._link is not None else simulation.server,
             "robot-id": self.robot_id,
+            "policy-server": simulation.policy_server,
             "spool": self._folder / self.robot_id,
             "tasks": ",".join(simulation.tasks),
             "cameras": cameras,

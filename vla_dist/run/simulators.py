@@ -27,14 +27,17 @@ def build_simulator(
 ) -> tuple[RobotEnv, Mapping[Source, Actor]]:
     """The robot, and its scripted expert where it has one.
 
+    Args:
+        tasks: that it can do; empty: every one of the simulator.
+
     Raises:
         ConfigError: an unknown name or task.
         ResourceMissing: the simulator is not installed.
     """
-    from vla_dist.envs.make import make_env, make_expert
+    from vla_dist.envs.make import every_task, make_env, make_expert
     from vla_dist.rollout.behaviour import NoisyExpert
 
-    env = make_env(name, tasks=tasks, cameras=cameras, max_episode_steps=max_episode_steps)
+    env = make_env(name, tasks=tasks or every_task(name), cameras=cameras, max_episode_steps=max_episode_steps)
     actors: dict[Source, Actor] = {}
     try:
         actors["expert"] = NoisyExpert(make_expert(env), env.spec, noise_scales=(noise,))
