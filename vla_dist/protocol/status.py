@@ -51,7 +51,7 @@ def error_of(code: grpc.StatusCode | None, details: str | None, *, address: str)
     """The error that a client raises for a status; the caller adds the cause with ``from``."""
     text = details or f"the server at {address} answered {code.name if code else 'nothing'} without a reason"
     if code in RETRYABLE_CODES or code is None:
-        return Unreachable(f"no answer from the policy server at {address} ({text}); check that it runs there")
+        return Unreachable(f"no answer from the server at {address} ({text}); check that it runs there")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return NotFound(f"the server at {address} does not offer this call ({text}); is it a vla-dist server?")
     return _ERRORS.get(code, WorkerFailed)(text)

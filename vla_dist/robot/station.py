@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from vla_dist.robot.uploader import SpoolUploader, UploadConfig
 _log = logging.getLogger(__name__)
 
 _RETRY_PAUSE_S = 0.5
+_SAY_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,11 +122,14 @@ def run_station(
     collector: Collector, *, stop: threading.Event, on_metrics: Callable[[Metrics], None] = lambda _: None
 ) -> None:
     """Step until the server drains the robot or ``stop`` is set. A server that is away is waited for."""
+    said_at = -_SAY_EVERY_S
     while not stop.is_set():
         try:
             metrics = collector.step()
         except (Unreachable, WaitTimeout) as error:
-            _log.warning("waiting: %s", error)
+            if time.monotonic() - said_at >= _SAY_EVERY_S:
+                said_at = time.monotonic()
+                _log.warning("waiting: %s", error)
             stop.wait(_RETRY_PAUSE_S)
             continue
         on_metrics(metrics)
