@@ -135,7 +135,7 @@ def t_maze() -> RunConfig:
     return RunConfig(
         preset="t-maze",
         env=EnvSettings(family="t-maze", tasks=("length-5-30",), max_episode_steps=70),
-        replay=ReplaySettings(min_steps=1_000, samples_per_insert=40.0),
+        replay=ReplaySettings(min_steps=1_000, samples_per_insert=40.0, strata=_WORTH_IMITATING),
         rollout=RolloutSettings(num_workers=1, episodes_per_task=300, noise_scales=(0.0,)),
         model=ModelSettings(architecture="memory", preset="tiny", changes=("goal_dim=0",), conditioning="none"),
         learner=LearnerSettings(
@@ -160,7 +160,7 @@ def metaworld_mt10() -> RunConfig:
             layouts="split",
             shows_goal=True,
         ),
-        replay=ReplaySettings(samples_per_insert=20.0),
+        replay=ReplaySettings(samples_per_insert=20.0, strata=_WORTH_IMITATING),
         rollout=RolloutSettings(episodes_per_task=50),
         model=ModelSettings(preset="tiny", conditioning="none"),
         learner=LearnerSettings(
