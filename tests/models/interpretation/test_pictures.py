@@ -1,5 +1,6 @@
 """Pictures of attention, by their pixels, and the files of an episode."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -157,6 +158,11 @@ def test_steps_and_episodes_that_are_not_there_are_refused(tmp_path: Path):
     half = make_segment(case.spec, episode_id="e", num_steps=4)
     with pytest.raises(DataError, match="complete"):
         EpisodeWindows([half], case.spec, case.config, conditioning=ReturnConditioning(), goals=None)
-    hierarchical = CASES["hierarchical-default"]
+
+
+@pytest.mark.parametrize("skills", [[], ["go"]], ids=["latent", "skills"])
+def test_a_model_without_attention_is_refused(skills: list[str], tmp_path: Path):
+    case = CASES["hierarchical-default"]
+    case = replace(case, config=case.architecture.presets["tiny"](case.spec, skills=skills))
     with pytest.raises(NotFound, match="no attention"):
-        explain_episode(hierarchical.build(), make_windows(hierarchical), tmp_path)
+        explain_episode(case.build(), make_windows(case), tmp_path)

@@ -187,7 +187,8 @@ def _look(watched: InterpretableVLA, windows: EpisodeWindows, step: int) -> dict
     A layer that is asked once a frame has the frames as rows, of which the last is the newest; one that is called once
     a step with a single query has its calls as queries.
     """
-    with torch.inference_mode(), watched.watch():
+    # Not inference_mode: skills are aligned by a gradient of their own.
+    with torch.no_grad(), watched.watch():
         watched.base.loss(windows.window(step).to(next(watched.base.parameters()).device))  # pyright: ignore
     found: dict[str, list[Array]] = {}
     for name, weights in watched.get_attention_maps().items():

@@ -4,6 +4,7 @@ Shapes: N heads, L queries, S keys, T frames, h x w patches.
 """
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +26,7 @@ _BY_ROOT = PowerNorm(0.5, vmin=0, vmax=1)
 _MOST_OPAQUE = 0.75
 _LEAST_SIDE = 224
 _MOST_LABELS = 80
+_LETTERS_AN_INCH = 12
 
 
 def patch_grid(weights: Array, *, height: int, width: int) -> Array | None:
@@ -80,7 +82,7 @@ def overlay_sheet(image: Array, grids: Mapping[str, Array], *, title: str) -> Ar
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.1 * columns, 3.3 * rows + 0.4), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    _write_title(figure, title)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
@@ -107,7 +109,7 @@ def token_sheet(
     num_heads = max(len(weights) for weights in maps.values())
     inch = min(6.0, max(2.6, 0.13 * len(columns)))
     figure = Figure(figsize=(inch * num_heads + 1.2, inch * len(maps) + 0.8), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    _write_title(figure, title)
     axes = figure.subplots(len(maps), num_heads, squeeze=False)
     for line, (layer, weights) in zip(axes, maps.items(), strict=True):
         for head, axis in enumerate(line):
@@ -119,6 +121,11 @@ def token_sheet(
             _name_ticks(axis, columns, rows[layer])
         figure.colorbar(shown, ax=line, shrink=0.7).ax.tick_params(labelsize=6)
     return _drawn(figure)
+
+
+def _write_title(figure: Figure, title: str) -> None:
+    """Wrapped: matplotlib cuts off what is wider than the figure."""
+    figure.suptitle(textwrap.fill(title, int(_LETTERS_AN_INCH * figure.get_figwidth())), fontsize=10)
 
 
 def _name_ticks(axis: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
