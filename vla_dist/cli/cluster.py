@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.run.head_store import HEAD_AWAY_S, HeadStoreConfig, ensure_store, keep_store
@@ -134,7 +135,8 @@ def _check(options: CheckOptions) -> None:
     console, wrong = Console(), 0
     for finding in check_cluster(read_cluster_file(options.file), preset(options.preset), home=Path.home()):
         wrong += finding.level == "wrong"
-        console.print(f"{_MARKS[finding.level]} {finding.text}", highlight=False, soft_wrap=True)
+        # Only the mark is markup: 'vla-dist[gcp]' must keep its brackets.
+        console.print(f"{_MARKS[finding.level]} {escape(finding.text)}", highlight=False, soft_wrap=True)
     console.print("ready to launch" if not wrong else f"{wrong} must be put right first", highlight=False)
     if wrong:
         sys.exit(1)

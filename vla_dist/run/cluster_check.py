@@ -16,7 +16,7 @@ from vla_dist.run.config import RunConfig
 from vla_dist.run.kuberay_schema import has_kubernetes_schemas, manifest_trouble
 from vla_dist.run.node import FLEET_TOKEN, RAY_TOKEN
 from vla_dist.run.placement import LIMITS_VARIABLE, parts
-from vla_dist.run.roles import GATEWAY, ROLES, ROLLOUT, largest_load
+from vla_dist.run.roles import GATEWAY, ROLES, ROLLOUT, SERVING, Part, largest_load
 
 _LOADS = {"aws": ("boto3", "vla-dist[aws]"), "gcp": ("googleapiclient", "vla-dist[gcp]")}
 _STARTS = {
@@ -137,24 +137,27 @@ def _room(cluster: ClusterFile, config: RunConfig) -> Iterator[Finding]:
     heads = [group for group in cluster.groups if group.is_head]
     if not any(group.slots.get(GATEWAY) for group in heads):
         yield _wrong("the head has no 'gateway' slot: robots are told the address of the node that has one")
-    wanted = list(parts(config))
+    wanted = _wanted_parts(cluster, config)
     for role in ROLES:
         load, most = largest_load(iter(wanted), role), cluster.most(role)
         names = ", ".join(f"{part.count} {part.name}" for part in wanted if part.role == role)
         if load > most:
             yield _wrong(
                 f"{config.preset} asks for {load} slots of {role!r} at once ({names}), the file has at most {most}: "
-                "raise "
-                "max_workers of a node type with that role, or ask for less"
+                "raise max_workers of a node type with that role, or ask for less"
             )
         elif names:
             yield _ok(f"{role}: {names}; at most {load} at once, of {most} slots")
     yield from _each_fits(cluster, config)
 
 
+def _wanted_parts(cluster: ClusterFile, config: RunConfig) -> list[Part]:
+    return [part for part in parts(config) if part.role == SERVING or not cluster.serves_only]
+
+
 def _each_fits(cluster: ClusterFile, config: RunConfig) -> Iterator[Finding]:
     """Whether one node of some kind takes one part, GPUs and CPUs included."""
-    for part in parts(config):
+    for part in _wanted_parts(cluster, config):
         groups = [group for group in cluster.groups if group.slots.get(part.role)]
         poor = [
             f"{group.name} ({group.cpus:g} CPUs, {group.gpus or 0:g} GPUs)"
@@ -164,8 +167,7 @@ def _each_fits(cluster: ClusterFile, config: RunConfig) -> Iterator[Finding]:
         if groups and len(poor) == len(groups):
             yield _wrong(
                 f"one of the {part.name} reserves {part.cpus:g} CPUs and {part.gpus:g} GPUs, more than any node with "
-                "the "
-                f"role {part.role!r} has: {', '.join(poor)}"
+                f"the role {part.role!r} has: {', '.join(poor)}"
             )
 
 

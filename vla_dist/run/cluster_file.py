@@ -51,6 +51,8 @@ class ClusterFile:
     groups: tuple[NodeGroup, ...]
     document: Mapping[str, Any] = field(repr=False)
     """The file of `ray up`, or the RayCluster's spec."""
+    serves_only: bool = False
+    """A RayService: what was learnt elsewhere is served, and no run is started on it."""
     others: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     """Further manifests of the same file."""
 
@@ -144,6 +146,7 @@ def _kuberay(path: Path, manifest: dict[str, Any], others: tuple[dict[str, Any],
         name=manifest["metadata"]["name"],
         groups=tuple(groups),
         document=spec,
+        serves_only=manifest["kind"] == "RayService",
         others=(manifest, *others),
     )
 
