@@ -12,7 +12,6 @@ import subprocess
 import uuid
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,13 +26,14 @@ from vla_dist.replay.shards import ShardedReplayTable, refuse_shards
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.run.config import LearnerSettings, RunConfig
 from vla_dist.run.files import SHADOW_LOG, SPOOLS
+from vla_dist.run.phrases import phrase_source, training_phrases
 from vla_dist.run.store import Store
 
 if TYPE_CHECKING:
     from vla_dist.collection.campaign import Campaign
     from vla_dist.collection.ledger import CampaignLedger
     from vla_dist.envs.instructions import Split
-    from vla_dist.evaluation.suite import PhraseSource, VersionJudge
+    from vla_dist.evaluation.suite import VersionJudge
     from vla_dist.learner.algorithms.interventions import InterventionWeights
     from vla_dist.learner.config import Rank
     from vla_dist.learner.learner import Learner
@@ -441,17 +441,6 @@ def build_judge(place: Place, *, instructions: Split = "training") -> VersionJud
     return VersionJudge(build_registry(place), build_policy_loader(config), evaluator, config.preset)
 
 
-def phrase_source(config: RunConfig, split: Split) -> PhraseSource:
-    """The words of a task; None where the environment words its own missions."""
-    return partial(_phrase, split) if _has_phrases(config) else _own_words
-
-
-def training_phrases(config: RunConfig) -> dict[str, tuple[str, ...]]:
-    from vla_dist.envs.instructions import phrases
-
-    return {task: phrases(task, "training") for task in config.env.tasks} if _has_phrases(config) else {}
-
-
 def git_revision() -> str:
     """Of the checkout this package runs from; empty for an installed one."""
     try:
@@ -461,19 +450,3 @@ def git_revision() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return answer.stdout.strip() if answer.returncode == 0 else ""
-
-
-def _has_phrases(config: RunConfig) -> bool:
-    from vla_dist.envs.instructions import WORDED_TASKS
-
-    return all(task in WORDED_TASKS for task in config.env.tasks)
-
-
-def _phrase(split: Split, task: str, seed: int) -> str:
-    from vla_dist.envs.instructions import instruction_for
-
-    return instruction_for(task, seed, split)
-
-
-def _own_words(task: str, seed: int) -> None:
-    return None

@@ -28,9 +28,9 @@ from vla_dist.run.build import (
     build_policy_loader,
     build_registry,
     build_table,
-    phrase_source,
 )
 from vla_dist.run.config import RunConfig
+from vla_dist.run.phrases import phrase_source
 from vla_dist.run.store import open_store
 from vla_dist.run.study_parts import Parts, Say
 
