@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from learn_parts.figures import draw_lines
-from learn_parts.results import answer, count, measure, target
+from learn_parts.results import Counts, answer, count, measure, target
 from learn_parts.seeds import for_comparison, run_seeds, trained_for
 
 from learn.settings import Settings
@@ -24,7 +24,7 @@ from vla_dist.run.presets import preset
 from vla_dist.run.study import Study, Trained, open_study
 from vla_dist.run.study_parts import Parts, Say
 
-_CONTEXT = 16
+_CONTEXT, _LEARNING_RATE = 16, 1e-3
 _LABELS = ("memory", "DT", "memory emptied")
 
 
@@ -56,9 +56,9 @@ def run(settings: Settings) -> dict[str, Any]:
     protocol = {
         "environment": "t-maze, trained on corridors of 5 to 30 cells, windows of 16 steps",
         "episodes": 60 if settings.quick else 400,
-        "updates": 40 if settings.quick else 2_000,
+        "updates": 40 if settings.quick else 800,
         "batch": 64,
-        "learning_rate": 3e-3,
+        "learning_rate": _LEARNING_RATE,
         "memory": "24 slots of 32",
         "dt": "2 layers, width 64, K 16, no returns",
         "lengths": list(lengths),
@@ -71,10 +71,7 @@ def run(settings: Settings) -> dict[str, Any]:
             study.collect()
             memory = study.train("memory", trained_for(config, protocol["updates"]))
             dt = study.train("dt", _decision_transformer(config, protocol["updates"]))
-            by_length = {
-                str(length): _judge(study, memory, dt, length, protocol["evaluation_episodes"]) for length in lengths
-            }
-        return {"lengths": by_length}
+            return {"lengths": _judge(study, memory, dt, lengths, protocol["evaluation_episodes"])}
 
     seeds = run_seeds(settings, "t-maze", protocol, _config(0, protocol["episodes"]), run_seed)
     measures = {
@@ -117,26 +114,35 @@ def figure(result: dict[str, Any], path: Path) -> None:
 def _config(seed: int, episodes: int) -> RunConfig:
     config = for_comparison(preset("t-maze"), seed=seed)
     rollout = dataclasses.replace(config.rollout, episodes_per_task=episodes, num_workers=2)
+    learner = dataclasses.replace(config.learner, learning_rate=_LEARNING_RATE)
     replay = dataclasses.replace(config.replay, min_steps=50)
-    return dataclasses.replace(config, rollout=rollout, replay=replay)
+    return dataclasses.replace(config, rollout=rollout, replay=replay, learner=learner)
 
 
 def _decision_transformer(config: RunConfig, updates: int) -> RunConfig:
-    """Three layers less one of ``small``, with past actions; there is no return to tell of."""
+    """With past actions; there is no return to tell of."""
     changes = (f"context_steps={_CONTEXT}", "goal_dim=0", "use_returns=false", "hidden_dim=64", "n_layers=2")
     model = ModelSettings(preset="small", changes=changes, conditioning="none")
-    learner = dataclasses.replace(config.learner, learning_rate=1e-3)
-    return trained_for(dataclasses.replace(config, model=model, learner=learner), updates)
+    return trained_for(dataclasses.replace(config, model=model), updates)
 
 
-def _judge(study: Study, memory: Trained, dt: Trained, length: int, episodes: int) -> dict[str, Any]:
-    """Label -> successes and trials, in corridors of one length."""
+def _judge(
+    study: Study, memory: Trained, dt: Trained, lengths: Sequence[int], episodes: int
+) -> dict[str, dict[str, Counts]]:
+    """Length -> label -> successes and trials."""
     config = study.place.config
-    task = f"length-{length}"
-    env = dataclasses.replace(config.env, tasks=(task,), max_episode_steps=2 * length + 10)
-    there = dataclasses.replace(config, env=env)
-    suite = SuiteConfig(tasks=(task,), episodes_per_task=episodes, seed=config.evaluation.seed)
+    tasks = tuple(f"length-{length}" for length in lengths)
+    there = dataclasses.replace(
+        config,
+        env=dataclasses.replace(config.env, tasks=tasks, max_episode_steps=2 * max(lengths) + 10),
+        evaluation=dataclasses.replace(config.evaluation, num_envs=episodes),
+    )
+    suite = SuiteConfig(tasks=tasks, episodes_per_task=episodes, seed=config.evaluation.seed)
     (remembered,) = study.judge(memory, suite, config=there)
     (recent,) = study.judge(dt, suite, config=there)
     emptied = study.evaluate(Forgetful(study.load(memory)), suite, config=there)
-    return {"memory": count(remembered), "DT": count(recent), "memory emptied": count(emptied)}
+    found = dict(zip(_LABELS, (remembered, recent, emptied), strict=True))
+    return {
+        str(length): {label: count([o for o in outcomes if o.task == task]) for label, outcomes in found.items()}
+        for length, task in zip(lengths, tasks, strict=True)
+    }

@@ -42,8 +42,10 @@ def run_seeds(
         with _parts(settings, config, home.name) as parts:
             for seed in missing:
                 say = _progress(f"{name}, seed {seed}")
-                folder, started = home / f"seed-{seed}", time.monotonic()
-                answer = {**run_seed(seed, folder, parts, say), "wall_s": round(time.monotonic() - started, 1)}
+                folder = home / f"seed-{seed}"
+                with _clock(home / f"seed-{seed}.seconds") as seconds:
+                    answer = run_seed(seed, folder, parts, say)
+                answer = {**answer, "wall_s": round(seconds(), 1)}
                 write_atomically(_kept(home, seed), json.dumps(answer, indent=2))
                 shutil.rmtree(folder, ignore_errors=True)
                 say(f"done after {answer['wall_s']:.0f} s\n")
@@ -82,6 +84,20 @@ def _parts(settings: Settings, config: RunConfig, name: str) -> Iterator[Parts]:
         return
     with ray_runtime(num_cpus=cpus_wanted(config), object_store_mb=config.object_store_mb):
         yield HostedParts(name)
+
+
+@contextlib.contextmanager
+def _clock(path: Path) -> Iterator[Callable[[], float]]:
+    """Seconds spent in the block, those of interrupted attempts included."""
+    before, started = float(path.read_text()) if path.exists() else 0.0, time.monotonic()
+
+    def seconds() -> float:
+        return before + time.monotonic() - started
+
+    try:
+        yield seconds
+    finally:
+        write_atomically(path, f"{seconds():.1f}")
 
 
 def _kept(home: Path, seed: int) -> Path:

@@ -5,6 +5,7 @@ import importlib
 import json
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
 NAMES = sorted(path.stem for path in (FOLDER / "learn").glob("*.py") if path.stem not in ("__init__", "settings"))
-OURS = ("babyai_fusion", "hierarchy", "key_to_door", "metaworld_mt10", "online_dt", "t_maze")
+OURS = ("babyai_fusion", "hierarchy", "key_to_door", "key_to_door_10k", "metaworld_mt10", "online_dt", "t_maze")
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +137,7 @@ def test_seeds_are_run_once_and_only_for_one_protocol(tmp_path):
     def run_seed(seed, folder, parts, say):
         ran.append(seed)
         if seed == 2 and ran.count(2) == 1:
+            time.sleep(0.25)
             raise KeyboardInterrupt
         return {"value": seed}
 
@@ -147,6 +149,7 @@ def test_seeds_are_run_once_and_only_for_one_protocol(tmp_path):
     found = run((1, 2), size=3)
     assert ran == [1, 2, 2]
     assert [found[seed]["value"] for seed in (1, 2)] == [1, 2]
+    assert found[2]["wall_s"] >= 0.2, "the interrupted attempt counts"
     run((1,), size=4)
     assert ran == [1, 2, 2, 1]
 

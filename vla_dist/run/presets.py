@@ -139,10 +139,9 @@ def t_maze() -> RunConfig:
         rollout=RolloutSettings(num_workers=1, episodes_per_task=300, noise_scales=(0.0,)),
         model=ModelSettings(architecture="memory", preset="tiny", changes=("goal_dim=0",), conditioning="none"),
         learner=LearnerSettings(
-            total_updates=1_000,
-            publish_updates=(0, 300, 1_000),
-            learning_rate=3e-3,
-            checkpoint_every_updates=250,
+            total_updates=800,
+            publish_updates=(0, 300, 800),
+            checkpoint_every_updates=200,
         ),
         fleet=FleetSettings(num_robots=1),
         evaluation=EvaluationSettings(episodes_per_task=50, final_episodes_per_task=100, num_envs=32),
