@@ -44,13 +44,13 @@ def run(settings: Settings) -> dict[str, Any]:
         "layouts": "split, goal in proprio",
         "episodes_per_task": 3 if quick else 50,
         "noise": [0.0, 0.2, 0.4, 0.6],
-        "updates": 30 if quick else 16_000,
+        "updates": 30 if quick else 6_000,
         "batch": 64,
         "one_token": "2 layers, width 64, K 5, no returns, no past actions, clean expert actions as targets",
         "dt": "2 layers, width 64, K 5, returns are steps to success, half of the past actions hidden in training",
         "words": "a random training wording of the task for each window",
         "max_episode_steps": 60 if quick else 200,
-        "evaluation_episodes_per_task": 1 if quick else 20,
+        "evaluation_episodes_per_task": 1 if quick else 10,
     }
 
     def run_seed(seed: int, folder: Path, parts: Parts, say: Say) -> dict[str, Any]:
