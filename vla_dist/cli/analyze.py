@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -109,17 +110,20 @@ def _verdict(costs: Costs, one: Subject, options: AnalyzeOptions) -> Verdict:
 
 def _sizes(found: Sequence[tuple[Costs, Verdict]]) -> Table:
     table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
         title="size and arithmetic",
         caption="activations: of one training window; state: of one robot; FLOPs by torch's counter, formula: how far "
         "the closed form is from it; train: forward and backward of one window",
     )
-    table.add_column("model", no_wrap=True)
-    for heading in ("parameters", "weights", "activations", "state", "FLOPs/act", "formula", "train"):
+    table.add_column("model", overflow="fold", min_width=12)
+    for heading in ("params", "weights", "activations", "state", "FLOPs/act", "formula", "train"):
         table.add_column(heading, justify="right", no_wrap=True)
     for costs, _ in found:
         table.add_row(
             costs.name,
-            f"{costs.num_parameters:,}",
+            _scaled(costs.num_parameters),
             _scaled(costs.weight_bytes, "B"),
             _scaled(costs.activation_bytes, "B"),
             _scaled(costs.state_bytes, "B"),
@@ -132,15 +136,18 @@ def _sizes(found: Sequence[tuple[Costs, Verdict]]) -> Table:
 
 def _times(found: Sequence[tuple[Costs, Verdict]], threads: int) -> Table:
     table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
         title=f"time on {threads} CPU thread{'s' if threads > 1 else ''}",
         caption="p50, p95, p99: ms of one act; xB: acts a second in batches of B",
     )
-    table.add_column("model", no_wrap=True)
+    table.add_column("model", overflow="fold", min_width=12)
     for heading in ("p50", "p95", "p99", *(f"x{batch}" for batch in found[0][0].acts_per_s)):
         table.add_column(heading, justify="right", no_wrap=True)
     for costs, _ in found:
         times = [f"{costs.latency_ms[name]:.2f}" for name in ("p50", "p95", "p99")]
-        table.add_row(costs.name, *times, *(f"{rate:,.0f}" for rate in costs.acts_per_s.values()))
+        table.add_row(costs.name, *times, *(_scaled(rate).replace(" ", "") for rate in costs.acts_per_s.values()))
     return table
 
 
