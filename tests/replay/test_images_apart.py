@@ -146,7 +146,7 @@ def test_a_writer_that_died_half_way_is_made_good_by_its_retry(
     table = make_apart()
     (segment,) = make_images(make_episode, "e", 3)
     # What comes first after each point.
-    step = {"after the images": "_commands", "after the commit": "_judge"}[point]
+    step = {"after the images": "_transaction", "after the commit": "_judge"}[point]
 
     def dying(*_, **__):
         raise Died

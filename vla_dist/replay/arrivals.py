@@ -58,15 +58,15 @@ class ArrivalBatch:
         """The others are done with."""
         self.arrivals = [arrival for arrival in self.arrivals if arrival.result is None]
 
-    @property
-    def packed(self) -> Iterator[bytes | memoryview]:
-        """For the commit: what neighbours of one episode have in common is said once, then come their rows."""
+    def packed(self, *, with_rows: bool) -> Iterator[bytes | memoryview]:
+        """For the commit: what neighbours of one episode have in common is said once, then come their rows, if any."""
         for (digest, source, task, instruction), run in itertools.groupby(self.arrivals, _in_common):
             arrivals = list(run)
             texts = (arrivals[0].segment.episode_id.encode(), task.encode(), instruction.encode())
             head = _RUN.pack(digest.encode(), SOURCES.index(source), len(arrivals), *map(len, texts))
             yield b"".join((head, *texts, *(arrival.packed for arrival in arrivals)))
-            yield from (b"" if self.asks else arrival.encoded.row for arrival in arrivals)
+            if with_rows:
+                yield from (b"" if self.asks else arrival.encoded.row for arrival in arrivals)
 
 
 def arrival_batches(

@@ -18,6 +18,8 @@ _PROBES: tuple[Command, ...] = (
     ("STRLEN", _KEY),
     ("PTTL", _KEY),
     ("SET", _KEY, "", "XX"),
+    ("MSETNX", _KEY, ""),
+    ("GETDEL", _KEY),
     ("SETRANGE", _KEY, 0, ""),
     ("PERSIST", _KEY),
     ("DEL", _KEY),

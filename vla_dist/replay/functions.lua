@@ -10,6 +10,7 @@
 --   state                 packed counters: HEAD, then TABLE for each table
 --   config                hash: what clients must agree on
 --   row:DIGEST:I          payload of segment I of the episode whose id has this digest
+--   fresh                 between the two commands of a transaction that writes rows and commits them: its token
 --   image:DIGEST:I:C      frames of camera C; on this server only if state.cameras_here > 0
 --   episodes              hash: episode id -> packed EPISODE, task, and for each index (unless complete) SEGMENT
 --   order                 list of ids of the stored episodes as they began
@@ -78,7 +79,7 @@ end
 local function open_buffer(keys)
   local packed = redis.call('GET', keys[1])
   if not packed then error('NOBUFFER nothing at ' .. keys[1]) end
-  local b = {key = keys[1], prefix = string.sub(keys[1], 1, -6), left = {}, by = {}, tables = {}}
+  local b = {key = keys[1], prefix = string.sub(keys[1], 1, -6), left = {}, removed = {}, by = {}, tables = {}}
   b.s = read_head(packed)
   for at = HEAD_BYTES + 1, #packed, TABLE_BYTES do
     local t = read_table(packed, at)
@@ -168,10 +169,12 @@ local function set_segment(e, index, sum, version)
     string.sub(e.segments, index * 16 + 17)
 end
 
+local function row_name(b, digest, index) return b.prefix .. 'row:' .. digest .. ':' .. index end
+
 local function payload_names(b, digest, first, last)
   local names = {}
   for index = first, last do
-    names[#names + 1] = b.prefix .. 'row:' .. digest .. ':' .. index
+    names[#names + 1] = row_name(b, digest, index)
     for camera = 0, b.s.cameras_here - 1 do
       names[#names + 1] = b.prefix .. 'image:' .. digest .. ':' .. index .. ':' .. camera
     end
@@ -195,6 +198,7 @@ end
 -- A whole episode goes at once: without its first segment the windows of the rest would be incomplete.
 local function evict(b, id, e)
   unlink_payload(b, e)
+  b.removed[e.digest] = true
   if b.s.cameras_apart > 0 then
     redis.call('RPUSH', b.prefix .. 'images_gone', e.digest .. struct.pack('<I4', num_segments(e)))
   end
@@ -295,13 +299,16 @@ local function counts_inserts(b, t) return t.ratio >= 0 and (t.queue == 1 or has
 
 local function insert_waits(b, t) return t.ratio >= 0 and has_least(b, t) and t.balance > t.buffer / b.s.shards end
 
--- False where a part of the payload is not there; then nothing is kept.
+-- row: nil where it is there already. False where a part of the payload is not there; then nothing is kept.
 local function keep_payload(b, digest, index, row)
-  if row == '' then return false end
-  local names = payload_names(b, digest, index, index)
-  if #names > 1 and redis.call('EXISTS', unpack(names, 2)) < #names - 1 then return false end
-  for i = 2, #names do redis.call('PERSIST', names[i]) end
-  redis.call('SET', names[1], row)
+  -- A row that came with this commit may have left with an earlier part of its episode.
+  if row == '' or (not row and b.removed[digest]) then return false end
+  if b.s.cameras_here > 0 then
+    local names = payload_names(b, digest, index, index)
+    if redis.call('EXISTS', unpack(names, 2)) < #names - 1 then return false end
+    for i = 2, #names do redis.call('PERSIST', names[i]) end
+  end
+  if row then redis.call('SET', row_name(b, digest, index), row) end
   return true
 end
 
@@ -385,15 +392,19 @@ local function take_in(b, r, a, row)
   return 'o'
 end
 
--- args: 1 at the first try of this append, then runs of segments: packed RUN, id, task, instruction, and each segment as
--- packed ARRIVAL; after each run the rows of its segments, empty where the caller only asks whether it must wait.
+-- args: 1 at the first try of this append; a token, or nothing; then runs of segments: packed RUN, id, task, instruction,
+-- and each segment as packed ARRIVAL. Without a token, after each run the rows of its segments, empty where the caller
+-- only asks whether it must wait. With one, the rows were written under their names just before, in one transaction, by
+-- a command that writes all of them and the token, or nothing where any is there.
 -- Answers a letter for each segment up to the first that must wait or is missing, see take_in; for each c its last index;
 -- why it must wait; and the oldest of images_gone.
 local function commit(keys, args)
   local b, letters, last_indices, why = open_buffer(keys), {}, {}, {}
   b.first_try = args[1] == '1'
-  local i, stopped = 2, false
-  while i <= #args and not stopped do
+  local apart = args[2] ~= ''
+  local fresh = apart and redis.call('GETDEL', b.prefix .. 'fresh') == args[2]
+  local i, letter, unused = 3, nil, {}
+  while i <= #args and (fresh or letter ~= 'w' and letter ~= 'm') do
     local packed, r, a = args[i], {}, {}
     local num, id_bytes, task_bytes, instruction_bytes, at
     r.digest, r.source, num, id_bytes, task_bytes, instruction_bytes, at = struct.unpack(RUN, packed)
@@ -406,15 +417,19 @@ local function commit(keys, args)
     for place = i + 1, i + num do
       a.index, a.length, a.is_last, a.success, a.intervened, a.version, a.sum = struct.unpack(ARRIVAL, packed, at)
       at = at + ARRIVAL_BYTES
-      local letter, more = take_in(b, r, a, args[place])
-      letters[#letters + 1] = letter
-      if letter == 'c' then last_indices[#last_indices + 1] = more end
-      if letter == 'w' then why = more end
-      stopped = letter == 'w' or letter == 'm'
-      if stopped then break end
+      if letter ~= 'w' and letter ~= 'm' then
+        local row, more = nil, nil
+        if not apart then row = args[place] elseif not fresh then row = '' end
+        letter, more = take_in(b, r, a, row)
+        letters[#letters + 1] = letter
+        if letter == 'c' then last_indices[#last_indices + 1] = more end
+        if letter == 'w' then why = more end
+      end
+      if fresh and letter ~= 'o' and letter ~= 'd' then unused[#unused + 1] = row_name(b, r.digest, a.index) end
     end
-    i = i + num + 1
+    i = i + 1 + (apart and 0 or num)
   end
+  if #unused > 0 then redis.call('UNLINK', unpack(unused)) end
   close_episode(b)
   save(b)
   local images_gone = {}

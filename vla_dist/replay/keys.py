@@ -26,6 +26,7 @@ class Keys:
         self.order = self.prefix + "order"
         self.archive_plan = self.prefix + "archive_plan"
         self.images_gone = self.prefix + "images_gone"
+        self.fresh = self.prefix + "fresh"
 
     def row(self, digest: str, segment: int) -> str:
         return f"{self.prefix}row:{digest}:{segment}"

@@ -5,6 +5,7 @@ consumes: segments. waits for: the limiters, room, the archive. unblocked by: sa
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
@@ -106,7 +107,7 @@ class SegmentWriter:
             # Sent before that answer, a batch could be stored before what comes first, and wait once more.
             if previous is not None and previous.stopped:
                 return
-            rows.send(self._commands(batch, deadline), partial(self._hear, batch, deadline, None))
+            rows.send(self._transaction(batch), partial(self._hear, batch, deadline, None))
             previous = batch
         rows.receive()
 
@@ -132,7 +133,7 @@ class SegmentWriter:
                 rows.receive()
                 if not staged.staged or (committed is not None and committed.stopped):
                     return
-                rows.send(self._commands(staged, deadline), partial(self._hear, staged, deadline, frames))
+                rows.send(self._transaction(staged), partial(self._hear, staged, deadline, frames))
                 committed = staged
             staged = batch
         rows.receive()
@@ -168,7 +169,8 @@ class SegmentWriter:
                 if self._images is not None and not batch.staged:
                     self._images.stage(batch.arrivals, timeout_s=deadline.left_s)
                     batch.staged = True
-                replies = self._link.exchange(self._commands(batch, deadline), timeout_s=deadline.left_s)
+                commands = self._commands(batch, first_try=deadline.first)
+                replies = self._link.exchange(commands, timeout_s=deadline.left_s)
                 answered, images_gone = self._judge(batch, replies, deadline)
             except ServerFull as full:
                 batch.asks, batch.wait_reason = False, str(full)
@@ -200,8 +202,12 @@ class SegmentWriter:
             ServerFull, Unreachable, DataError: the commit did not happen.
         """
         answer = replies[-1]
-        if isinstance(answer, ReplyError):
-            raise self._link.meaning(answer)
+        if isinstance(answer, list) and len(answer) == 2:
+            # Of a transaction: what it wrote, and what the commit in it answered.
+            answer = answer[1]
+        for reply in (*replies, answer):
+            if isinstance(reply, ReplyError):
+                raise self._link.meaning(reply)
         letters, last_indices, why, images_gone = answer
         answered = list(zip(batch.arrivals, letters.decode(), strict=False))
         numbers = iter(last_indices)
@@ -219,10 +225,31 @@ class SegmentWriter:
                 batch.staged, batch.wait_reason = False, "the images expired before they were committed"
         return answered, images_gone
 
-    def _commands(self, batch: ArrivalBatch, deadline: Deadline) -> list[Command]:
+    def _transaction(self, batch: ArrivalBatch) -> list[Command]:
+        """Rows and commit at once, without a copy of the rows in Lua; the reply to the commit is in the last one."""
+        rows = {
+            self._keys.row(arrival.digest, arrival.segment.segment_index): arrival.encoded.row
+            for arrival in batch.arrivals
+        }
+        if len(rows) < len(batch.arrivals):
+            # Of two with one name only the function knows which counts.
+            return self._commands(batch, first_try=True)
+        # Its own each time: what a transaction left behind whose commit failed must not be taken for this one's.
+        token = os.urandom(8)
+        commit = self._commit(batch, first_try=True, token=token)
+        write = ("MSETNX", self._keys.fresh, token, *itertools.chain.from_iterable(rows.items()))
+        return [*self._forget(), ("MULTI",), write, commit, ("EXEC",)]
+
+    def _commands(self, batch: ArrivalBatch, *, first_try: bool) -> list[Command]:
         """The commit, last."""
-        commit = ("FCALL", function_name("commit"), 1, self._keys.state, int(deadline.first), *batch.packed)
-        return [*([] if self._images is None else self._images.forget_unlinked()), commit]
+        return [*self._forget(), self._commit(batch, first_try=first_try, token=b"")]
+
+    def _commit(self, batch: ArrivalBatch, *, first_try: bool, token: bytes) -> Command:
+        runs = batch.packed(with_rows=not token)
+        return ("FCALL", function_name("commit"), 1, self._keys.state, int(first_try), token, *runs)
+
+    def _forget(self) -> list[Command]:
+        return [] if self._images is None else self._images.forget_unlinked()
 
     def _done(self, replies: Sequence[Any]) -> Sequence[Any]:
         """Replies of the server of the images. Raises what the first error among them means."""
