@@ -7,6 +7,8 @@ import pytest
 from vla_dist.core.errors import ConfigError, ReplayWait
 from vla_dist.replay.config import BufferConfig, TableConfig
 from vla_dist.replay.limiter import LimiterConfig, LimiterState
+from vla_dist.replay.link import RedisLink
+from vla_dist.replay.shards import ShardedReplayTable
 from vla_dist.testing.fakes import make_spec
 
 
@@ -207,3 +209,49 @@ def test_both_sides_never_wait_at_once(drawable, balance, buffer, ratio):
         balance=balance,
     )
     assert not (state.inserts_wait and state.samples_wait)
+
+
+@pytest.fixture
+def lose_charges(monkeypatch):
+    """Answers to a charge get lost, the first time, after the server has done what was asked."""
+    lost = []
+    exchange = RedisLink.exchange
+
+    def lose(link, commands, *, timeout_s):
+        replies = exchange(link, commands, timeout_s=timeout_s)
+        if not lost and any(str(command[1]).startswith("vla_charge") for command in commands if len(command) > 1):
+            lost.append(replies)
+            return exchange(link, commands, timeout_s=timeout_s)
+        return replies
+
+    monkeypatch.setattr(RedisLink, "exchange", lose)
+    return lost
+
+
+def test_a_charge_whose_answer_was_lost_counts_once(waiting_writer, lose_charges):
+    table = waiting_writer
+    table.sample(10, timeout_s=1.0)
+    assert lose_charges
+    assert table.limiter_state().balance == 22.0
+    assert table.stats().steps_sampled == 10
+    table.sample(10, timeout_s=1.0)
+    assert table.limiter_state().balance == 12.0, "the next one counts"
+
+
+def test_a_charge_to_shards_whose_answer_was_lost_counts_once(make_server, make_episode, lose_charges):
+    servers = [make_server(), make_server()]
+    limiter = balanced(min_steps=1, error_buffer_steps=1000.0)
+    config = BufferConfig(
+        name="b", num_steps=4, context_steps=4, capacity_steps=400, tables=(TableConfig(limiter=limiter),)
+    )
+    table = ShardedReplayTable([server.url for server in servers], make_spec(max_episode_steps=20), config)
+    try:
+        for number in range(8):
+            table.append_all(make_episode(f"e{number}", 20), timeout_s=5.0)
+        before = table.limiter_state().balance
+        table.sample(32, timeout_s=5.0)
+        assert lose_charges
+        assert table.limiter_state().balance == pytest.approx(before - 32)
+        assert table.stats().steps_sampled == 32
+    finally:
+        table.close()

@@ -20,6 +20,7 @@
 --   gone                  stream, id N-0: packed completions that left
 --   images_gone           list of packed digest and number of segments: episodes that left, whose images may still lie
 --                         on the server of the images; only if state.cameras_apart > 0
+--   charged:CLIENT        number of the last charge that this client made; expires
 --   by                    hash: counters of complete episodes by task and steps by source
 -- and for each table that needs them:
 --   priorities:TABLE      packed float at row mod capacity; the highest so far until somebody scores it
@@ -44,6 +45,7 @@ local ARRIVAL_BYTES = 27
 local LIVE = '<ddI4I4BBBBdc16I2I2I2'
 local GONE_KEPT, EVENTS_KEPT = 65536, 4096
 local MOST_KEYS, MOST_IMAGES_GONE = 4000, 128
+local CHARGES_KEPT_MS = 600000
 
 local function number(text) return string.format('%.17g', text) end
 
@@ -439,9 +441,22 @@ local function commit(keys, args)
   return {table.concat(letters), last_indices, why, table.concat(images_gone)}
 end
 
--- args: index of the table, windows, 1 at the first try. Answers WAIT ..., or OK and the server's time.
+-- A client makes one charge after the other, so only its last one can come again because its answer was lost.
+local function is_repeated(b, client, charge)
+  return redis.call('GET', b.prefix .. 'charged:' .. client) == charge
+end
+
+local function finish_charge(b, client, charge)
+  redis.call('SET', b.prefix .. 'charged:' .. client, charge, 'PX', CHARGES_KEPT_MS)
+  save(b)
+  return {'OK', number(now_s())}
+end
+
+-- args: index of the table, windows, 1 at the first try, client and number of its charge. Answers WAIT ..., or OK and
+-- the server's time.
 local function charge(keys, args)
   local b = open_buffer(keys)
+  if is_repeated(b, args[4], args[5]) then return {'OK', number(now_s())} end
   local t, num = b.tables[tonumber(args[1]) + 1], tonumber(args[2])
   local ahead = t.ratio >= 0 and t.balance < -t.buffer
   if t.drawable < math.max(1, t.min_steps) or ahead then
@@ -453,19 +468,19 @@ local function charge(keys, args)
   end
   t.sampled = t.sampled + num
   if t.ratio >= 0 then t.balance = t.balance - num end
-  save(b)
-  return {'OK', number(now_s())}
+  return finish_charge(b, args[4], args[5])
 end
 
 -- For a table of which this is one of several shards. args: index of the table, windows drawn here, what to add to the
--- balance, 1 if a sample began to wait. Who samples compares the sums over all shards and evens out the balances.
+-- balance, 1 if a sample began to wait, client and number of its charge. Who samples compares the sums over all shards
+-- and evens out the balances.
 local function charge_shard(keys, args)
   local b = open_buffer(keys)
+  if is_repeated(b, args[5], args[6]) then return {'OK', number(now_s())} end
   local t = b.tables[tonumber(args[1]) + 1]
   t.sampled, t.balance = t.sampled + tonumber(args[2]), t.balance + tonumber(args[3])
   t.samples_waited = t.samples_waited + tonumber(args[4])
-  save(b)
-  return {'OK', number(now_s())}
+  return finish_charge(b, args[5], args[6])
 end
 
 -- args: index of the table, packed <dd of row and priority. The row -1 only says how high a priority on another shard is.

@@ -14,7 +14,9 @@ restored state can stop both sides; a call may overshoot the buffer by its own s
 settings under which one side waits for ever, and those are refused here and in ``TableConfig``.
 """
 
+import itertools
 import math
+import secrets
 from dataclasses import dataclass
 
 from vla_dist.core.errors import ConfigError
@@ -71,3 +73,18 @@ class LimiterState:
         if self.drawable_steps < self.config.min_steps:
             return True
         return self.config.samples_per_insert is not None and self.balance < -self.config.error_buffer_steps
+
+
+class ChargeNumbers:
+    """Names the charges of one client, so that one which comes again, because its answer was lost, counts once.
+
+    Each charge must be answered, or given up, before the next is named.
+    """
+
+    def __init__(self) -> None:
+        self._client = secrets.token_hex(8)
+        self._numbers = itertools.count()
+
+    def next(self) -> tuple[str, int]:
+        """Arguments of the next charge: this client and a number."""
+        return self._client, next(self._numbers)

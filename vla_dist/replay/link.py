@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -294,6 +295,18 @@ class RedisLink:
         return DataError(f"Redis at {self.address} refused a command: {text}")
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Commands as they are sent, made beforehand."""
+
+    num_replies: int
+    buffers: Sequence[bytes | memoryview]
+
+    @classmethod
+    def of(cls, commands: Sequence[Command]) -> "Request":
+        return cls(len(commands), pack(commands))
+
+
 class Conversation:
     """Exchanges over one connection; made by ``RedisLink.converse``.
 
@@ -310,10 +323,10 @@ class Conversation:
         """Exchanges whose replies were not received."""
         return len(self._pending)
 
-    def send(self, commands: Sequence[Command], then: Callable[[list[Any]], None]) -> None:
+    def send(self, request: Request, then: Callable[[list[Any]], None]) -> None:
         """``then`` is given the replies when their turn comes."""
-        self._wire.send(pack(commands), self._end)
-        self._pending.append((len(commands), then))
+        self._wire.send(request.buffers, self._end)
+        self._pending.append((request.num_replies, then))
 
     def receive(self, *, leave: int = 0) -> None:
         """Until no more than ``leave`` exchanges are pending."""

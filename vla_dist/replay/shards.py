@@ -9,6 +9,7 @@ Dimensions: B windows, S shards.
 
 import dataclasses
 import heapq
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from vla_dist.replay.batches import join_windows, scale_weights
 from vla_dist.replay.config import BufferConfig
 from vla_dist.replay.episodes import Entry
 from vla_dist.replay.keys import Keys
-from vla_dist.replay.limiter import LimiterConfig, LimiterState
+from vla_dist.replay.limiter import ChargeNumbers, LimiterConfig, LimiterState
 from vla_dist.replay.link import Deadline, RedisLink
 from vla_dist.replay.shard_totals import total_of, whole_limiter, whole_table
 from vla_dist.replay.state import BufferState
@@ -86,6 +87,8 @@ class ShardedReplayTable:
         _require_same_servers(config.name, urls)
         self._threads = ThreadPoolExecutor(len(urls), thread_name_prefix="replay-shard")
         self._rng = np.random.default_rng(seed)
+        self._charges = ChargeNumbers()
+        self._charge_lock = threading.Lock()
         self._max_priority = 0.0
         seeds = np.random.SeedSequence(seed).generate_state(len(urls)).tolist()
         opened: list[RedisReplayTable] = []
@@ -295,10 +298,12 @@ class ShardedReplayTable:
         def charge(shard: int) -> None:
             table = self.shards[shard]
             count = waits if shard == 0 else 0
-            call = table.function("charge_shard", index, 0, float(balances[shard]), count)
+            call = table.function("charge_shard", index, 0, float(balances[shard]), count, *number)
             table.link.call([call], timeout_s=_PATIENCE_S)
 
-        self._on_each(charge, range(len(balances)))
+        with self._charge_lock:
+            number = self._charges.next()
+            self._on_each(charge, range(len(balances)))
 
     def _take(self, counts: Array, balances: Array | None, deadline: Deadline) -> list[tuple[Batch, Array]]:
         """Windows of the shards in parallel, each part with (B,) bool, those that are whole.

@@ -43,11 +43,11 @@ class StepFetcher:
         others = np.ones(len(pieces.windows), bool)
         if self._cache.holds_rows:
             stamps = plan.completed_at_s[pieces.windows]
-            with self._cache.lock:
-                _, held = self._cache.find(plan.piece_numbers, stamps)
+            held = self._copy(plan, stamps, steps, only_if_all=True)
             if not held.all():
                 self._load(plan, stamps, np.flatnonzero(~held), deadline)
-            others = self._copy(plan, stamps, steps)
+                held = self._copy(plan, stamps, steps, only_if_all=False)
+            others = ~held
         missing = np.zeros(len(others), bool)
         if others.any():
             missing[others] = self._receive(plan, others, steps, deadline)
@@ -73,15 +73,16 @@ class StepFetcher:
         with self._cache.lock:
             self._cache.put(plan.piece_numbers[kept], stamps[kept], rows.reshape(-1, num_steps, self._num_columns))
 
-    def _copy(self, plan: WindowPlan, stamps: Array, steps: Array) -> Array:
-        """Fill ``steps`` (B * W, D) from the cache; (N,) bool, pieces that it lacks."""
+    def _copy(self, plan: WindowPlan, stamps: Array, steps: Array, *, only_if_all: bool) -> Array:
+        """Fill ``steps`` (B * W, D) from the cache; (N,) bool, pieces that it holds."""
         pieces = plan.pieces
         with self._cache.lock:
             slots, held = self._cache.find(plan.piece_numbers, stamps)
-            places = pieces.arrange(_counted_from(slots * self._codec.num_steps + pieces.firsts, pieces.counts))
-            # Without "clip" NumPy would gather into memory of its own first.
-            np.take(self._cache.steps, places.ravel(), axis=0, out=steps, mode="clip")
-        return ~held
+            if held.all() or not only_if_all:
+                places = pieces.arrange(_counted_from(slots * self._codec.num_steps + pieces.firsts, pieces.counts))
+                # Without "clip" NumPy would gather into memory of its own first.
+                np.take(self._cache.steps, places.ravel(), axis=0, out=steps, mode="clip")
+        return held
 
     def _receive(self, plan: WindowPlan, others: Array, steps: Array, deadline: Deadline) -> Array:
         """Fill in the steps of the pieces ``others`` (N,) bool; of those, bool, which the server lacks."""

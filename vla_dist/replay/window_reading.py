@@ -16,6 +16,7 @@ from vla_dist.replay.batches import replace_windows, scale_weights
 from vla_dist.replay.fetching import WindowFetcher
 from vla_dist.replay.following import IndexFollower
 from vla_dist.replay.index import EpisodeIndex
+from vla_dist.replay.limiter import ChargeNumbers
 from vla_dist.replay.link import Deadline
 from vla_dist.replay.losses import LossCheck
 from vla_dist.replay.refusals import wait_reason
@@ -54,6 +55,7 @@ class WindowReader:
         )
         self._rng = np.random.default_rng(seed)
         self._lock = threading.Lock()
+        self._charges = ChargeNumbers()
         self._follower: IndexFollower | None = None
 
     def sample(self, num_windows: int, *, timeout_s: float) -> Batch:
@@ -95,9 +97,11 @@ class WindowReader:
         Returns:
             None where nothing may be drawn any more.
         """
-        charge = ("TIME",) if balance is None else self._owner.function("charge_shard", self._index, num, balance, 0)
-        (answer,) = self._link.call([charge], timeout_s=deadline.left_s)
         with self._lock:
+            charge: Command = ("TIME",)
+            if balance is not None:
+                charge = self._owner.function("charge_shard", self._index, num, balance, 0, *self._charges.next())
+            (answer,) = self._link.call([charge], timeout_s=deadline.left_s)
             assert self._follower is not None
             index, sampler = self._follower.index, self._follower.sampler
             if not index.live_steps or not num:
@@ -109,11 +113,14 @@ class WindowReader:
     def _draw(self, num: int, deadline: Deadline, timeout_s: float, *, charge: bool) -> tuple[WindowPlan, float]:
         """What to fetch, and the server's time; waits while the limiter says so."""
         while True:
-            first = [self._owner.function("charge", self._index, num, int(deadline.first))] if charge else [("TIME",)]
             with self._lock:
+                first: Command = ("TIME",)
+                if charge:
+                    number = self._charges.next()
+                    first = self._owner.function("charge", self._index, num, int(deadline.first), *number)
                 if self._follower is None:
                     self._follower = self._follow()
-                (answer,) = self._follower.exchange(first, deadline)
+                (answer,) = self._follower.exchange([first], deadline)
                 index = self._follower.index
                 if answer[0] != b"WAIT":
                     now_s = float(answer[1]) if charge else float(answer[0])

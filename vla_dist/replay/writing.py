@@ -17,7 +17,7 @@ from vla_dist.data.segment_codec import SegmentCodec
 from vla_dist.replay.arrivals import Arrival, ArrivalBatch, arrival_batches, encoded_ahead
 from vla_dist.replay.image_uploads import ImageUploads
 from vla_dist.replay.keys import Keys
-from vla_dist.replay.link import Conversation, Deadline, RedisLink, ServerFull, function_name
+from vla_dist.replay.link import Conversation, Deadline, RedisLink, Request, ServerFull, function_name
 from vla_dist.replay.refusals import contradiction, wait_reason
 from vla_dist.replay.wire import Command, ReplyError
 
@@ -103,11 +103,12 @@ class SegmentWriter:
         """Each batch is encoded while the one before it is committed."""
         previous: ArrivalBatch | None = None
         for batch in batches:
+            request = Request.of(self._transaction(batch))
             rows.receive()
             # Sent before that answer, a batch could be stored before what comes first, and wait once more.
             if previous is not None and previous.stopped:
                 return
-            rows.send(self._transaction(batch), partial(self._hear, batch, deadline, None))
+            rows.send(request, partial(self._hear, batch, deadline, None))
             previous = batch
         rows.receive()
 
@@ -125,15 +126,16 @@ class SegmentWriter:
         for batch in itertools.chain(batches, [None]):
             if batch is not None:
                 batch.staged = None
-                frames.send(images.staging(batch.arrivals), partial(self._note_staged, batch))
+                frames.send(Request.of(images.staging(batch.arrivals)), partial(self._note_staged, batch))
             if staged is not None:
+                request = Request.of(self._transaction(staged))
                 while staged.staged is None:
                     frames.receive(leave=frames.num_pending - 1)
                 # The commit before this one was done meanwhile.
                 rows.receive()
                 if not staged.staged or (committed is not None and committed.stopped):
                     return
-                rows.send(self._transaction(staged), partial(self._hear, staged, deadline, frames))
+                rows.send(request, partial(self._hear, staged, deadline, frames))
                 committed = staged
             staged = batch
         rows.receive()
@@ -157,7 +159,7 @@ class SegmentWriter:
             _assign(answered, lost={digest for digest, _ in images.done(settlement, self._done(replies))})
 
         if settlement.commands:
-            frames.send(settlement.commands, settled)
+            frames.send(Request.of(settlement.commands), settled)
         else:
             settled(())
 
