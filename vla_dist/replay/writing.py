@@ -1,4 +1,4 @@
-"""Appending segments: images first, under an expiry, then one commit with the rows of a batch.
+"""Appending segments: images first, under an expiry, then rows and their commit in one transaction.
 
 consumes: segments. waits for: the limiters, room, the archive. unblocked by: samples, evictions, the archiver.
 """
