@@ -117,7 +117,7 @@ def key_to_door() -> RunConfig:
         rollout=RolloutSettings(num_workers=1, teacher="random", episodes_per_task=1_000),
         model=ModelSettings(
             preset="small",
-            changes=("hidden_dim=64", "n_layers=2", "context_steps=25", "goal_dim=0", "dropout=0.1"),
+            changes=("hidden_dim=64", "n_layers=2", "context_steps=25", "goal_dim=0", "dropout=0.2"),
             action_dropout=0.0,
             return_dropout=0.0,
             conditioning="reward",
