@@ -85,7 +85,8 @@ def figure(result: dict[str, Any], path: Path) -> None:
 def _config(seed: int, size: int) -> RunConfig:
     config = for_comparison(preset("key-to-door"), seed=seed)
     rollout = dataclasses.replace(config.rollout, episodes_per_task=size, num_workers=2)
-    return dataclasses.replace(config, preset=f"key-to-door-{size}", rollout=rollout)
+    replay = dataclasses.replace(config.replay, strata=())
+    return dataclasses.replace(config, preset=f"key-to-door-{size}", rollout=rollout, replay=replay)
 
 
 def _compare(

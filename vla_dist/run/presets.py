@@ -113,7 +113,7 @@ def key_to_door() -> RunConfig:
         preset="key-to-door",
         env=EnvSettings(family="key-to-door", tasks=("one-door",), max_episode_steps=25, layouts="split"),
         # The window is the whole episode.
-        replay=ReplaySettings(min_steps=2_000, segment_steps=25),
+        replay=ReplaySettings(min_steps=2_000, segment_steps=25, strata=("success=0.5", "failure=0.5")),
         rollout=RolloutSettings(num_workers=1, teacher="random", episodes_per_task=1_000),
         model=ModelSettings(
             preset="small",
@@ -123,7 +123,7 @@ def key_to_door() -> RunConfig:
             conditioning="reward",
             target_quantile=1.0,
         ),
-        learner=LearnerSettings(total_updates=1_200, publish_updates=(0, 400, 1_200), checkpoint_every_updates=400),
+        learner=LearnerSettings(total_updates=250, publish_updates=(0, 100, 250), checkpoint_every_updates=125),
         fleet=FleetSettings(num_robots=1),
         evaluation=EvaluationSettings(episodes_per_task=100, final_episodes_per_task=200, num_envs=32),
         min_memory_gib=3.0,
