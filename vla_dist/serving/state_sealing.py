@@ -5,22 +5,20 @@ that must not change. A robot can neither read another policy's memory into its 
 is unpickled: the shape of the tree comes from ``policy.initial_state()``, never from the wire.
 """
 
-import dataclasses
 import hashlib
 import hmac
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from vla_dist.core.errors import ConfigError, DataError, IntegrityError
+from vla_dist.core.state_tree import rebuild_state, state_leaves
 from vla_dist.core.types import Array
 
 MAX_STATE_BYTES = 4 * 2**20
 _DIGEST_BYTES = 32
 _LENGTH_BYTES = 4
-_PLAIN = (bool, int, float)
 
 
 class StateSeal:
@@ -47,7 +45,7 @@ class StateSeal:
         """
         header: list[dict[str, Any]] = []
         parts: list[bytes] = []
-        for path, leaf in _leaves("", state):
+        for path, leaf in state_leaves(state):
             if isinstance(leaf, np.ndarray):
                 header.append({"path": path, "dtype": leaf.dtype.str, "shape": leaf.shape})
                 parts.append(np.ascontiguousarray(leaf).tobytes())
@@ -84,7 +82,7 @@ class StateSeal:
             size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
             leaves[entry["path"]] = _read_only(np.frombuffer(body[end : end + size], dtype).reshape(shape))
             end += size
-        return _rebuilt("", template, leaves)
+        return rebuild_state(template, leaves)
 
     def _digest(self, body: bytes, label: str) -> bytes:
         return hmac.digest(self._key, len(label).to_bytes(4, "little") + label.encode() + body, hashlib.sha256)
@@ -93,30 +91,6 @@ class StateSeal:
 def service_id_of(key: bytes) -> str:
     """16 hexadecimal digits: the public name of the service that has this key."""
     return hashlib.sha256(b"vla-dist service id" + key).hexdigest()[:16]
-
-
-def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _leaves(f"{path}.{field.name}", getattr(value, field.name))
-    elif value is None or isinstance(value, _PLAIN) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiub"):
-        yield path, value
-    else:
-        raise DataError(f"the policy's state has {type(value).__name__} at {path}, expected arrays and numbers only")
-
-
-def _rebuilt(path: str, template: Any, leaves: dict[str, Any]) -> Any:
-    if dataclasses.is_dataclass(template) and not isinstance(template, type):
-        return dataclasses.replace(
-            template,
-            **{f.name: _rebuilt(f"{path}.{f.name}", getattr(template, f.name), leaves) for f in _settable(template)},
-        )
-    # What is unknown at the start and only derived later (keys of attention) is computed again.
-    return leaves.get(path)
-
-
-def _settable(template: Any) -> list[Any]:
-    return [field for field in dataclasses.fields(template) if field.init]
 
 
 def _read_only(array: Array) -> Array:
