@@ -1,16 +1,17 @@
 """What differs between two versions, and a version as files."""
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vla_dist.core.errors import ConfigError
+from vla_dist.core.errors import ConfigError, IntegrityError, NotFound
 from vla_dist.core.types import Array, PolicyArtifact
-from vla_dist.registry.manifests import manifest_to_json, tensors_to_bytes
+from vla_dist.registry.manifests import manifest_from_json, manifest_to_json, tensors_from_bytes, tensors_to_bytes
 
 MANIFEST = "manifest.json"
 TENSORS = "model.safetensors"
@@ -62,12 +63,34 @@ def write_files(artifact: PolicyArtifact, folder: Path) -> None:
     """
     if (folder / MANIFEST).exists():
         raise ConfigError(f"{folder} holds a version already; give another folder")
+    data = tensors_to_bytes(artifact.tensors)
+    # What was never published has no hash yet.
+    manifest = replace(artifact.manifest, tensors_sha256=hashlib.sha256(data).hexdigest(), num_bytes=len(data))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / TENSORS).write_bytes(tensors_to_bytes(artifact.tensors))
-        (folder / MANIFEST).write_text(manifest_to_json(artifact.manifest) + "\n", encoding="utf-8")
+        (folder / TENSORS).write_bytes(data)
+        (folder / MANIFEST).write_text(manifest_to_json(manifest) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write to {folder} ({error}); give a folder you may write to") from error
+
+
+def read_files(folder: Path) -> PolicyArtifact:
+    """What ``write_files`` wrote.
+
+    Raises:
+        NotFound: no version in that folder.
+        IntegrityError: a damaged one.
+    """
+    try:
+        data = (folder / TENSORS).read_bytes()
+        manifest = manifest_from_json((folder / MANIFEST).read_bytes())
+    except OSError as error:
+        raise NotFound(
+            f"no version of a policy in {folder} ({error}); 'vla-dist registry pull NAME@stable FOLDER' writes one"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != manifest.tensors_sha256:
+        raise IntegrityError(f"{folder / TENSORS} differs from the hash in {MANIFEST}; pull the version again")
+    return PolicyArtifact(manifest=manifest, tensors=tensors_from_bytes(data))
 
 
 def _change(name: str, left: Array | None, right: Array | None) -> TensorChange | None:
