@@ -43,7 +43,7 @@ class GymnasiumEnv:
         if instructions != "training":
             raise ConfigError(f"instructions {instructions!r}: gymnasium:{env_id} has no wordings; use 'training'")
         self._env = _make(env_id, max_episode_steps)
-        self.spec = _spec(env_id, self._env)
+        self.spec = spec_of(env_id, self._env)
         self.tasks = (env_id,)
         self._low = np.array([d.low for d in self.spec.action])
         self._high = np.array([d.high for d in self.spec.action])
@@ -121,7 +121,12 @@ def _make(env_id: str, max_episode_steps: int | None) -> "gym.Env[Any, Any]":
     return env
 
 
-def _spec(env_id: str, env: "gym.Env[Any, Any]") -> EnvSpec:
+def spec_of(env_id: str, env: "gym.Env[Any, Any]") -> EnvSpec:
+    """The contract of an environment with a flat Box observation, a flat Box or a Discrete action, and a time limit.
+
+    Raises:
+        ConfigError: spaces of another kind, or no limit.
+    """
     observation, action = env.observation_space, env.action_space
     if not isinstance(observation, Box) or len(observation.shape) != 1:
         raise ConfigError(f"gymnasium:{env_id} observes {observation}; only a flat Box is supported, wrap it to be one")
@@ -134,14 +139,17 @@ def _spec(env_id: str, env: "gym.Env[Any, Any]") -> EnvSpec:
         actions = tuple(Dimension(name=f"action_{i}", low=low, high=high) for i, (low, high) in enumerate(bounds))
     else:
         raise ConfigError(f"gymnasium:{env_id} acts by {action}; only a flat Box or a Discrete is supported, wrap it")
-    assert env.spec is not None
-    assert env.spec.max_episode_steps is not None
+    limit = None if env.spec is None else env.spec.max_episode_steps
+    if limit is None:
+        raise ConfigError(
+            f"gymnasium:{env_id} has no time limit, so its episodes may never be whole; make it with max_episode_steps"
+        )
     return EnvSpec(
         name=f"gymnasium:{env_id}",
         proprio=tuple(Dimension(name=f"observation_{i}") for i in range(observation.shape[0])),
         action=actions,
         control_hz=_control_hz(env),
-        max_episode_steps=env.spec.max_episode_steps,
+        max_episode_steps=limit,
         action_kind=kind,
     )
 
