@@ -70,6 +70,18 @@ def test_quick_key_to_door_runs_through_ray(tmp_path):
     assert "Ray" in result["path"]
 
 
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+def test_quick_dt_teachers_runs_with_rllib(tmp_path):
+    result = run_quick("dt_teachers", tmp_path)
+    check(result, "dt_teachers")
+    (found,) = result["by_seed"].values()
+    assert [found["data"][level]["episodes"] > 0 for level in ("random", "medium", "expert")] == [True] * 3
+    assert len(found["asked"]) == len(result["protocol"]["asked_shares"])
+
+
 def answer_of(name, **changes):
     from learn.settings import Settings
     from learn_parts.results import answer, measure, target
