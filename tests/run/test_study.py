@@ -1,5 +1,6 @@
 """Studies: what is collected once, trained on by several and judged alike; the same by hosts and in one process."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -9,6 +10,7 @@ import pytest
 from vla_dist.core.errors import ConfigError
 from vla_dist.evaluation.pairing import compare_outcomes
 from vla_dist.evaluation.suite import SuiteConfig
+from vla_dist.run.build import build_table
 from vla_dist.run.config import LearnerSettings
 from vla_dist.run.presets import preset
 from vla_dist.run.study import best_episodes, judge_expert, open_study
@@ -60,6 +62,10 @@ def test_learners_of_one_study_learn_from_the_same_episodes_and_are_judged_on_th
         )
         best = study.derive("best", best_episodes(study.episodes(), 0.2))
         second = study.train("second", cloning, best)
+        balanced = study.derive("balanced", study.episodes(), strata=("success=0.5", "failure=0.5"))
+        assert contents(study, balanced) == collected
+        with contextlib.closing(build_table(balanced)) as table:
+            assert 0.3 < table.sample(200, timeout_s=10.0).success.mean() < 0.7
         assert contents(study) == collected
         assert contents(study, best).items() <= collected.items()
         assert 0 < len(contents(study, best)) <= 44
@@ -67,7 +73,7 @@ def test_learners_of_one_study_learn_from_the_same_episodes_and_are_judged_on_th
         assert compare_outcomes(*found).overall.trials == 24
         alone = study.evaluate(study.load(first), SUITE)
         assert compare_outcomes(alone, found[0]).overall.mean == 0.0
-        with pytest.raises(ConfigError, match="other tasks or another replay"):
+        with pytest.raises(ConfigError, match="asks for tasks"):
             study.train("third", dataclasses.replace(config, env=dataclasses.replace(config.env, tasks=("other",))))
 
 

@@ -62,9 +62,14 @@ class Study:
         self._parts.collect(self.place, self._say)
         return self.place
 
-    def derive(self, name: str, episodes: Iterable[list[Segment]]) -> Place:
-        """A data set of its own, under another name in the same store; what it holds already is not stored twice."""
-        config = replace(self.place.config, preset=f"{self.place.config.preset}-{name}")
+    def derive(self, name: str, episodes: Iterable[list[Segment]], *, strata: tuple[str, ...] | None = None) -> Place:
+        """A data set of its own, under another name in the same store; what it holds already is not stored twice.
+
+        Args:
+            strata: how its batches are put together (``ReplaySettings.strata``); None: as the study's are.
+        """
+        replay = self.place.config.replay if strata is None else replace(self.place.config.replay, strata=strata)
+        config = replace(self.place.config, preset=f"{self.place.config.preset}-{name}", replay=replay)
         place = replace(self.place, config=config)
         _free_limiter(place)
         with contextlib.closing(build_table(place)) as table:
@@ -88,17 +93,19 @@ class Study:
 
         Args:
             name: of the learner, unique within the study; training again under it goes on or finds it done.
-            config: with its model and learner; what decides the data must be that of ``data``.
+            config: with its model and learner; its tasks must be those of ``data``, whose replay is read.
             data: None: what ``collect`` collected.
 
         Raises:
-            ConfigError: the config would read another data set.
+            ConfigError: the config has other tasks.
             WorkerFailed: it failed more often than allowed.
         """
         data = data or self.place
-        config = replace(config, preset=data.config.preset)
-        if (config.env.tasks, config.replay) != (data.config.env.tasks, data.config.replay):
-            raise ConfigError(f"learner {name!r} asks for other tasks or another replay than its data set has")
+        if config.env.tasks != data.config.env.tasks:
+            raise ConfigError(
+                f"learner {name!r} asks for tasks {config.env.tasks}, its data set has {data.config.env.tasks}"
+            )
+        config = replace(config, preset=data.config.preset, replay=data.config.replay)
         place = replace(data, config=config, run_id=f"{self.place.run_id}-{name}")
         return self._finish(name, place, self._parts.train)
 

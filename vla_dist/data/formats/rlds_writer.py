@@ -6,6 +6,7 @@ Source: Ramos et al. 2021, "RLDS: an Ecosystem to Generate, Share and Use Datase
 X-Embodiment.
 """
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def write_rlds(
             yield number, _example(episode)
 
     _store(datasets, _features(datasets, spec), examples, root, spec)
+    shutil.rmtree(root / "downloads", ignore_errors=True)  # the library makes it, empty: nothing was downloaded
     if not counts["episodes"]:
         raise DataError("there is no episode to export; is the filter too narrow?")
     return counts["episodes"], counts["steps"]
