@@ -178,6 +178,7 @@ def test_a_killed_rank_goes_on_from_the_newest_whole_checkpoint(ray_cluster, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_a_killed_trainer_is_replaced_and_goes_on(ray_cluster, tmp_path):
     log = tmp_path / "log"
     killed = []
@@ -296,6 +297,7 @@ def test_two_ranks_keep_one_model(ray_cluster, tmp_path, parallelism):
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_deleted_checkpoints_and_half_a_note_of_them_do_not_stop_a_resumption(ray_cluster, tmp_path):
     log, storage = tmp_path / "log", tmp_path / "storage" / "run"
     assert fit(make_build(str(log)), tmp_path, num_workers=1).metrics["updates"] == 40
@@ -315,6 +317,7 @@ def test_deleted_checkpoints_and_half_a_note_of_them_do_not_stop_a_resumption(ra
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_a_full_disk_costs_the_updates_since_the_last_checkpoint(ray_cluster, tmp_path):
     log = tmp_path / "log"
     result = fit(make_build(str(log), storage_fails_at=20), tmp_path, num_workers=1)

@@ -296,6 +296,7 @@ def robots_beside(
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_robots_go_on_when_the_controller_is_killed(serving: ServingHandle) -> None:
     def kill() -> None:
         pids = [p.pid for p in psutil.Process().children(recursive=True) if "ServeController" in p.name()]
@@ -309,6 +310,7 @@ def test_robots_go_on_when_the_controller_is_killed(serving: ServingHandle) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_robots_come_back_by_themselves_when_the_ingress_is_killed(serving: ServingHandle) -> None:
     def kill() -> None:
         pids = serving.haproxy_pids
@@ -322,6 +324,7 @@ def test_robots_come_back_by_themselves_when_the_ingress_is_killed(serving: Serv
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_a_replica_killed_under_load_changes_no_action(serving: ServingHandle) -> None:
     def kill() -> None:
         for pid in replica_pids():
@@ -333,6 +336,7 @@ def test_a_replica_killed_under_load_changes_no_action(serving: ServingHandle) -
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_a_deploy_under_load_changes_no_action(serving: ServingHandle) -> None:
     def deploy() -> None:
         serving.scale(2)
