@@ -3,7 +3,6 @@
 import datetime
 import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +102,7 @@ def answer(
         "notes": list(notes),
         "machine": machine(),
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["vla-dist bench learn", *sys.argv[1:]]) if _is_command() else "",
+        "command": _command(name, settings),
         "git_revision": git_revision(),
     }
 
@@ -116,5 +115,10 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
 
 
-def _is_command() -> bool:
-    return "bench" in sys.argv[0]
+def _command(name: str, settings: Settings) -> str:
+    """What repeats it, wherever its files were put."""
+    words = ["vla-dist bench learn", name, f"--seeds {len(settings.seeds)}"]
+    words += [f"--first-seed {settings.seeds[0]}"] if settings.seeds[0] else []
+    words += ["--quick"] if settings.quick else []
+    words += ["--in-process"] if settings.in_process else []
+    return " ".join(words)

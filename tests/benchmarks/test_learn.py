@@ -115,7 +115,7 @@ def test_the_page_is_made_from_the_files_alone(tmp_path):
     assert "| DT, 1,000 episodes | **0.65** | 0.582 to 0.713 | 0.6 | 0.7 | 200 |" in text
     assert "| DT | at least 0.6 (a paper) | 0.65 | met |" in text
     assert "| wrong | at most 0.1 | 0.3 | **missed** |" in text
-    assert "12, 14 s for each seed" in text
+    assert "`vla-dist bench learn key-to-door --seeds 3`: 12, 14 s for each seed" in text
     assert "| [Key-to-Door](#key-to-door) | 0, 1 | 1 of 2 |" in text
     for name in ("key-to-door", "key-to-door-in-process"):
         assert f"](results/{name}.png)" in text
