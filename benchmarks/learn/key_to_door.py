@@ -74,7 +74,10 @@ def run(settings: Settings, *, name: str = "key-to-door", size: int = 1_000) -> 
         seeds=seeds,
         measures=measures,
         targets=targets,
-        notes=["`random` is the share of the collected episodes themselves that succeeded."],
+        notes=[
+            "`random` is the share of the collected episodes themselves that succeeded. Half of each batch of DT and "
+            "of `BC (balanced)` is from successes; `BC` draws evenly, as in the paper."
+        ],
     )
 
 
