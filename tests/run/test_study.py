@@ -83,12 +83,18 @@ def test_a_study_that_was_interrupted_goes_on_where_it_stopped(tmp_path):
     with open_study(config, tmp_path / "study", LocalParts()) as study:
         study.collect()
         collected = contents(study)
-        version = study.train("one", config).version
+        trained = study.train("one", config)
+        version = trained.version
+        (judged,) = study.judge(trained, SUITE)
+    stored = next((tmp_path / "study").glob("outcomes-*.json"))
+    stored.write_text(stored.read_text().replace('"num_steps": ', '"num_steps": 7'))
     with open_study(config, tmp_path / "study", LocalParts(), lines.append) as study:
         study.collect()
         assert contents(study) == collected
         assert study.train("one", config).version == version
         assert not any("update" in line for line in lines)
+        (again,) = study.judge(trained, SUITE)
+        assert [str(o.num_steps) for o in again] == [f"7{o.num_steps}" for o in judged], "judged once, then read"
         assert study.train("two", config).version > version
         assert any("two: update 6 of 6" in line for line in lines)
 

@@ -1,9 +1,11 @@
 """Who does the work of a study: everything in this process, or hosts as a run has them."""
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,6 +18,7 @@ from vla_dist.evaluation.suite import EpisodeOutcome, SuiteConfig
 from vla_dist.run.board import BoardLink
 from vla_dist.run.build import Place, build_judge, build_learner, build_rollout_worker
 from vla_dist.run.evaluations import EvaluationBoard
+from vla_dist.run.files import write_atomically
 from vla_dist.run.host import JudgeHost, WorkerHost
 from vla_dist.run.hosts import HostedWorker
 from vla_dist.run.placement import Placement
@@ -48,7 +51,7 @@ class Parts(Protocol):
     def judge(
         self, place: Place, version: int, suites: Sequence[SuiteConfig], instructions: Split
     ) -> list[list[EpisodeOutcome]]:
-        """Outcomes of each suite."""
+        """Outcomes of each suite; what was judged before is not judged again."""
         ...
 
 
@@ -107,9 +110,15 @@ class LocalParts:
     def judge(
         self, place: Place, version: int, suites: Sequence[SuiteConfig], instructions: Split
     ) -> list[list[EpisodeOutcome]]:
-        judge = build_judge(place, instructions=instructions)
-        with contextlib.closing(judge):
-            return [judge.judge(version, suite) for suite in suites]
+        path = place.run_dir / f"outcomes-{place.config.preset}-{instructions}.json"
+        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        keys = [f"v{version}/{place.config.env.max_episode_steps}/{suite}" for suite in suites]
+        if missing := {key: suite for key, suite in zip(keys, suites, strict=True) if key not in known}:
+            with contextlib.closing(build_judge(place, instructions=instructions)) as judge:
+                for key, suite in missing.items():
+                    known[key] = [asdict(outcome) for outcome in judge.judge(version, suite)]
+                    write_atomically(path, json.dumps(known))
+        return [[EpisodeOutcome(**row) for row in known[key]] for key in keys]
 
 
 class HostedParts:
