@@ -82,9 +82,12 @@ def run(settings: Settings) -> dict[str, Any]:
     longest = lengths[-1]
     targets = [
         target(f"memory at {longest}", measures[f"memory, {longest}"]["mean"], 0.99),
-        target(f"DT at {longest}: chance", measures[f"DT, {longest}"]["low"], 0.5, at_most=True),
+        target(f"DT at {longest}, lower end (chance is 0.5)", measures[f"DT, {longest}"]["low"], 0.5, at_most=True),
         target(
-            f"emptied memory at {longest}: chance", measures[f"memory emptied, {longest}"]["low"], 0.5, at_most=True
+            f"emptied memory at {longest}, lower end (chance is 0.5)",
+            measures[f"memory emptied, {longest}"]["low"],
+            0.5,
+            at_most=True,
         ),
     ]
     return answer(
@@ -97,7 +100,10 @@ def run(settings: Settings) -> dict[str, Any]:
         seeds=seeds,
         measures=measures,
         targets=targets,
-        notes=["`memory emptied` is the trained memory model with an empty memory at every step."],
+        notes=[
+            "`memory emptied` is the trained memory model with an empty memory at every step. The sign comes from an "
+            "episode's seed alone: who always turns the same way is right in the same episodes at every length."
+        ],
     )
 
 
