@@ -91,6 +91,25 @@ def test_a_killed_host_counts_one_death_and_goes_on(board, tmp_path):
     host.close()
 
 
+def test_a_host_that_is_killed_before_its_run_begins_is_counted_too(board, tmp_path):
+    path, pids = tmp_path / "count", tmp_path / "pids"
+
+    def build():
+        with open(pids, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(1.0)
+        return [CountingWorker(path, 3)]
+
+    host = HostedWorker("counter", build, board, max_seconds=60, options={"num_cpus": 0})
+    poll_until(host.poll, lambda: pids.exists() and pids.read_text().endswith("\n"))
+    os.kill(int(pids.read_text()), signal.SIGKILL)
+    notes = poll_until(host.poll, lambda: host.is_done)
+    assert len(pids.read_text().split()) == 2
+    assert host.deaths == 1
+    assert notes == ["counter died and was started again (1 of at most 10)"]
+    host.close()
+
+
 def test_a_worker_that_raises_ends_the_run_with_its_own_words(board, tmp_path):
     host = HostedWorker("arm", lambda: [FailingWorker(tmp_path, 1)], board, max_seconds=60, options={"num_cpus": 0})
     with pytest.raises(WorkerFailed, match=r"arm failed: .*the arm has no power"):

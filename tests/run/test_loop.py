@@ -27,7 +27,7 @@ def start_small(child, *more, milestones=(0, 100, 200, 300), final_episodes=40):
 
 def test_the_loop_closes_and_survives_two_kills(child, tmp_path):
     start_small(child)
-    # Ray names a process after what it did last: after `node`, beside which `run` goes on, after neither.
+    # Ray names a process after what it does; between two calls, and beside `run`, after neither.
     (rollout, *_) = child.wait_for(
         lambda: child.named("ray::WorkerHost", but="ray::WorkerHost.__init__"), what="rollout worker"
     )

@@ -34,12 +34,16 @@ class WorkerHost:
         self._board = board
         self._stop = threading.Event()
 
-    def run(self, *, max_seconds: float, pause_s: float = 0.0, patience_s: float = 180.0) -> None:
+    def run(self, *, max_seconds: float, pause_s: float = 0.0, patience_s: float = 180.0) -> bool:
         """Step every worker until it is done, the host is told to stop, or ``max_seconds`` are over.
 
         Args:
             pause_s: sleep after each step.
             patience_s: how long waits and lost connections may follow one another before the last one is raised.
+
+        Returns:
+            Whether this process stands in for one that died: Ray sends a call that had not begun to the next process
+            without a word.
         """
         end = time.monotonic() + max_seconds
         with ThreadPoolExecutor(len(self._workers), thread_name_prefix=self._name) as threads:
@@ -52,6 +56,7 @@ class WorkerHost:
                     self._stop.set()
         for run in runs:
             run.result()
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
     def stop(self) -> None:
         """End ``run`` after the steps that are under way."""

@@ -39,6 +39,7 @@ class HostedWorker:
         """
         self.name = name
         self.deaths = 0
+        self._has_died = False
         self._comeback_s = comeback_s
         self.is_done = False
         self._max_seconds = max_seconds
@@ -71,17 +72,18 @@ class HostedWorker:
         if not done:
             return None
         try:
-            ray.get(self._run)
+            is_reborn = ray.get(self._run)
         except RayActorError as error:
-            self.deaths += 1
+            note = self._count_death()
             if self.deaths > self._max_deaths:
                 raise WorkerFailed(f"{self.name} died {self.deaths} times, more than allowed; last: {error}") from error
             self._comeback = Comeback(self.name, self.actor, timeout_s=self._comeback_s)
-            return f"{self.name} died and was started again ({self.deaths} of at most {self._max_deaths})"
+            return note
         except RayTaskError as error:
             raise WorkerFailed(f"{self.name} failed: {error.cause or error}") from error
         self.is_done = True
-        return None
+        # One that died before its run began showed no failure.
+        return self._count_death() if is_reborn and not self._has_died else None
 
     def stop(self, *, timeout_s: float) -> None:
         """Let the steps under way end, then close."""
@@ -100,6 +102,11 @@ class HostedWorker:
     def _start(self) -> Any:
         self._where, self._node = self.actor.node.remote(), ""
         return self.actor.run.remote(max_seconds=self._max_seconds)
+
+    def _count_death(self) -> str:
+        self._has_died = True
+        self.deaths += 1
+        return f"{self.name} died and was started again ({self.deaths} of at most {self._max_deaths})"
 
     def _learn_node(self) -> None:
         """Which node it is on, once it says so."""
