@@ -34,16 +34,12 @@ class WorkerHost:
         self._board = board
         self._stop = threading.Event()
 
-    def run(self, *, max_seconds: float, pause_s: float = 0.0, patience_s: float = 180.0) -> bool:
+    def run(self, *, max_seconds: float, pause_s: float = 0.0, patience_s: float = 180.0) -> None:
         """Step every worker until it is done, the host is told to stop, or ``max_seconds`` are over.
 
         Args:
             pause_s: sleep after each step.
             patience_s: how long waits and lost connections may follow one another before the last one is raised.
-
-        Returns:
-            Whether this process stands in for one that died: Ray sends a call that had not begun to the next process
-            without a word.
         """
         end = time.monotonic() + max_seconds
         with ThreadPoolExecutor(len(self._workers), thread_name_prefix=self._name) as threads:
@@ -56,6 +52,13 @@ class WorkerHost:
                     self._stop.set()
         for run in runs:
             run.result()
+
+    def run_as_actor(self, *, max_seconds: float) -> bool:
+        """``run``; whether this process stands in for one that died.
+
+        Ray sends a call that had not begun to the next process without a word.
+        """
+        self.run(max_seconds=max_seconds)
         return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
     def stop(self) -> None:

@@ -15,7 +15,7 @@ from vla_dist.run.host import WorkerHost
 
 
 class HostedWorker:
-    """One WorkerHost in an actor of its own, whose ``run`` is called again whenever the actor died.
+    """One WorkerHost in an actor of its own, whose ``run_as_actor`` is called again whenever the actor died.
 
     Workers can be resumed and what they send is stored exactly once, so calling again loses and repeats nothing.
     """
@@ -101,7 +101,7 @@ class HostedWorker:
 
     def _start(self) -> Any:
         self._where, self._node = self.actor.node.remote(), ""
-        return self.actor.run.remote(max_seconds=self._max_seconds)
+        return self.actor.run_as_actor.remote(max_seconds=self._max_seconds)
 
     def _count_death(self) -> str:
         self._has_died = True
