@@ -54,6 +54,17 @@ class ChildRun:
                 continue
         return found
 
+    def serving(self, folder: Path) -> list[psutil.Process]:
+        """Embedded servers whose files lie below a folder."""
+        found = []
+        for process in self.descendants():
+            try:
+                is_below = Path(process.cwd()).is_relative_to(folder)
+                found += [process] if is_below and process.name().startswith(("valkey", "redis")) else []
+            except psutil.Error:
+                continue
+        return found
+
     def wait_for(self, find, *, what: str, timeout_s: float = 150.0):
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:

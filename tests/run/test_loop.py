@@ -25,7 +25,7 @@ def start_small(child, *more, milestones=(0, 100, 200, 300), final_episodes=40):
     )
 
 
-def test_the_loop_closes_and_survives_two_kills(child, tmp_path):
+def test_the_loop_closes_and_survives_three_kills(child, tmp_path):
     start_small(child)
     # Ray names a process after what it does; between two calls, and beside `run`, after neither.
     (rollout, *_) = child.wait_for(
@@ -36,6 +36,10 @@ def test_the_loop_closes_and_survives_two_kills(child, tmp_path):
         lambda: "robots 1" in child.log and child.named("ray::ServeReplica"), what="replica with a robot"
     )
     os.kill(replica.pid, signal.SIGKILL)
+    # The learner trains by now, from the replay that goes away under it.
+    child.wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/*/update-*")), what="first checkpoint")
+    (redis,) = child.wait_for(lambda: child.serving(tmp_path), what="Redis")
+    os.kill(redis.pid, signal.SIGKILL)
     everything = child.descendants()
     summary = child.finish(timeout_s=250)
 
@@ -48,6 +52,7 @@ def test_the_loop_closes_and_survives_two_kills(child, tmp_path):
     assert summary["fleet"]["episodes"] >= 1
     assert summary["served_calls"] > summary["served_calls_failed"]
     assert any("rollout-0 died and was started again" in note for note in summary["notes"])
+    assert any("redis died and was started again (1 so far)" in note for note in summary["notes"])
     assert summary["peak_memory_mb"] < 6 * 1024
     assert list(tmp_path.glob("runs/*/learning_curve.png"))
     _, alive = psutil.wait_procs(everything, timeout=10)

@@ -57,3 +57,9 @@ def test_metrics_reach_the_board_tensorboard_and_prometheus(tmp_path):
         ("learner/loss", 50, 0.25),
     ]
     assert Gauge.made["vla_dist_learner_loss"].values == [(0.5, {"run": "run-7"}), (0.25, {"run": "run-7"})]
+    log.close()
+
+
+def test_a_log_that_was_never_used_closes(tmp_path):
+    MetricsLog(Board(), tmp_path, run_id="run-7").close()
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 import contextlib
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,3 +148,22 @@ def test_a_comma_in_a_password_separates_nothing():
     assert split_urls(",".join(urls)) == urls
     assert split_urls(", ".join(urls)) == urls
     assert split_urls("") == ()
+
+
+def test_a_killed_redis_of_a_run_comes_back_under_its_address_with_its_data(make_config, tmp_path):
+    config = make_config(cameras=())
+    with open_store(config, tmp_path) as store:
+        assert store.notes() == ()
+        place = open_place(config, tmp_path, store)
+        table = build_table(place)
+        table.append(make_segment(place.spec, episode_id="e", num_steps=32, is_last=True), timeout_s=5.0)
+        os.kill(store.keepers[0].pid, signal.SIGKILL)
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            with contextlib.suppress(Unreachable):
+                assert table.sample(3, timeout_s=5.0).num_windows == 3
+                if store.notes():
+                    break
+            time.sleep(0.05)
+        assert store.notes() == ("redis died and was started again (1 so far)",)
+        table.close()

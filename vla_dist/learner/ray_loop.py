@@ -18,6 +18,7 @@ from pyarrow.fs import FileSystem
 from ray.train.collective import broadcast_from_rank_zero
 
 from vla_dist.core.errors import ConfigError, IntegrityError, Unreachable, WaitTimeout
+from vla_dist.core.protocols import MetricsSink
 from vla_dist.core.types import Metrics
 from vla_dist.learner.checkpoint import (
     Checkpoint,
@@ -43,14 +44,14 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     Args:
         config: ``build`` makes this rank's learner; ``max_stalls`` (default 10) is how often in a row a step may find
             the replay or the registry away before the rank gives up and Ray Train's FailureConfig decides;
-            ``stall_pause_s`` (default 1) is waited after each; ``post`` takes the metrics of each step;
-            ``parallelism`` (default ddp) is how several ranks share the model.
+            ``stall_pause_s`` (default 1) is waited after each; ``post`` takes rank 0's metrics of each step, and is
+            closed; ``parallelism`` (default ddp) is how several ranks share the model.
     """
     build: BuildLearner | None = config.get("build")
-    post: Callable[[Metrics], None] | None = config.get("post")
     if build is None:
         raise ConfigError("train_loop_config needs 'build', a function from a Rank to its Learner")
     rank = _this_rank(config.get("parallelism", "ddp"))
+    post: MetricsSink | None = config.get("post") if rank.index == 0 else None
     learner = build(rank)
     try:
         _resume(learner, rank)
@@ -65,6 +66,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
                 _report(learner, metrics)
     finally:
         learner.close()
+        if post is not None:
+            post.close()
 
 
 def _this_rank(parallelism: Parallelism) -> Rank:

@@ -63,3 +63,17 @@ class BoardLink:
         if self._actor is None:
             self._actor = ray.get_actor(self._name, namespace=_NAMESPACE)
         return self._actor
+
+
+class BoardEntry:
+    """A sink that shows the newest metrics of one component on a board."""
+
+    def __init__(self, board: BoardLink, component: str) -> None:
+        self._board = board
+        self._component = component
+
+    def __call__(self, metrics: Metrics) -> None:
+        self._board.post(self._component, metrics)
+
+    def close(self) -> None:
+        """What was posted last stays readable."""

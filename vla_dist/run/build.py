@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vla_dist.core.protocols import PolicyLoader, PolicyRegistry, ReplayTable, RobotEnv
 from vla_dist.core.specs import EnvSpec
@@ -309,15 +309,15 @@ def build_learner(
         embed=shared_embedder().embed,
         phrases=training_phrases(config),
         git_revision=git_revision(),
-        run_config=asdict(_without_secrets(config)),
+        run_config=public_settings(config),
         rank=rank,
     )
 
 
-def _without_secrets(config: RunConfig) -> RunConfig:
-    """What may lie beside weights on any storage."""
+def public_settings(config: RunConfig) -> dict[str, Any]:
+    """Plain JSON without secrets: what may lie beside weights on any storage, and go to a tracker."""
     replay = replace(config.replay, redis_url="", images_redis_url="")
-    return replace(config, replay=replay, serving=replace(config.serving, token=""))
+    return asdict(replace(config, replay=replay, serving=replace(config.serving, token="")))
 
 
 def build_services(place: Place) -> tuple[PolicyService, FleetIngest]:

@@ -8,6 +8,7 @@
 | replicas | registry, replay (ingest) | Serve starts another; robots reconnect and rebuild their state |
 | robots | gRPC | started again with new episodes |
 | judges | registry | the job is run again |
+| embedded Redis | - | its keeper starts it again; everybody who needs it waits |
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from vla_dist.core.errors import NotFound, ResourceMissing, Unreachable, WaitTimeout
+from vla_dist.core.errors import ResourceMissing, Unreachable, WaitTimeout
 from vla_dist.core.protocols import Worker
 from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.replay.archive.archiver import Archiver
@@ -35,6 +36,7 @@ from vla_dist.run.build import (
     build_rollout_worker,
     build_services,
     build_table,
+    public_settings,
 )
 from vla_dist.run.comeback import COMEBACK_S
 from vla_dist.run.evaluations import EvaluationBoard
@@ -72,11 +74,18 @@ class RunController:
     """Drives one run on a Ray that is initialised, with a store that answers."""
 
     def __init__(
-        self, place: Place, placement: Placement, on_status: Callable[[RunStatus], None], *, started_s: float
+        self,
+        place: Place,
+        placement: Placement,
+        on_status: Callable[[RunStatus], None],
+        *,
+        started_s: float,
+        store_notes: Callable[[], tuple[str, ...]] = tuple,
     ) -> None:
         """Args:
         placement: what nodes there are for its parts.
         started_s: ``time.monotonic()`` when the run began, before Ray and the store did.
+        store_notes: what happened to the store so far.
         """
         self._place = place
         self._config = place.config
@@ -89,6 +98,7 @@ class RunController:
         self._notes: list[str] = []
         self._phase = "starting"
         self._phase_seconds: dict[str, float] = {}
+        self._store_notes = store_notes
         self._started_s = self._phase_started_s = started_s
         self._hosts: list[HostedWorker] = []
         self._judged: EvaluationBoard | None = None
@@ -107,7 +117,12 @@ class RunController:
             stack.callback(self._close_hosts)
             self._start_archiver(board, stack)
             self._start_rollouts(board)
-            log = MetricsLog(board, self._place.run_dir / EVENTS, run_id=self._place.run_id)
+            log = MetricsLog(
+                board,
+                self._place.run_dir / EVENTS,
+                run_id=self._place.run_id,
+                settings=public_settings(self._config),
+            )
             self._training = stack.enter_context(contextlib.closing(Training(self._place, self._placement, log)))
             self._enter("collecting")
             # Serve takes as long to start as the learner to publish version 1: both at once.
@@ -242,7 +257,10 @@ class RunController:
         if not self._inserts_are_free:
             # Nobody samples any more: with the ratio in force, inserts would wait for ever.
             limiter = LimiterConfig(min_steps=self._config.replay.min_steps, samples_per_insert=None)
-            self._table.override_limiter(limiter)
+            try:
+                self._table.override_limiter(limiter)
+            except (Unreachable, WaitTimeout):
+                return False  # Asked again at the next tick.
             self._inserts_are_free = True
         for host in self._hosts:
             if host.name not in _ENDLESS and not host.is_done:
@@ -279,10 +297,7 @@ class RunController:
         self._on_status(status)
 
     def _notice_versions(self) -> None:
-        try:
-            published = self._telemetry.published()
-        except (Unreachable, NotFound):
-            return
+        published = self._telemetry.published()
         self._known_versions |= published.keys()
         collecting = any(host.name.startswith("rollout") and not host.is_done for host in self._hosts)
         if collecting or not published:
@@ -304,7 +319,7 @@ class RunController:
             elapsed_s=time.monotonic() - self._started_s,
             memory_mb=self._memory.current_bytes / 2**20,
             rates=rates,
-            notes=tuple(self._notes),
+            notes=(*self._notes, *self._store_notes()),
         )
 
     def _enter(self, phase: str) -> None:
@@ -354,7 +369,7 @@ class RunController:
             scene = set(self._config.env.language_tasks)
             language["right"] = [o for o in outcomes[newest] or () if o.task in scene]
             language |= {suite.mode: judges.outcomes(newest, suite) or [] for suite in final[1:]}
-        status = self.status()
+        archive, status = self._archive_counts(), self.status()
         return RunSummary(
             run_dir=self._place.run_dir,
             preset=self._config.preset,
@@ -369,7 +384,7 @@ class RunController:
             call_p99_ms=status.call_p99_ms,
             phase_seconds=self._phase_seconds,
             peak_memory_mb=self._memory.peak_bytes / 2**20,
-            notes=self._notes,
+            notes=list(status.notes),
             fleet=self._telemetry.fleet(),
-            archive=self._archive_counts(),
+            archive=archive,
         )

@@ -20,6 +20,9 @@ from vla_dist.run.priority import make_way
 
 _log = logging.getLogger(__name__)
 
+_PAUSE_S = 0.5
+"""Before the store is tried again."""
+
 
 class WorkerHost:
     """Builds workers in the process that runs them, and steps each in a thread until it says ``done`` or time is over.
@@ -89,7 +92,7 @@ class WorkerHost:
                 if now - trouble_since > patience_s:
                     raise
                 _log.warning("%s waits: %s", name, error)
-                self._stop.wait(0.5)
+                self._stop.wait(_PAUSE_S)
                 continue
             self._board.post(name, metrics)
             if metrics.get("done"):
@@ -108,8 +111,16 @@ class JudgeHost:
         """The process id, once the environments are built."""
         return os.getpid()
 
-    def judge(self, version: int, suite: SuiteConfig) -> list[EpisodeOutcome]:
-        return self._judge.judge(version, suite)
+    def judge(self, version: int, suite: SuiteConfig, *, patience_s: float = 180.0) -> list[EpisodeOutcome]:
+        """Blocking: also while the registry is away, for ``patience_s`` at most; then raises Unreachable."""
+        end = time.monotonic() + patience_s
+        while True:
+            try:
+                return self._judge.judge(version, suite)
+            except Unreachable:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(_PAUSE_S)
 
     def film(self, version: int, suite: SuiteConfig, every: int) -> list[tuple[str, list[Array]]]:
         return self._judge.film(version, suite, every=every)

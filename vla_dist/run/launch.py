@@ -56,7 +56,7 @@ def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume:
         if placement.is_cluster:
             config = fit_cluster(config, run_dir, store, placement)
         place = Place.of(config, run_dir, store, spec=spec)
-        return RunController(place, placement, on_status, started_s=started_s).execute()
+        return RunController(place, placement, on_status, started_s=started_s, store_notes=store.notes).execute()
 
 
 def fit_cluster(config: RunConfig, run_dir: Path, store: Store, placement: Placement) -> RunConfig:

@@ -1,7 +1,7 @@
 """Where a learner's metrics go beside the board: TensorBoard always, Prometheus through Ray, others when installed."""
 
-import importlib.util
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from tensorboardX import SummaryWriter
 
 from vla_dist.core.types import Metrics
 from vla_dist.run.board import BoardLink
+from vla_dist.run.trackers import Trackers
 
 _FLUSH_S = 10
 
@@ -17,17 +18,21 @@ _FLUSH_S = 10
 class MetricsLog:
     """Made on the driver, used in rank 0's process; what it opens there it opens at the first call."""
 
-    def __init__(self, board: BoardLink, folder: Path, *, run_id: str) -> None:
+    def __init__(
+        self, board: BoardLink, folder: Path, *, run_id: str, settings: Mapping[str, Any] | None = None
+    ) -> None:
         """Args:
         folder: of TensorBoard's event files.
         run_id: the label of every Prometheus metric, and the name of the run elsewhere.
+        settings: of the run, plain JSON without secrets, for W&B and MLflow.
         """
         self._board = board
         self._folder = folder
         self._run_id = run_id
+        self._settings = dict(settings or {})
         self._writer: SummaryWriter | None = None
         self._gauges: dict[str, Gauge] = {}
-        self._trackers: list[Any] | None = None
+        self._trackers: Trackers | None = None
 
     def __call__(self, metrics: Metrics) -> None:
         """``updates`` among them numbers the entry."""
@@ -35,35 +40,29 @@ class MetricsLog:
         update = int(metrics.get("updates", 0))
         if self._writer is None:
             self._writer = SummaryWriter(str(self._folder), flush_secs=_FLUSH_S)
+            self._trackers = Trackers(self._run_id, self._settings)
         for name, value in metrics.items():
             self._writer.add_scalar(f"learner/{name}", value, update)
             self._gauge(name).set(value, tags={"run": self._run_id})
-        for tracker in self._open_trackers():
-            tracker(dict(metrics), update)
+        assert self._trackers is not None
+        self._trackers.log(metrics, update)
 
-    def __getstate__(self) -> tuple[BoardLink, Path, str]:
-        return self._board, self._folder, self._run_id
+    def close(self) -> None:
+        """Nothing comes any more. Blocking: half a minute at most."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
-    def __setstate__(self, state: tuple[BoardLink, Path, str]) -> None:
-        board, folder, run_id = state
-        MetricsLog.__init__(self, board, folder, run_id=run_id)
+    def __getstate__(self) -> tuple[BoardLink, Path, str, Mapping[str, Any]]:
+        return self._board, self._folder, self._run_id, self._settings
+
+    def __setstate__(self, state: tuple[BoardLink, Path, str, Mapping[str, Any]]) -> None:
+        board, folder, run_id, settings = state
+        MetricsLog.__init__(self, board, folder, run_id=run_id, settings=settings)
 
     def _gauge(self, name: str) -> Gauge:
         if name not in self._gauges:
             plain = re.sub(r"[^a-zA-Z0-9_]", "_", name)
             self._gauges[name] = Gauge(f"vla_dist_learner_{plain}", description=name, tag_keys=("run",))
         return self._gauges[name]
-
-    def _open_trackers(self) -> list[Any]:
-        if self._trackers is None:
-            self._trackers = []
-            if importlib.util.find_spec("wandb"):
-                wandb: Any = importlib.import_module("wandb")
-                run = wandb.init(project="vla-dist", name=self._run_id, id=self._run_id, resume="allow")
-                self._trackers.append(lambda metrics, update: run.log(metrics, step=update))
-            if importlib.util.find_spec("mlflow"):
-                mlflow: Any = importlib.import_module("mlflow")
-                mlflow.set_experiment("vla-dist")
-                mlflow.start_run(run_name=self._run_id)
-                self._trackers.append(lambda metrics, update: mlflow.log_metrics(metrics, step=update))
-        return self._trackers

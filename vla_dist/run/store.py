@@ -3,13 +3,14 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vla_dist.replay.external import require_server, split_urls
-from vla_dist.replay.server import EmbeddedServer, half_of_memory
+from vla_dist.replay.server import half_of_memory
 from vla_dist.run.config import RunConfig
 from vla_dist.run.files import IMAGES, REDIS
+from vla_dist.run.redis_keeper import RedisKeeper
 
 STORE_VARIABLE = "VLA_DIST_REDIS_URL"
 """Environment of a cluster's head: the Redis of its runs, used where ``replay.redis_url`` is empty."""
@@ -26,12 +27,22 @@ class Store:
     """Where the replay lies over several servers: all of them, ``redis_url`` first."""
     shard_images_urls: tuple[str, ...] = ()
     """And where its frames lie, shard by shard; empty: beside everything else."""
+    keepers: tuple[RedisKeeper, ...] = field(default=(), repr=False, compare=False)
+    """Of the servers that are embedded in this process."""
 
     @property
     def urls(self) -> tuple[str, ...]:
         """Of every server, each once."""
         alone = (self.redis_url, *((self.images_url,) if self.images_url else ()))
         return tuple(dict.fromkeys((*alone, *self.shard_urls, *self.shard_images_urls)))
+
+    def notes(self) -> tuple[str, ...]:
+        """One sentence for each embedded server that died."""
+        return tuple(
+            f"{keeper.folder.name} died and was started again ({keeper.deaths} so far)"
+            for keeper in self.keepers
+            if keeper.deaths
+        )
 
     @property
     def is_local(self) -> bool:
@@ -43,8 +54,9 @@ class Store:
 def open_store(config: RunConfig, run_dir: Path) -> Iterator[Store]:
     """A store that answers, for as long as the block runs.
 
-    What neither the config nor the environment names a server for is embedded, its files in ``run_dir``. Frames then
-    lie on a server without a log: it saves them when it is stopped, and forgets them when it is killed.
+    What neither the config nor the environment names a server for is embedded, its files in ``run_dir``, and started
+    again when it dies. Frames then lie on a server without a log: it saves them when it is stopped, and forgets them
+    when it is killed.
 
     Raises:
         Unreachable: a given server does not answer.
@@ -63,13 +75,15 @@ def open_store(config: RunConfig, run_dir: Path) -> Iterator[Store]:
     apart = bool(images_urls or (config.env.cameras and not urls))
     half = half_of_memory()
     with contextlib.ExitStack() as stack:
+        keepers: list[RedisKeeper] = []
 
         def embed(name: str, share: float, *, append_only: bool) -> str:
-            server = EmbeddedServer(run_dir / name, append_only=append_only, max_memory_bytes=int(share * half))
-            return stack.enter_context(server).url
+            server = RedisKeeper(run_dir / name, append_only=append_only, max_memory_bytes=int(share * half))
+            keepers.append(stack.enter_context(server))
+            return server.url
 
         redis_url = urls[0] if urls else embed(REDIS, 0.25 if apart else 1.0, append_only=True)
         images_url = None
         if apart:
             images_url = images_urls[0] if images_urls else embed(IMAGES, 0.75, append_only=False)
-        yield Store(redis_url=redis_url, images_url=images_url)
+        yield Store(redis_url=redis_url, images_url=images_url, keepers=tuple(keepers))

@@ -15,7 +15,7 @@ from vla_dist.core.errors import ReplayWait, WaitTimeout
 from vla_dist.core.types import Metrics
 from vla_dist.envs.instructions import Split
 from vla_dist.evaluation.suite import EpisodeOutcome, SuiteConfig
-from vla_dist.run.board import BoardLink
+from vla_dist.run.board import BoardEntry, BoardLink
 from vla_dist.run.build import Place, build_judge, build_learner, build_rollout_worker
 from vla_dist.run.evaluations import EvaluationBoard
 from vla_dist.run.files import write_atomically
@@ -150,7 +150,7 @@ class HostedParts:
 
     def _train(self, place: Place, say: Say, hosts: Sequence[HostedWorker]) -> None:
         """Watching those who collect meanwhile."""
-        training = Training(place, self._placement, partial(self._board.post, "learner"))
+        training = Training(place, self._placement, BoardEntry(self._board, "learner"))
         with contextlib.closing(training):
             end = time.monotonic() + _MAX_TRAIN_S
             while not training.is_done:

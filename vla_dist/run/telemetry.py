@@ -1,5 +1,6 @@
 """The numbers of a running system, read from where they already are: the table, the registry and the board."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 
@@ -23,15 +24,18 @@ class Telemetry:
         self._registry = registry
         self._board = board
         self._table = table
+        self._published: dict[int, int] = {}
         self._stats: TableStats | None = None
         self._stats_at = float("-inf")
         self._rate = (0.0, 0.0, 0.0)
         """(time, steps inserted, steps per second) at the last reading."""
 
     def published(self) -> dict[int, int]:
-        """version -> learner updates, of this run."""
-        manifests = self._registry.manifests(self._place.config.preset)
-        return {m.version: int(m.metrics.get("updates", 0)) for m in manifests}
+        """version -> learner updates, of this run; as it was last known while the registry is away."""
+        with contextlib.suppress(Unreachable):
+            manifests = self._registry.manifests(self._place.config.preset)
+            self._published = {m.version: int(m.metrics.get("updates", 0)) for m in manifests}
+        return self._published
 
     @property
     def steps_collected(self) -> int:

@@ -12,7 +12,7 @@ from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from vla_dist.core.errors import WorkerFailed
-from vla_dist.core.types import Metrics
+from vla_dist.core.protocols import MetricsSink
 from vla_dist.run.build import Place, build_learner
 from vla_dist.run.files import CHECKPOINTS
 from vla_dist.run.orphans import free_orphaned_reservations, kill_train_controllers
@@ -30,7 +30,7 @@ _PAUSE_S = 1.0
 class Training:
     """``TorchTrainer.fit`` in a thread. The same name and path resume from the last reported checkpoint."""
 
-    def __init__(self, place: Place, placement: Placement, post: Callable[[Metrics], None]) -> None:
+    def __init__(self, place: Place, placement: Placement, post: MetricsSink) -> None:
         self._place = place
         self._placement = placement
         self._post = post
