@@ -1,4 +1,7 @@
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,16 +101,12 @@ def test_an_upload_is_whole_or_not_there(tmp_path, kind):
     written = CheckpointStore(tmp_path / "written").save(at(7))
     filesystem = LocalFileSystem() if kind == "local" else SubTreeFileSystem("/", LocalFileSystem())
     path = str(tmp_path / "storage" / checkpoint_name(7))
-    if kind == "objects":
-        Path(path).mkdir(parents=True)
     upload_checkpoint(written, filesystem, path)
     assert read_checkpoint(Path(path)).updates == 7
     assert [p.name for p in (tmp_path / "storage").iterdir()] == [Path(path).name]
 
     (written / "state.json").unlink()
     broken = str(tmp_path / "storage" / checkpoint_name(8))
-    if kind == "objects":
-        Path(broken).mkdir()
     with pytest.raises(OSError, match="state"):
         upload_checkpoint(written, filesystem, broken)
     if kind == "local":
@@ -115,6 +114,44 @@ def test_an_upload_is_whole_or_not_there(tmp_path, kind):
     else:
         with pytest.raises(IntegrityError):
             read_checkpoint(Path(broken))
+
+
+DIES_WRITING = """
+import os, signal, sys
+from pathlib import Path
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+from vla_dist.learner import checkpoint
+
+kind, written, path = sys.argv[1:]
+
+def die_half_way(source, target, *more):
+    half = Path(source).read_bytes()[: Path(source).stat().st_size // 2]
+    Path(more[0] if more else target).write_bytes(half)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.shutil.copyfile = checkpoint._send = die_half_way
+local = LocalFileSystem()
+checkpoint.upload_checkpoint(Path(written), local if kind == "local" else SubTreeFileSystem("/", local), path)
+"""
+
+
+@pytest.mark.parametrize("kind", ["local", "objects"])
+def test_a_writer_killed_half_way_spoils_nothing_and_the_next_one_cleans_up(tmp_path, kind):
+    written, storage = CheckpointStore(tmp_path / "written").save(at(7)), tmp_path / "storage"
+    filesystem = LocalFileSystem() if kind == "local" else SubTreeFileSystem("/", LocalFileSystem())
+    first = str(storage / checkpoint_name(6))
+    upload_checkpoint(written, filesystem, first)
+    cut = str(storage / checkpoint_name(7))
+    killed = subprocess.run([sys.executable, "-c", DIES_WRITING, kind, str(written), cut], timeout=100, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(storage.iterdir())) == 2
+    with pytest.raises(IntegrityError):
+        read_checkpoint(Path(cut))
+    newest = str(storage / checkpoint_name(8))
+    assert earlier_checkpoints(filesystem, newest)[-1] == first
+    assert read_checkpoint(Path(first)).updates == 7
+    upload_checkpoint(written, filesystem, newest)
+    assert sorted(str(path) for path in storage.iterdir()) == [first, newest]
 
 
 def test_earlier_uploads_are_found_latest_first_and_never_later_ones(tmp_path):

@@ -1,7 +1,9 @@
 """The loop on real ranks: Ray Train, gloo, kill -9. Starting Ray takes most of the time."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -16,7 +18,7 @@ import pytest
 from vla_dist.learner.checkpoint import read_checkpoint
 from vla_dist.registry.blobs import RedisBlobs
 from vla_dist.registry.store import RedisPolicyRegistry
-from vla_dist.replay.server import EmbeddedServer
+from vla_dist.run.redis_keeper import RedisKeeper
 from vla_dist.run.training import fit_to_the_end
 
 ray = pytest.importorskip("ray")
@@ -40,14 +42,23 @@ def ray_cluster(tmp_path_factory):
 
 
 def make_build(
-    log, *, dies_at=None, storage_fails_at=None, damages=None, pause_s=0.0, registry_url=None, total_updates=40
+    log,
+    *,
+    dies_at=None,
+    dies_writing_at=None,
+    storage_fails_at=None,
+    spoilt_from=None,
+    damages=None,
+    pause_s=0.0,
+    redis_url=None,
+    total_updates=40,
 ):
     """A build function that is sent by value, so everything it needs is imported inside."""
 
     def build(rank):
         import torch
 
-        from vla_dist.learner import ray_loop
+        from vla_dist.learner import checkpoint, ray_loop
         from vla_dist.learner.checkpoint import updates_of
         from vla_dist.learner.config import LearnerConfig
         from vla_dist.learner.learner import Learner
@@ -56,6 +67,8 @@ def make_build(
         from vla_dist.models.decision_transformer.presets import PRESETS
         from vla_dist.registry.blobs import RedisBlobs
         from vla_dist.registry.store import RedisPolicyRegistry
+        from vla_dist.replay.config import BufferConfig
+        from vla_dist.replay.table import RedisReplayTable
         from vla_dist.testing.episodes import EpisodeTable, fill
         from vla_dist.testing.fakes import make_spec
         from vla_dist.testing.registry import InMemoryRegistry
@@ -66,13 +79,22 @@ def make_build(
             if updates_of(path) == storage_fails_at and not os.path.exists(log + ".full"):
                 open(log + ".full", "w").close()
                 raise OSError(28, "No space left on device")
+            if updates_of(path) == dies_writing_at and not os.path.exists(log + ".died"):
+                open(log + ".died", "w").close()
+                checkpoint.shutil.copyfile = die_half_way
             return upload(directory, filesystem, path)
+
+        def die_half_way(source, target):
+            Path(target).write_bytes(Path(source).read_bytes()[:1000])
+            os.kill(os.getpid(), signal.SIGKILL)
 
         ray_loop.upload_checkpoint = upload_unless_full
 
         class LoggedLearner(Learner):
             def step(self):
                 before = self.updates
+                if spoilt_from is not None and before >= spoilt_from:
+                    self._table.sample = lambda num, *, timeout_s: spoil(draw(num, timeout_s=timeout_s))
                 metrics = super().step()
                 time.sleep(pause_s)
                 if before == dies_at and not os.path.exists(log + ".died"):
@@ -91,17 +113,27 @@ def make_build(
                     file.write(json.dumps([rank.index, before, self.updates, weight, mean]) + "\n")
                 return metrics
 
+        def spoil(batch):
+            returns = batch.returns_to_go.copy()
+            returns[4] = 3e38  # Finite, as the collator demands; what the model makes of it is not.
+            return dataclasses.replace(batch, returns_to_go=returns)
+
         def embed(texts):
             return np.stack([np.random.default_rng(len(t)).normal(size=8).astype(np.float32) for t in texts])
 
         torch.set_num_threads(1)
         spec = make_spec()
-        # Each rank sees other episodes and draws, so that equal results prove shared gradients and statistics.
-        table = EpisodeTable(spec, context_steps=4, seed=rank.index)
+        if redis_url:
+            buffer = BufferConfig(name="b", num_steps=8, context_steps=4)
+            table = RedisReplayTable(redis_url, spec, buffer, seed=rank.index + rank.first_update)
+            registry = RedisPolicyRegistry(redis_url, RedisBlobs(redis_url))
+        else:
+            # Each rank sees other episodes and draws, so that equal results prove shared gradients and statistics.
+            table = EpisodeTable(spec, context_steps=4, seed=rank.index)
+            registry = InMemoryRegistry()
+        # Those that are stored already are duplicates.
         fill(table, num_episodes=5 + 2 * rank.index)
-        registry = InMemoryRegistry()
-        if registry_url:
-            registry = RedisPolicyRegistry(registry_url, RedisBlobs(registry_url))
+        draw = table.sample
         config = LearnerConfig(
             policy_name="p",
             run_id="r",
@@ -110,6 +142,7 @@ def make_build(
             updates_per_step=5,
             checkpoint_every=10,
             publish_updates=(0, 15),
+            conditioning="reward" if spoilt_from else "none",
         )
         size = {"hidden_dim": 32, "n_layers": 2, "n_heads": 4, "context_steps": 4, "goal_dim": 8}
         return LoggedLearner(
@@ -223,12 +256,12 @@ def command_of(process):
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_storm_of_kills_ends_with_every_version_once(ray_cluster, tmp_path):
-    """kill -9 of ranks, of the trainer, and flipped bits in the newest checkpoint, at random."""
+    """kill -9 of ranks, of the trainer and of Redis, and flipped bits in the newest checkpoint, at random."""
     rng, log, stop = np.random.default_rng(), tmp_path / "log", threading.Event()
-    kills = {"rank": 0, "trainer": 0, "damage": 0}
+    kills = {"rank": 0, "trainer": 0, "redis": 0, "damage": 0}
 
     def storm():
-        for what in rng.permutation(["rank"] * 4 + ["trainer"] * 2 + ["damage"] * 3):
+        for what in rng.permutation(["rank"] * 3 + ["trainer"] * 2 + ["redis"] * 3 + ["damage"] * 3):
             # Some progress first: who is killed while starting has nothing to go back to.
             enough = count_lines(log) + int(rng.integers(2, 5))
             while count_lines(log) < enough:
@@ -236,11 +269,14 @@ def test_a_storm_of_kills_ends_with_every_version_once(ray_cluster, tmp_path):
                     return
             stop.wait(rng.uniform(0, 1))
             kills[what] += what != "damage" or damage_newest(tmp_path / "storage")
+            if what == "redis":
+                os.kill(server.pid, signal.SIGKILL)
+                continue
             for process in started_by_this_test("ray::TrainController" if what == "trainer" else "ray::RayTrainWorker"):
                 process.kill()
 
-    with EmbeddedServer(tmp_path / "redis") as server:
-        build = make_build(str(log), pause_s=1.0, registry_url=server.url, total_updates=200)
+    with RedisKeeper(tmp_path / "redis") as server:
+        build = make_build(str(log), pause_s=1.0, redis_url=server.url, total_updates=200)
         thread = threading.Thread(target=storm)
         thread.start()
         try:
@@ -258,6 +294,7 @@ def test_a_storm_of_kills_ends_with_every_version_once(ray_cluster, tmp_path):
     assert published == [0, 15, 200]
     assert last.manifest.metrics["updates"] == 200
     assert sum(kills.values()) >= 5
+    assert server.deaths == kills["redis"]
     assert len(resumed) >= 2
 
 
@@ -326,3 +363,56 @@ def test_a_full_disk_costs_the_updates_since_the_last_checkpoint(ray_cluster, tm
     resumed, starts = resumptions(log)
     assert resumed == [10]
     assert starts[-1] == 35
+
+
+@pytest.mark.chaos
+def test_a_rank_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(ray_cluster, tmp_path):
+    log = tmp_path / "log"
+    result = fit(make_build(str(log), dies_writing_at=20, pause_s=0.5), tmp_path, num_workers=1)
+    assert result.metrics["updates"] == 40
+    assert (tmp_path / "log.died").exists()
+    resumed, starts = resumptions(log)
+    assert resumed == [10]
+    assert starts[-1] == 35
+    assert not list((tmp_path / "storage" / "run").glob(".writing-*"))
+
+
+@pytest.mark.chaos
+def test_redis_killed_in_the_middle_of_an_epoch_costs_no_update(ray_cluster, tmp_path):
+    log = tmp_path / "log"
+
+    def kill_redis():
+        end = time.monotonic() + 200
+        while time.monotonic() < end and count_lines(log) < 3:
+            time.sleep(0.05)
+        os.kill(server.pid, signal.SIGKILL)
+
+    with RedisKeeper(tmp_path / "redis") as server:
+        killer = threading.Thread(target=kill_redis)
+        killer.start()
+        result = fit(make_build(str(log), pause_s=0.2, redis_url=server.url), tmp_path, num_workers=1, max_failures=0)
+        killer.join()
+        assert server.deaths == 1
+        registry = RedisPolicyRegistry(server.url, RedisBlobs(server.url))
+        assert [manifest.metrics["updates"] for manifest in registry.manifests("p")] == [0, 15, 40]
+        registry.close()
+    assert result.metrics["updates"] == 40
+    assert resumptions(log)[0] == []
+
+
+@pytest.mark.chaos
+def test_a_loss_that_stays_broken_ends_the_training_names_its_windows_and_keeps_the_last_version(ray_cluster, tmp_path):
+    from ray.train import TrainingFailedError
+
+    log = tmp_path / "log"
+    with RedisKeeper(tmp_path / "redis") as server:
+        with pytest.raises(TrainingFailedError) as failure:
+            fit(make_build(str(log), redis_url=server.url, spoilt_from=25), tmp_path, num_workers=1)
+        registry = RedisPolicyRegistry(server.url, RedisBlobs(server.url))
+        assert [manifest.metrics["updates"] for manifest in registry.manifests("p")] == [0, 15]
+        last = registry.fetch("p", registry.resolve("p@stable"))
+        registry.close()
+    (reason,) = {str(error) for error in failure.value.worker_failures.values()}
+    assert re.search(r"update \d+ is not finite.*window 4 replay item \d+ task '(go|stop)'", reason)
+    assert all(np.isfinite(tensor).all() for tensor in last.tensors.values())
+    assert resumptions(log)[0] == [20]

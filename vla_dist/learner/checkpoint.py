@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -87,11 +87,15 @@ def updates_of(path: str) -> int:
 def upload_checkpoint(directory: Path, filesystem: FileSystem, path: str) -> None:
     """Copy what ``write_checkpoint`` wrote; under ``path`` it appears whole or not at all, or is refused when read.
 
+    A training has one writer at a time, so what an earlier one was killed over is removed.
+
     Raises:
         OSError: the storage refused.
     """
+    _remove_unfinished(filesystem, path.rpartition("/")[0])
     if not isinstance(filesystem, LocalFileSystem):
         # Stores of objects cannot rename a folder; without the hashes, sent last, it does not count as a checkpoint.
+        filesystem.create_dir(path, recursive=True)
         for name in (_TENSORS, _STATE):
             _send(directory / name, filesystem, f"{path}/{name}")
         return
@@ -128,6 +132,7 @@ class CheckpointStore:
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write, then let the oldest go. A checkpoint of the same update is replaced."""
+        _remove_unfinished(LocalFileSystem(), str(self._root))
         target = self._root / f"{_PREFIX}{checkpoint.updates:010d}"
         partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self._root))
         try:
@@ -167,6 +172,15 @@ class CheckpointStore:
 def _is_earlier(other: str, name: str) -> bool:
     width = len(_PREFIX) + 10
     return other.startswith(_PREFIX) and other != name and other[:width] <= name[:width]
+
+
+def _remove_unfinished(filesystem: FileSystem, folder: str) -> None:
+    for info in filesystem.get_file_info(FileSelector(folder, allow_not_found=True)):
+        is_partial = info.base_name.startswith(_PARTIAL)
+        if not is_partial and is_checkpoint_name(info.base_name):
+            is_partial = filesystem.get_file_info(f"{info.path}/{_STATE}").type == FileType.NotFound
+        if is_partial and info.type == FileType.Directory:
+            filesystem.delete_dir(info.path)
 
 
 def _send(file: Path, filesystem: FileSystem, path: str) -> None:
