@@ -1,5 +1,6 @@
 """The loop on real ranks: Ray Train, gloo, kill -9. Starting Ray takes most of the time."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -275,7 +276,7 @@ def test_a_storm_of_kills_ends_with_every_version_once(ray_cluster, tmp_path):
             for process in started_by_this_test("ray::TrainController" if what == "trainer" else "ray::RayTrainWorker"):
                 process.kill()
 
-    with RedisKeeper(tmp_path / "redis") as server:
+    with contextlib.closing(RedisKeeper(tmp_path / "redis")) as server:
         build = make_build(str(log), pause_s=1.0, redis_url=server.url, total_updates=200)
         thread = threading.Thread(target=storm)
         thread.start()
@@ -387,7 +388,7 @@ def test_redis_killed_in_the_middle_of_an_epoch_costs_no_update(ray_cluster, tmp
             time.sleep(0.05)
         os.kill(server.pid, signal.SIGKILL)
 
-    with RedisKeeper(tmp_path / "redis") as server:
+    with contextlib.closing(RedisKeeper(tmp_path / "redis")) as server:
         killer = threading.Thread(target=kill_redis)
         killer.start()
         result = fit(make_build(str(log), pause_s=0.2, redis_url=server.url), tmp_path, num_workers=1, max_failures=0)
@@ -405,7 +406,7 @@ def test_a_loss_that_stays_broken_ends_the_training_names_its_windows_and_keeps_
     from ray.train import TrainingFailedError
 
     log = tmp_path / "log"
-    with RedisKeeper(tmp_path / "redis") as server:
+    with contextlib.closing(RedisKeeper(tmp_path / "redis")) as server:
         with pytest.raises(TrainingFailedError) as failure:
             fit(make_build(str(log), redis_url=server.url, spoilt_from=25), tmp_path, num_workers=1)
         registry = RedisPolicyRegistry(server.url, RedisBlobs(server.url))

@@ -3,7 +3,6 @@
 import logging
 import threading
 from pathlib import Path
-from types import TracebackType
 
 from vla_dist.core.errors import ResourceMissing, Unreachable
 from vla_dist.replay.server import EmbeddedServer
@@ -41,14 +40,6 @@ class RedisKeeper:
         self._closed.set()
         self._thread.join(60.0)
         self._server.close()
-
-    def __enter__(self) -> "RedisKeeper":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _start(self) -> EmbeddedServer:
         return EmbeddedServer(self.folder, append_only=self._append_only, max_memory_bytes=self._max_memory_bytes)

@@ -79,7 +79,7 @@ def open_store(config: RunConfig, run_dir: Path) -> Iterator[Store]:
 
         def embed(name: str, share: float, *, append_only: bool) -> str:
             server = RedisKeeper(run_dir / name, append_only=append_only, max_memory_bytes=int(share * half))
-            keepers.append(stack.enter_context(server))
+            keepers.append(stack.enter_context(contextlib.closing(server)))
             return server.url
 
         redis_url = urls[0] if urls else embed(REDIS, 0.25 if apart else 1.0, append_only=True)
