@@ -130,6 +130,15 @@ def test_a_silent_robot_gives_its_work_to_another(make_ledger: MakeLedger) -> No
     assert ledger.state().quotas[0].accepted == 1
 
 
+def test_a_robot_that_recorded_nothing_gives_its_work_back_at_once(make_ledger: MakeLedger) -> None:
+    ledger = make_ledger(quota(episodes=1), lease_s=60.0)
+    given = ask(ledger).assignment
+    ledger.heartbeat(OTHER, {}, lease_id="", returned_lease_id=given.lease_id)
+    assert ask(ledger, OTHER).assignment is None, "only who holds a lease may give it back"
+    ledger.heartbeat(ARM, {}, lease_id="", returned_lease_id=given.lease_id)
+    assert ask(ledger, OTHER).assignment is not None
+
+
 def test_a_quota_that_cannot_be_met_is_given_up(make_ledger: MakeLedger) -> None:
     ledger = make_ledger(quota(episodes=1, max_attempts=3))
     for number in range(3):

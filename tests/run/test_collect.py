@@ -6,13 +6,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from vla_dist.collection.campaign import Campaign, Quota
 from vla_dist.core.errors import ConfigError, Unauthorised
-from vla_dist.core.types import Source
+from vla_dist.core.protocols import RobotEnv
+from vla_dist.core.types import Array, Source, Step
 from vla_dist.protocol.fleet_records import EpisodeRecord
 from vla_dist.replay.archive.archiver import read_archive
 from vla_dist.robot.client import PolicyClient
@@ -24,6 +26,7 @@ from vla_dist.robot.uploader import SpoolUploader
 from vla_dist.run.collect import CampaignResult, CampaignRun, CampaignStatus
 from vla_dist.run.collection_report import CONTACT_SHEET, REPORT, ArchiveCheck, write_report
 from vla_dist.run.data_sets import check_data_set, open_data_set
+from vla_dist.run.fleet_simulation import FleetSimulation, SimulatedFleet
 from vla_dist.run.simulators import build_simulator
 from vla_dist.testing.fakes import make_segment
 
@@ -76,6 +79,22 @@ class Running:
         )
 
 
+class BreakingRobot:
+    """Its driver raises what is no error of ours, from one step of its life on."""
+
+    def __init__(self, env: RobotEnv, breaks_at: int) -> None:
+        self._env, self._left = env, breaks_at
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+    def step(self, action: Array) -> Step:
+        self._left -= 1
+        if self._left < 0:
+            raise OSError("no such device: /dev/video0")
+        return self._env.step(action)
+
+
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vla_dist.run.collect._SILENT_S", 1.5)
@@ -89,8 +108,10 @@ def running(tmp_path: Path) -> Iterator[Running]:
     running.join()
 
 
-def collect(running: Running, robot_id: str) -> None:
+def collect(running: Running, robot_id: str, *, breaks_at: int | None = None) -> None:
     env, actors = build_simulator("t-maze", tasks=(TASK,))
+    if breaks_at is not None:
+        env = BreakingRobot(env, breaks_at)
     with open_station(env, running.station(robot_id), actors=actors) as collector:
         run_station(collector, stop=running.stop)
 
@@ -139,6 +160,57 @@ def test_a_strange_robot_disturbs_nobody(running: Running, tmp_path: Path) -> No
     assert any("did the robot mean 'length-5-8'" in one for one in reasons)
     assert any("shape (8, 9), expected (8, 4)" in one for one in reasons)
     assert {episode[0].robot_id for episode in read_archive(running.run.archive)} == {"arm-0"}
+
+
+def test_a_broken_robot_leaves_the_work_to_those_that_can(tmp_path: Path) -> None:
+    """It took one lease after the other, so that nothing was left for the others until they expired."""
+    running = Running(replace(CAMPAIGN, lease_s=600.0), tmp_path / "collect")
+    broken = threading.Thread(target=collect, args=(running, "arm-0"), kwargs={"breaks_at": 3})
+    broken.start()
+    end = time.monotonic() + 60
+    while not any(robot.counters.get("faults", 0) >= 2 for robot in running.status[-1].state.robots):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    collect(running, "arm-1")
+    result = running.join()
+    broken.join(20)
+    assert result.state.quotas[0].accepted == 6
+    partial = [entry for entry in result.entries if entry.record.partial]
+    assert [(one.record.robot_id, one.record.num_steps) for one in partial] == [("arm-0", 3)]
+    assert "driver failed with OSError: no such device: /dev/video0" in partial[0].record.partial
+
+
+@pytest.mark.parametrize(
+    ("driver", "task"),
+    [
+        ("babyai", "GoToRedBallGrey"),
+        ("metaworld", "reach"),
+        ("key-to-door", "one-door"),
+        ("t-maze", TASK),
+    ],
+)
+def test_every_simulators_expert_records_an_episode(tmp_path: Path, driver: str, task: str) -> None:
+    """BabyAI's looks at the grid that was laid out; asked before the reset, it took its robot down."""
+    env, actors = build_simulator(driver, tasks=(task,))
+    station = StationConfig(
+        server="127.0.0.1:1", robot_id="arm-0", spool=tmp_path, serves_policies=False, flush_timeout_s=0.1
+    )
+    ask = LocalAssignments(task=task, source="expert", episodes=1)
+    with open_station(env, station, actors=actors, ask=ask) as collector:
+        metrics = collector.step()
+    env.close()
+    assert (metrics["episodes"], metrics["successes"], metrics["faults"]) == (1, 1, 0)
+    assert metrics["closed_episodes"] == 1
+
+
+def test_a_simulated_robot_that_cannot_start_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It was started again and again in silence, and the campaign never ended."""
+    fleet = SimulatedFleet(FleetSimulation(server="127.0.0.1:1", driver="t-maze", num_robots=1), tmp_path)
+    end = time.monotonic() + 60
+    while "sim-0 died" not in caplog.text and time.monotonic() < end:
+        time.sleep(0.05)
+    fleet.close()
+    assert "robot sim-0 died (exit 1): vla-dist: t-maze has mazes of any length; say which" in caplog.text
 
 
 def test_it_goes_on_where_it_was_and_refuses_to_mix(tmp_path: Path) -> None:

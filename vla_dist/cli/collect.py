@@ -73,7 +73,7 @@ def draw_status(status: CampaignStatus) -> Group:
         more = f"{one.leased} under way, {one.attempts} recorded" + _rejection(one)
         bars.add_task(one.quota.title, total=one.quota.episodes, completed=one.accepted, more=more)
     table = Table(box=None, pad_edge=False)
-    for heading in ("robot", "episodes", "successes", "waiting", "seen"):
+    for heading in ("robot", "episodes", "successes", "faults", "waiting", "seen"):
         table.add_column(heading, justify="left" if heading == "robot" else "right")
     for robot in status.state.robots[:_MOST_ROBOTS]:
         seen_s = status.state.now_unix_s - robot.seen_unix_s
@@ -81,6 +81,7 @@ def draw_status(status: CampaignStatus) -> Group:
             robot.robot_id,
             f"{robot.counters.get('episodes', 0):.0f}",
             f"{robot.counters.get('successes', 0):.0f}",
+            Text(f"{(faults := robot.counters.get('faults', 0)):.0f}", style="red" if faults else ""),
             f"{robot.counters.get('waiting_segments', 0):.0f}",
             Text(f"{seen_s:.0f} s ago", style="red" if seen_s > _SILENT_S else ""),
         )

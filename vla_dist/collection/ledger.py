@@ -133,12 +133,16 @@ class CampaignLedger:
             self._see(claim, None, is_drained=True)
         return answer
 
-    def heartbeat(self, claim: RobotClaim, counters: Mapping[str, float], *, lease_id: str) -> FleetCommand:
-        """Renew the lease; ``drain`` once the campaign is over."""
+    def heartbeat(
+        self, claim: RobotClaim, counters: Mapping[str, float], *, lease_id: str, returned_lease_id: str = ""
+    ) -> FleetCommand:
+        """Renew one lease and end another; ``drain`` once the campaign is over."""
         is_over = self.state().is_over
         self._see(claim, counters, is_drained=is_over)
         if lease_id:
             self._together(lambda pipe: self._renew(pipe, lease_id))
+        if returned_lease_id:
+            self._together(lambda pipe: self._take_back(pipe, returned_lease_id, claim))
         return "drain" if is_over else "continue"
 
     def commit(self, record: EpisodeRecord) -> None:
@@ -251,6 +255,13 @@ class CampaignLedger:
         pipe.multi()
         if held is not None:
             pipe.hset(self._leases, lease_id, json.dumps({**json.loads(held), "until": now + self._campaign.lease_s}))
+
+    def _take_back(self, pipe: Pipeline, lease_id: str, claim: RobotClaim) -> None:
+        """Only from the robot that holds it."""
+        held = self._read(pipe)[0].get(lease_id.encode())
+        pipe.multi()
+        if held is not None and json.loads(held)["robot"] == claim.robot_id:
+            pipe.hdel(self._leases, lease_id)
 
     def _commit(self, pipe: Pipeline, record: EpisodeRecord) -> None:
         if pipe.hexists(self._episodes, record.episode_id):

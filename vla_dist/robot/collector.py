@@ -24,7 +24,9 @@ _log = logging.getLogger(__name__)
 class Actor(Protocol):
     """Who acts where no policy is served: a scripted expert, or a person."""
 
-    def begin(self, *, task: str, seed: int) -> None: ...
+    def begin(self, *, task: str, seed: int) -> None:
+        """Once the robot has been reset: some experts look at what lies there."""
+        ...
 
     def act(self, observation: Observation) -> tuple[Array, Array | None]:
         """The (A,) action to execute, and the one to imitate where it is known."""
@@ -42,12 +44,17 @@ class CollectorConfig:
     heartbeat_s: float = 5.0
     max_wait_s: float = 5.0
     """Longest sleep in one step, so that whoever runs it can stop it."""
+    failure_pause_s: float = 0.5
+    """After an assignment that a fault ended; doubles with each one on end, up to ``max_wait_s``."""
 
     def __post_init__(self) -> None:
         if self.control_hz is not None and self.control_hz <= 0:
             raise ConfigError(f"control_hz {self.control_hz} must be positive, or None")
-        if self.heartbeat_s <= 0 or self.max_wait_s <= 0:
-            raise ConfigError(f"heartbeat_s {self.heartbeat_s} and max_wait_s {self.max_wait_s} must be positive")
+        if self.heartbeat_s <= 0 or self.max_wait_s <= 0 or self.failure_pause_s <= 0:
+            raise ConfigError(
+                f"heartbeat_s {self.heartbeat_s}, max_wait_s {self.max_wait_s} and failure_pause_s "
+                f"{self.failure_pause_s} must be positive"
+            )
 
 
 class Collector:
@@ -81,7 +88,8 @@ class Collector:
         self._policies = policies
         self._tasks = tuple(config.tasks or robot.tasks)
         self._ask = ask or self._ask_server
-        self._totals: dict[str, float] = {"episodes": 0, "successes": 0, "steps": 0, "partial": 0}
+        self._totals: dict[str, float] = {"episodes": 0, "successes": 0, "steps": 0, "partial": 0, "faults": 0}
+        self._faults_on_end = 0
         self._pulse = Pulse(fleet, self._counters, period_s=config.heartbeat_s)
 
     @property
@@ -140,6 +148,21 @@ class Collector:
             self._totals["steps"] += record.num_steps
             self._totals["successes"] += record.success
             self._totals["partial"] += bool(record.partial)
+        elif assignment.lease_id:
+            self._give_back(assignment.lease_id)
+        self._faults_on_end = self._faults_on_end + 1 if lost else 0
+        if lost:
+            # A robot with a broken camera must not take one assignment after the other from those that work.
+            self._totals["faults"] += 1
+            pause_s = self._config.failure_pause_s * 2.0 ** min(self._faults_on_end - 1, 10)
+            time.sleep(min(self._config.max_wait_s, pause_s))
+
+    def _give_back(self, lease_id: str) -> None:
+        """Nothing was recorded for it, so that another robot may have it now and not when the lease has expired."""
+        try:
+            self._fleet.heartbeat(self._counters(), returned_lease_id=lease_id)
+        except VlaDistError as error:
+            _log.debug("lease %s expires by itself: %s", lease_id, error)
 
     def _finish(self, lost: str) -> EpisodeRecord | None:
         try:
@@ -153,8 +176,8 @@ class Collector:
 
     def _run(self, actor: Actor, assignment: Assignment) -> None:
         robot = self._robot
-        actor.begin(task=assignment.task, seed=assignment.seed)
         step = robot.reset(seed=assignment.seed, task=assignment.task, instruction=assignment.instruction or None)
+        actor.begin(task=assignment.task, seed=assignment.seed)
         period_s = 0.0 if self._config.control_hz is None else 1.0 / self._config.control_hz
         due = time.monotonic()
         while not step.is_last and self._pulse.command != "stop":

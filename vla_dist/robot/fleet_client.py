@@ -37,13 +37,16 @@ class FleetClient:
         )
         return decode_next_task(self._call(self._stub.NextTask, request))
 
-    def heartbeat(self, counters: Mapping[str, float], *, lease_id: str = "") -> FleetCommand:
-        """Say that the robot lives, and renew its lease."""
+    def heartbeat(
+        self, counters: Mapping[str, float], *, lease_id: str = "", returned_lease_id: str = ""
+    ) -> FleetCommand:
+        """Say that the robot lives, renew its lease, and give one back for which nothing was recorded."""
         request = fleet_pb2.HeartbeatRequest(
             robot_id=self.claim.robot_id,
             counters=dict(counters),
             claim=encode_claim(self.claim),
             lease_id=lease_id,
+            returned_lease_id=returned_lease_id,
         )
         return decode_command(self._call(self._stub.Heartbeat, request).command)
 

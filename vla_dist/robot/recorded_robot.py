@@ -1,8 +1,9 @@
 """A robot whose every executed step is recorded, and which a person may take over at any of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from vla_dist.core.errors import VlaDistError
+from vla_dist.core.errors import Unreachable, VlaDistError
 from vla_dist.core.protocols import RobotEnv
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Array, Observation, Source, Step
@@ -54,7 +55,8 @@ class RecordedRobot:
         self._target = target_action
 
     def reset(self, *, seed: int, task: str, instruction: str | None = None) -> Step:
-        step = self._env.reset(seed=seed, task=task, instruction=instruction)
+        """Raises Unreachable where the robot's driver fails; errors of this package are left as they are."""
+        step = self._driven(self._env.reset, seed=seed, task=task, instruction=instruction)
         self._task, self._observation = task, step.observation
         self._episode, self._success, self.is_over = None, False, step.is_last
         if self._operator is not None:
@@ -66,13 +68,14 @@ class RecordedRobot:
 
         Raises:
             DataError, ResourceMissing: see ``RecordedEpisode.add``; the episode is closed as partial.
+            Unreachable: the driver failed; the steps before it are the caller's to ``finish``.
         """
         before = self._observation
         assert before is not None, "reset comes first"
         command = None if self._operator is None else self._operator.command(before)
         executed = action if command is None else command
         episode = self._episode or self._begin(before)
-        step = self._env.step(executed)
+        step = self._driven(self._env.step, executed)
         told = step.observation.previous_action
         try:
             episode.add(
@@ -123,6 +126,18 @@ class RecordedRobot:
     def close(self) -> None:
         """A recording that is open ends as partial; the robot itself stays its owner's."""
         self.finish(lost="the recorder was closed")
+
+    @staticmethod
+    def _driven(call: Callable[..., Step], *arguments: Any, **options: Any) -> Step:
+        """A site's driver raises what its hardware's library raises; that must not end the robot's other episodes."""
+        try:
+            return call(*arguments, **options)
+        except VlaDistError:
+            raise
+        except Exception as error:  # the edge to code of others
+            raise Unreachable(
+                f"the robot's driver failed with {type(error).__name__}: {error}; check the robot and its cables"
+            ) from error
 
     def _begin(self, first: Observation) -> RecordedEpisode:
         self._episode = self._recorder.begin(

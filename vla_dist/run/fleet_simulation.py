@@ -21,6 +21,8 @@ _log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.2
 _STOP_TIMEOUT_S = 15.0
 _MAX_PAUSE_S = 10.0
+_MAX_WORDS = 500
+"""Of a dead robot's log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +183,8 @@ class RobotProcess:
             return
         if not self._start_at:
             self._failures += 1
+            if self._failures > 1:  # the first may be a crash that was asked for
+                _log.warning("robot %s died (exit %d): %s", self.robot_id, self._process.returncode, self._last_words())
             self._start_at = time.monotonic() + min(_MAX_PAUSE_S, 0.2 * 2 ** min(self._failures, 6))
         elif time.monotonic() >= self._start_at:
             self._start_at = 0.0
@@ -207,6 +211,10 @@ class RobotProcess:
                 self._process.wait(5.0)
         if self._link is not None:
             self._link.close()
+
+    def _last_words(self) -> str:
+        lines = (self._folder / f"{self.robot_id}.log").read_text(errors="replace").strip().splitlines()
+        return lines[-1][:_MAX_WORDS] if lines else "it said nothing"
 
     def _command(self) -> list[str]:
         simulation = self._simulation

@@ -76,7 +76,11 @@ class FleetServicer:
             caller.require_robot(request.robot_id)
             claim = decode_claim(request.claim) if request.HasField("claim") else None
             command = await self._ingest.heartbeat(
-                request.robot_id, request.counters, claim=claim, lease_id=request.lease_id
+                request.robot_id,
+                request.counters,
+                claim=claim,
+                lease_id=request.lease_id,
+                returned_lease_id=request.returned_lease_id,
             )
             return fleet_pb2.HeartbeatResponse(command=COMMANDS[command])
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status

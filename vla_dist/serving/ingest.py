@@ -59,7 +59,9 @@ class Ledger(Protocol):
 
     def next_task(self, claim: RobotClaim, *, tasks: Collection[str], sources: Collection[Source]) -> NextTask: ...
 
-    def heartbeat(self, claim: RobotClaim, counters: Mapping[str, float], *, lease_id: str) -> FleetCommand: ...
+    def heartbeat(
+        self, claim: RobotClaim, counters: Mapping[str, float], *, lease_id: str, returned_lease_id: str = ""
+    ) -> FleetCommand: ...
 
 
 class PackedTable(Protocol):
@@ -130,14 +132,22 @@ class FleetIngest:
         return await self._run(lambda: [name for name in episode_ids if not self._table.has_episode(name)])
 
     async def heartbeat(
-        self, robot_id: str, counters: Mapping[str, float], *, claim: RobotClaim | None = None, lease_id: str = ""
+        self,
+        robot_id: str,
+        counters: Mapping[str, float],
+        *,
+        claim: RobotClaim | None = None,
+        lease_id: str = "",
+        returned_lease_id: str = "",
     ) -> FleetCommand:
         """What the robot should do now."""
         _log.debug("%s is alive: %s", robot_id, dict(counters))
         ledger = self._ledger
         if ledger is None or claim is None:
             return self._commands(robot_id)
-        return await self._run(lambda: ledger.heartbeat(claim, counters, lease_id=lease_id))
+        return await self._run(
+            lambda: ledger.heartbeat(claim, counters, lease_id=lease_id, returned_lease_id=returned_lease_id)
+        )
 
     def shut_down(self) -> None:
         """Let running appends end."""

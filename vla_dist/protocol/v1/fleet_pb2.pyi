@@ -182,7 +182,7 @@ class FindMissingResponse(_message.Message):
     def __init__(self, episode_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("robot_id", "counters", "claim", "lease_id")
+    __slots__ = ("robot_id", "counters", "claim", "lease_id", "returned_lease_id")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -194,11 +194,13 @@ class HeartbeatRequest(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     CLAIM_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    RETURNED_LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     robot_id: str
     counters: _containers.ScalarMap[str, float]
     claim: RobotClaim
     lease_id: str
-    def __init__(self, robot_id: _Optional[str] = ..., counters: _Optional[_Mapping[str, float]] = ..., claim: _Optional[_Union[RobotClaim, _Mapping]] = ..., lease_id: _Optional[str] = ...) -> None: ...
+    returned_lease_id: str
+    def __init__(self, robot_id: _Optional[str] = ..., counters: _Optional[_Mapping[str, float]] = ..., claim: _Optional[_Union[RobotClaim, _Mapping]] = ..., lease_id: _Optional[str] = ..., returned_lease_id: _Optional[str] = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
     __slots__ = ("command",)
