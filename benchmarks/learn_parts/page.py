@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from learn_parts.agreement import agreement
+
 RESULTS = Path(__file__).parents[1] / "results"
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 _HEAD = """# Learning results
@@ -27,7 +29,7 @@ def write_page(results: Path = RESULTS, page: Path = PAGE) -> list[str]:
     Raises:
         ValueError: a file that claims nothing; it does not belong there.
     """
-    sections = []
+    sections, answers = [], []
     plots = page.with_suffix("")
     plots.mkdir(parents=True, exist_ok=True)
     files = sorted(results.glob("*.json"))
@@ -38,8 +40,10 @@ def write_page(results: Path = RESULTS, page: Path = PAGE) -> list[str]:
         plot = plots / f"{path.stem}.png"
         module = importlib.import_module(f"learn.{result['name'].replace('-', '_')}")
         module.figure(result, plot)
+        answers.append(result)
         sections.append(section(result, path, os.path.relpath(plot, page.parent)))
-    page.write_text("\n".join([_HEAD, _overview(files), *sections]))
+    parts = [_HEAD, _overview(files), agreement(answers), *sections]
+    page.write_text("\n".join(part for part in parts if part))
     return [path.name for path in files]
 
 

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
 NAMES = sorted(path.stem for path in (FOLDER / "learn").glob("*.py") if path.stem not in ("__init__", "settings"))
-OURS = ("babyai_fusion", "hierarchy", "key_to_door", "key_to_door_10k", "metaworld_mt10", "online_dt", "t_maze")
+OURS = tuple(name for name in NAMES if name != "dt_teachers")
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,7 @@ def check(result, name):
         assert found["by_seed"].keys() == {"0"}
 
 
+@pytest.mark.timeout(400)
 def test_quick_key_to_door_runs_in_one_process_and_keeps_its_seed(tmp_path):
     result = run_quick("key_to_door", tmp_path)
     check(result, "key_to_door")
@@ -122,6 +123,25 @@ def test_the_page_is_made_from_the_files_alone(tmp_path):
         assert (page.parent / "results" / f"{name}.png").exists()
 
 
+def test_the_page_says_whether_one_process_and_the_whole_system_agree(tmp_path):
+    from learn_parts.agreement import agreement, differences
+    from learn_parts.results import measure
+
+    hosted = answer_of("key-to-door")
+    alone = answer_of("key-to-door", command="vla-dist bench learn key-to-door --seeds 3 --in-process")
+    assert agreement([hosted]) == ""
+    assert agreement([hosted, {**alone, "protocol": {"updates": 3}}]) == "", "another protocol is another benchmark"
+    text = agreement([hosted, alone])
+    assert "| Key-to-Door | DT, 1,000 episodes | +0.000 |" in text
+    assert text.count("| agree |") == 2
+    apart = {**hosted["measures"], "DT, 1,000 episodes": measure({0: (10, 100), 1: (20, 100)})}
+    found = differences(alone, {**hosted, "measures": apart})["DT, 1,000 episodes"]
+    assert found["mean"] == pytest.approx(-0.5)
+    assert found["low"] < -0.5 < found["high"] < 0.0
+    assert found["largest"] == pytest.approx(0.5)
+    assert "**differ**" in agreement([alone, {**hosted, "measures": apart}])
+
+
 def test_a_quick_run_does_not_get_onto_the_page(tmp_path):
     from learn_parts.page import write_page
 
@@ -172,6 +192,19 @@ def test_results_call_a_missed_figure_missed():
     assert target("share", 0.94, 0.95)["met"] is False
     assert target("share", 0.95, 0.95)["met"] is True
     assert target("wrong", 0.11, 0.10, at_most=True)["met"] is False
+
+
+def test_demonstrations_that_were_needed_are_those_of_the_first_size_that_reached():
+    from learn.babyai_interactive import _describe, _needed, _ratio
+
+    quick, slow = [(100, (60, 100)), (150, (96, 100)), (230, (99, 100))], [(100, (60, 100)), (900, (97, 100))]
+    curves = {"interactive": quick, "passive": slow}
+    assert [_needed(quick, share) for share in (0.5, 0.95, 0.99, 1.0)] == [100, 150, 230, None]
+    assert _ratio(curves, 0.95) == 6.0
+    assert _describe(3, curves, 0.95) == "Demonstrations to 95%, seed 3: interactive 150, passive 900; 6.0 times."
+    assert "passive not with 900; at least 3.9 times" in _describe(3, curves, 0.99)
+    assert _describe(3, curves, 1.0).endswith("interactive not with 230, passive not with 900.")
+    assert _ratio(curves, 1.0) == 0.0
 
 
 def test_shuffled_words_are_the_same_words_on_other_episodes():

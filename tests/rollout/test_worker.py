@@ -141,6 +141,31 @@ def test_noise_on_discrete_actions_stays_one_hot():
     assert all(label[0] == 1 for _, label in actions)
 
 
+def test_given_seeds_are_run_once_for_each_task_over_all_workers():
+    ran = []
+
+    class Noting(FakeEnv):
+        def reset(self, *, seed, task, instruction=None):
+            ran.append((task, seed))
+            return super().reset(seed=seed, task=task, instruction=instruction)
+
+    for index in range(2):
+        config = RolloutConfig(
+            run_id="r", tasks=("go", "run"), episodes_per_task=3, num_workers=2, seeds=(7, 8, 9), segment_steps=8
+        )
+        behaviour = NoisyExpert(ForwardExpert(), SPEC, noise_scales=(0.0,))
+        drain(RolloutWorker(Noting(SPEC, config.tasks), behaviour, ListTable(), config, worker_index=index))
+    assert sorted(ran) == [(task, seed) for task in ("go", "run") for seed in (7, 8, 9)]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "complaint"), [((1, 2), "2 seeds for 3 episodes"), ((1, 2, 2**31), r"\[2147483648\] are of evaluation")]
+)
+def test_seeds_that_are_too_few_or_of_evaluation_are_refused(seeds, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        RolloutConfig(run_id="r", tasks=("go",), episodes_per_task=3, seeds=seeds)
+
+
 def test_a_policy_rollout_keeps_its_version_for_the_episode_and_takes_the_newest_for_the_next():
     registry = InMemoryRegistry()
     registry.publish(fake_artifact(SPEC, name="demo"), channel="stable")

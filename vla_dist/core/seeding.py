@@ -6,6 +6,7 @@ from vla_dist.core.errors import ConfigError
 
 _HALF = 2**31
 _LANES = 2**10
+_REHEARSAL_LANE = _LANES - 1
 
 
 def training_seed(run_seed: int, worker_index: int, episode_index: int) -> int:
@@ -14,6 +15,11 @@ def training_seed(run_seed: int, worker_index: int, episode_index: int) -> int:
         raise ConfigError(f"worker_index {worker_index} must be within 0..{_LANES - 1}")
     base = int.from_bytes(hashlib.sha256(f"train/{run_seed}/{episode_index}".encode()).digest()[:4], "big")
     return (base % (_HALF // _LANES)) * _LANES + worker_index
+
+
+def rehearsal_seed(suite_seed: int, episode_index: int) -> int:
+    """A seed that training may have, of a lane that no worker owns: to try a policy on what may then be taught."""
+    return training_seed(suite_seed, _REHEARSAL_LANE, episode_index)
 
 
 def evaluation_seed(suite_seed: int, episode_index: int) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vla_dist.core.errors import ConfigError, ReplayWait
 from vla_dist.core.protocols import ReplayTable, RobotEnv
-from vla_dist.core.seeding import training_seed
+from vla_dist.core.seeding import is_evaluation_seed, training_seed
 from vla_dist.core.types import Metrics, Segment
 from vla_dist.rollout.behaviour import Behaviour
 from vla_dist.rollout.episode import run_episode
@@ -24,6 +24,8 @@ class RolloutConfig:
     segment_steps: int = 32
     """T."""
     seed: int = 0
+    seeds: tuple[int, ...] = ()
+    """Those of each task's episodes, one each, such as what a policy failed at; empty: drawn."""
     append_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
@@ -33,10 +35,20 @@ class RolloutConfig:
             raise ConfigError(f"num_workers {self.num_workers} must be within 1..1024")
         if self.episodes_per_task < 1 or self.segment_steps < 1:
             raise ConfigError("episodes_per_task and segment_steps must be at least 1")
+        if self.seeds and len(self.seeds) != self.episodes_per_task:
+            raise ConfigError(
+                f"{len(self.seeds)} seeds for {self.episodes_per_task} episodes_per_task; give one for each"
+            )
+        if leaks := [seed for seed in self.seeds if is_evaluation_seed(seed)]:
+            raise ConfigError(f"seeds {leaks[:3]} are of evaluation; what training sees must be below 2**31")
 
-    def share(self, worker_index: int) -> list[str]:
-        """The task of each episode that one worker runs, interleaved; the shares of all workers add up to the quota."""
-        return (list(self.tasks) * self.episodes_per_task)[worker_index :: self.num_workers]
+    def share(self, worker_index: int) -> list[tuple[str, int]]:
+        """(task, seed) of each episode that one worker runs, interleaved; all workers' shares add up to the quota."""
+        mine = (list(self.tasks) * self.episodes_per_task)[worker_index :: self.num_workers]
+        if not self.seeds:
+            return [(task, training_seed(self.seed, worker_index, index)) for index, task in enumerate(mine)]
+        each = [seed for seed in self.seeds for _ in self.tasks][worker_index :: self.num_workers]
+        return list(zip(mine, each, strict=True))
 
 
 class RolloutWorker:
@@ -94,14 +106,14 @@ class RolloutWorker:
         self._env.close()
 
     def _run_next(self) -> None:
-        task = self._share[self._next]
+        task, seed = self._share[self._next]
         name = f"{self._config.run_id}-w{self._worker_index}-{self._next:06d}"
         if not self._table.has_episode(name):
             self._pending += run_episode(
                 self._env,
                 self._behaviour,
                 task=task,
-                seed=training_seed(self._config.seed, self._worker_index, self._next),
+                seed=seed,
                 episode_id=name,
                 robot_id=f"rollout-{self._worker_index}",
                 segment_steps=self._config.segment_steps,

@@ -183,6 +183,7 @@ def build_rollout_worker(place: Place, worker_index: int, *, opened: ExitStack |
         noise_scales=config.rollout.noise_scales,
         segment_steps=config.replay.segment_steps,
         seed=config.seed,
+        seeds=config.rollout.seeds,
     )
     teacher = (
         RandomActions(env.spec)
@@ -207,6 +208,7 @@ def _build_policy_rollout(place: Place, expert: RolloutConfig, table: ReplayTabl
         run_id=f"{place.run_id}-policy",
         episodes_per_task=place.config.rollout.policy_episodes_per_task,
         seed=place.config.seed + 1,
+        seeds=(),
     )
     load = build_policy_loader(place.config, explores=True)
     behaviour = FollowedPolicy(build_registry(place), place.config.reference, load)

@@ -105,6 +105,8 @@ class RolloutSettings:
     """By the teacher, over all workers."""
     noise_scales: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
     """Each expert episode draws one: standard deviation in action units, or the chance of a random discrete action."""
+    seeds: tuple[int, ...] = ()
+    """Of the teacher's episodes, one each for every task, such as what a policy failed at; empty: drawn."""
     policy_episodes_per_task: int = 0
     """By the newest version, over all workers, in the same processes; robots of the fleet come on top."""
 

@@ -9,7 +9,7 @@ workers and judges as Ray actors and the learner under Ray Train; ``LocalParts``
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,16 @@ class Study:
         _free_limiter(self.place)
         self._parts.collect(self.place, self._say)
         return self.place
+
+    def demonstrate(self, name: str, seeds: Sequence[int], data: Place) -> None:
+        """The teacher's episodes of these seeds, one each for every task, into a data set that was derived.
+
+        Args:
+            name: of these episodes, unique within the study; calling again under it goes on or finds them there.
+        """
+        rollout = replace(data.config.rollout, seeds=tuple(seeds), episodes_per_task=len(seeds))
+        place = replace(data, config=replace(data.config, rollout=rollout), run_id=f"{self.place.run_id}-{name}")
+        self._parts.collect(place, self._say)
 
     def derive(self, name: str, episodes: Iterable[list[Segment]], *, strata: tuple[str, ...] | None = None) -> Place:
         """A data set of its own, under another name in the same store; what it holds already is not stored twice.
