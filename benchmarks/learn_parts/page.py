@@ -19,7 +19,8 @@ Newcombe's for pairs) over all episodes of all seeds; what each seed came to sta
 an initialisation and a suite of episodes of its own. No evaluation episode has a seed that training could have,
 held-out words are words that training never had, and where the protocol says `layouts: split`, no evaluation episode
 begins as a training episode may (`tests/evaluation/test_no_leak.py`). No checkpoint is chosen: the last one is judged.
-A figure that was missed is called missed.
+A figure that was missed is called missed; what was tried is in `docs/learning.md`. Seconds are those of a machine that
+had other work beside.
 """
 
 
