@@ -51,7 +51,13 @@ def test_a_canary_from_its_start_to_its_promotion(url: str, capsys: pytest.Captu
     main(["channels", "demo", "--json", "--redis-url", url])
     found = json.loads(capsys.readouterr().out)
     assert found["policies"][0]["channels"]["stable"] == 2
-    assert [entry["event"] for entry in found["audit"]] == ["canary", "promoted", "stable"]
+    assert [entry["event"] for entry in found["audit"]] == [
+        "refused",
+        "canary",
+        "refused",
+        "promoted",
+        "stable",
+    ]
     main(["rollback", "demo", "--redis-url", url])
     assert "from 2 back to 1" in capsys.readouterr().out
     canaries.close()

@@ -1,13 +1,24 @@
-"""What ``buf lint`` asks of the .proto files, asked of the compiled descriptors, so that it holds without ``buf``."""
+"""What ``buf lint`` and ``buf breaking`` ask of the .proto files, asked of the compiled descriptors, so that it holds
+without ``buf``; and ``buf lint`` itself, where it is installed.
 
+After fields were added: ``python tests/protocol/test_conventions.py`` writes released.json anew.
+"""
+
+import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FileDescriptor
 
-from vla_dist.protocol.v1 import fleet_pb2, policy_pb2, types_pb2
+from vla_dist.protocol.v1 import channels_pb2, fleet_pb2, policy_pb2, types_pb2
 
-FILES = [module.DESCRIPTOR for module in (policy_pb2, fleet_pb2, types_pb2)]
+FILES = [module.DESCRIPTOR for module in (policy_pb2, fleet_pb2, channels_pb2, types_pb2)]
+_RELEASED = Path(__file__).with_name("released.json")
+"""Every field, value and method that a peer in the field may know."""
+_ROOT = Path(__file__).parents[2]
 _SNAKE = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _PASCAL = re.compile(r"([A-Z][a-z0-9]+)+")
 
@@ -41,3 +52,42 @@ def test_names_follow_the_conventions(file: FileDescriptor) -> None:
         for method in service.methods:
             assert method.input_type.name == f"{method.name}Request"
             assert method.output_type.name == f"{method.name}Response"
+
+
+def known() -> dict[str, str]:
+    """Full name to what peers rely on: number, kind and type of fields; numbers of values; types of methods."""
+    found: dict[str, str] = {}
+    for file in FILES:
+        for message in messages(file):
+            for field in message.fields:
+                of = field.message_type or field.enum_type
+                kind = f"{field.type}{'*' if field.is_repeated else ''} {of.full_name if of else ''}".strip()
+                found[field.full_name] = f"{field.number}: {kind}"
+        for enum in enums(file):
+            found |= {f"{enum.full_name}.{value.name}": str(value.number) for value in enum.values}
+        for service in file.services_by_name.values():
+            for method in service.methods:
+                streams = f"{'stream ' * method.client_streaming}{method.input_type.name}"
+                answers = f"{'stream ' * method.server_streaming}{method.output_type.name}"
+                found[method.full_name] = f"{streams} -> {answers}"
+    return found
+
+
+def test_nothing_that_peers_know_changes() -> None:
+    released, now = json.loads(_RELEASED.read_text()), known()
+    assert released, "nothing was released"
+    broken = {
+        name: f"{was} became {now.get(name, 'nothing')}" for name, was in released.items() if now.get(name) != was
+    }
+    assert not broken, f"fields are only added; a change that cannot be made so is vla_dist.v2: {broken}"
+    assert now.keys() == released.keys(), "what is new is not in released.json yet; see the top of this file"
+
+
+@pytest.mark.skipif(shutil.which("buf") is None, reason="needs buf, for example npm install -g @bufbuild/buf")
+def test_buf_finds_nothing() -> None:
+    done = subprocess.run(["buf", "lint"], cwd=_ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+if __name__ == "__main__":
+    _RELEASED.write_text(json.dumps(known(), indent=1, sort_keys=True) + "\n")

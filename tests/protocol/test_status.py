@@ -43,3 +43,7 @@ def test_long_details_fit_a_trailer() -> None:
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN])
 def test_a_dead_server_is_unreachable(code: grpc.StatusCode) -> None:
     assert isinstance(error_of(code, "gone", address="1.2.3.4:5"), errors.Unreachable)
+
+
+def test_a_refused_move_keeps_its_sentence() -> None:
+    assert status_of(errors.MoveRefused("not yet")) == (grpc.StatusCode.FAILED_PRECONDITION, "not yet")

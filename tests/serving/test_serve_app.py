@@ -16,7 +16,7 @@ import pytest
 import ray
 from ray import cloudpickle
 
-from vla_dist.core.errors import ConfigError, ContractMismatch, ResourceMissing, Unauthorised, VlaDistError
+from vla_dist.core.errors import ConfigError, ContractMismatch, NotFound, ResourceMissing, Unauthorised, VlaDistError
 from vla_dist.core.types import Array
 from vla_dist.robot.client import PolicyClient
 from vla_dist.robot.fleet_client import FleetClient
@@ -24,6 +24,7 @@ from vla_dist.robot.session import Session
 from vla_dist.robot.spool import Spool
 from vla_dist.robot.spool_writer import spool_sink
 from vla_dist.robot.uploader import SpoolUploader
+from vla_dist.serving.channel_client import ChannelClient
 from vla_dist.serving.ingest import FleetIngest, IngestConfig
 from vla_dist.serving.service import PolicyService
 from vla_dist.testing.fakes import FakeEnv, FakePolicy, make_segment, make_spec
@@ -141,6 +142,10 @@ def replica_pids() -> list[int]:
     return found
 
 
+def channels_by(client: PolicyClient) -> ChannelClient:
+    return ChannelClient(client.channel, address=client.address, metadata=client.call_metadata)
+
+
 def test_streams_and_calls_give_the_actions_of_the_policy(client: PolicyClient) -> None:
     with client.open_session(SPEC, policy=REFERENCE, robot_id="r") as session:
         assert equal(drive(session, 50), in_process(BIASES[0], 50))
@@ -172,6 +177,10 @@ def test_refusals_come_through_the_proxy_with_their_whole_sentence(
         ):
             with pytest.raises(Unauthorised, match="no bearer token"):
                 call()
+        with pytest.raises(Unauthorised, match="no bearer token"):
+            channels_by(stranger).reports()
+    with pytest.raises(NotFound, match="moved where its registry is"):
+        channels_by(client).promote("demo@2", who="")
 
 
 def test_uploads_come_through(client: PolicyClient, tmp_path: Path) -> None:

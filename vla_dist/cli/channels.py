@@ -1,6 +1,5 @@
 """``vla-dist channels``: what each channel points at, how the canary does, and who moved what."""
 
-import contextlib
 import dataclasses
 import json
 import time
@@ -11,13 +10,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from vla_dist.cli.registry import RegistryPlace, opened_registry
-from vla_dist.registry.canaries import RedisCanaries
-from vla_dist.run.promotion import ChannelReport, report_channels
+from vla_dist.cli.channel_place import ChannelPlace, opened_channels
+from vla_dist.registry.channel_moves import ChannelReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChannelsOptions(RegistryPlace):
+class ChannelsOptions(ChannelPlace):
     """Channels, canaries, and the audit log of their moves."""
 
     name: tyro.conf.Positional[str] = ""
@@ -28,13 +26,8 @@ class ChannelsOptions(RegistryPlace):
 
 def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(ChannelsOptions, args=arguments, prog="vla-dist channels")
-    with (
-        opened_registry(options) as registry,
-        contextlib.closing(RedisCanaries(registry.url)) as canaries,
-    ):
-        names = [options.name] if options.name else registry.names()
-        reports = [report_channels(registry, canaries, name) for name in names]
-        audit = canaries.audit()[-options.audit :] if options.audit > 0 else []
+    with opened_channels(options) as channels:
+        reports, audit = channels.reports(options.name), channels.audit(options.audit)
     if options.json:
         policies = [dataclasses.asdict(report) for report in reports]
         print(json.dumps({"policies": policies, "audit": audit}, indent=2))

@@ -1,20 +1,18 @@
 """``vla-dist promote``: a version to the canary's share of the robots, to all of them, or into the shadow."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import tyro
 
-from vla_dist.cli.registry import RegistryPlace, opened_registry
-from vla_dist.registry.canaries import RedisCanaries
+from vla_dist.cli.channel_place import ChannelPlace, opened_channels
+from vla_dist.registry.channel_moves import person
 from vla_dist.registry.sequential import CanaryRule
-from vla_dist.run import promotion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromoteOptions(RegistryPlace):
+class PromoteOptions(ChannelPlace):
     """Point a channel at a version; to stable only on the evidence of its canary."""
 
     reference: tyro.conf.Positional[str]
@@ -35,18 +33,15 @@ class PromoteOptions(RegistryPlace):
 
 def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(PromoteOptions, args=arguments, prog="vla-dist promote")
-    with (
-        opened_registry(options) as registry,
-        contextlib.closing(RedisCanaries(registry.url)) as canaries,
-    ):
-        name, version = options.reference.partition("@")[0], registry.resolve(options.reference)
+    name = options.reference.partition("@")[0]
+    with opened_channels(options) as channels:
         if options.to == "canary":
             rule = CanaryRule(margin=options.margin, confidence=options.confidence, min_episodes=options.min_episodes)
-            plan = promotion.begin_canary(registry, canaries, name, version, share=options.share, rule=rule)
-            print(f"{name}@{version} goes to {plan.share:.0%} of the robots beside {name}@{plan.incumbent}")
+            plan = channels.begin_canary(options.reference, share=options.share, rule=rule, who=person())
+            print(f"{name}@{plan.version} goes to {plan.share:.0%} of the robots beside {name}@{plan.incumbent}")
         elif options.to == "shadow":
-            promotion.set_shadow(registry, canaries, name, version)
+            version = channels.set_shadow(options.reference, who=person())
             print(f"{name}@{version} computes in the shadow of {name}@stable")
         else:
-            reason = promotion.promote(registry, canaries, name, version, force=options.force)
+            version, reason = channels.promote(options.reference, force=options.force, who=person())
             print(f"{name}@stable is version {version} now: {reason}")

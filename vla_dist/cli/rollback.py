@@ -1,18 +1,16 @@
 """``vla-dist rollback``: end a canary, or take the stable channel back to where it was."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tyro
 
-from vla_dist.cli.registry import RegistryPlace, opened_registry
-from vla_dist.registry.canaries import RedisCanaries
-from vla_dist.run import promotion
+from vla_dist.cli.channel_place import ChannelPlace, opened_channels
+from vla_dist.registry.channel_moves import person
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RollbackOptions(RegistryPlace):
+class RollbackOptions(ChannelPlace):
     """End the canary that runs; where none does, point stable at the version before."""
 
     name: tyro.conf.Positional[str]
@@ -23,8 +21,5 @@ class RollbackOptions(RegistryPlace):
 
 def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(RollbackOptions, args=arguments, prog="vla-dist rollback")
-    with (
-        opened_registry(options) as registry,
-        contextlib.closing(RedisCanaries(registry.url)) as canaries,
-    ):
-        print(promotion.roll_back(registry, canaries, options.name, reason=options.reason))
+    with opened_channels(options) as channels:
+        print(channels.roll_back(options.name, reason=options.reason, who=person()))

@@ -2,6 +2,7 @@
 
     VlaDistError
     |-- ConfigError            (ValueError)       a setting, preset or option that cannot work
+    |   `-- MoveRefused                           a channel that may not be moved so
     |-- DataError              (ValueError)       an array, segment or message that does not fit
     |   `-- IntegrityError                        bytes differ from their hash or header
     |-- ContractMismatch       (ValueError)       robot and policy disagree on dimensions, units, cameras, rate
@@ -25,6 +26,10 @@ class VlaDistError(Exception):
 
 class ConfigError(VlaDistError, ValueError):
     """A setting, preset or option that cannot work."""
+
+
+class MoveRefused(ConfigError):
+    """A channel that may not be moved so: without evidence, or to a version that does not fit its robots."""
 
 
 class DataError(VlaDistError, ValueError):

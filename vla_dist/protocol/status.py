@@ -7,6 +7,7 @@ from vla_dist.core.errors import (
     DataError,
     DeadlineExceeded,
     Forbidden,
+    MoveRefused,
     NotFound,
     ResourceMissing,
     Unauthorised,
@@ -20,6 +21,7 @@ MAX_DETAIL_CHARACTERS = 4000
 """Details travel in an HTTP/2 trailer, and peers refuse trailers above 8 KiB."""
 
 _CODES: tuple[tuple[type[VlaDistError], grpc.StatusCode], ...] = (
+    (MoveRefused, grpc.StatusCode.FAILED_PRECONDITION),
     (ContractMismatch, grpc.StatusCode.FAILED_PRECONDITION),
     (Forbidden, grpc.StatusCode.PERMISSION_DENIED),
     (Unauthorised, grpc.StatusCode.UNAUTHENTICATED),
@@ -32,6 +34,7 @@ _CODES: tuple[tuple[type[VlaDistError], grpc.StatusCode], ...] = (
     (WorkerFailed, grpc.StatusCode.INTERNAL),
 )
 _ERRORS = {code: error for error, code in _CODES}
+"""Of two kinds with one code the last: what a robot's calls raise."""
 
 RETRYABLE_CODES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN})
 """How the death of a server or proxy shows: which of the three depends on who noticed first."""

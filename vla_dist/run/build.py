@@ -325,6 +325,7 @@ def public_settings(config: RunConfig) -> dict[str, Any]:
 def build_services(place: Place) -> tuple[PolicyService, FleetIngest]:
     """What one serving replica runs; its versions are started. Blocking: until there is a first version."""
     from vla_dist.registry.canaries import RedisCanaries
+    from vla_dist.registry.promotion import Promotion
     from vla_dist.serving.assignment import ChannelAssignment
     from vla_dist.serving.batcher import BatcherConfig, DeadlineBatcher
     from vla_dist.serving.event_log import EventLog
@@ -354,6 +355,7 @@ def build_services(place: Place) -> tuple[PolicyService, FleetIngest]:
         key=canaries.service_key(),
         assignment=ChannelAssignment(versions, canaries).start(),
         shadow_log=EventLog(place.run_dir / SHADOW_LOG),
+        moves=Promotion(registry, canaries),
     )
     return service, ingest
 

@@ -30,6 +30,7 @@ from ray import serve
 from vla_dist.core.errors import ConfigError, ResourceMissing, WaitTimeout, WorkerFailed
 from vla_dist.run.serve_settings import FOLDER_VARIABLE, PORTS_CLAIMED, is_node_folder, serve_settings
 from vla_dist.serving.authorisation import AccessConfig
+from vla_dist.serving.channel_servicer import ChannelServicer
 from vla_dist.serving.event_log import EventLog
 from vla_dist.serving.fleet_servicer import FleetServicer
 from vla_dist.serving.ingest import FleetIngest
@@ -53,6 +54,7 @@ _PORTS = range(20_000, 32_000)
 _SERVICERS = [
     "vla_dist.protocol.v1.policy_pb2_grpc.add_PolicyServiceServicer_to_server",
     "vla_dist.protocol.v1.fleet_pb2_grpc.add_FleetServiceServicer_to_server",
+    "vla_dist.protocol.v1.channels_pb2_grpc.add_ChannelServiceServicer_to_server",
 ]
 
 
@@ -79,14 +81,15 @@ def apply_serving_environment(*, drain_s: float = 2.0) -> Path:
     return folder
 
 
-class FleetReplica(PolicyServicer, FleetServicer):
-    """What Serve runs in each replica: both services, and a health check that has a broken one replaced."""
+class FleetReplica(PolicyServicer, FleetServicer, ChannelServicer):
+    """What Serve runs in each replica: all services, and a health check that has a broken one replaced."""
 
     def __init__(self, build: BuildServices, access: AccessConfig) -> None:
         service, ingest = build()
-        tokens = access.token_check()
-        PolicyServicer.__init__(self, service, tokens, audit=EventLog(access.audit))
-        FleetServicer.__init__(self, ingest, tokens)
+        tokens, audit = access.token_check(), EventLog(access.audit)
+        PolicyServicer.__init__(self, service, tokens, audit=audit)
+        FleetServicer.__init__(self, ingest, tokens, audit=audit)
+        ChannelServicer.__init__(self, service.moves, tokens, audit=audit)
         self._served = service
 
     def check_health(self) -> None:
@@ -163,7 +166,7 @@ def start_serving(
     timeout_s: float = 120.0,
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> ServingHandle:
-    """Serve both services on ``host:port`` and return when every replica answers.
+    """Serve all services on ``host:port`` and return when every replica answers.
 
     Where the application serves on that port already, as after its driver died with the head of a cluster, its replicas
     are replaced one by one and robots stay connected or come back.

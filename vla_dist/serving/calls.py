@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 import grpc
 
 from vla_dist.protocol.status import status_of
+from vla_dist.serving.event_log import EventLog
 
 _log = logging.getLogger(__name__)
 
@@ -38,3 +39,8 @@ def fail_call(context: CallContext, error: Exception, response: Callable[..., M]
     context.set_code(code)
     context.set_details(details)
     return response()
+
+
+def note_refusal(audit: EventLog, context: CallContext, error: Exception) -> None:
+    """Who was refused, from where and why, into the audit log."""
+    audit.write("refused", error=type(error).__name__, peer=context.peer(), reason=status_of(error)[1][:500])

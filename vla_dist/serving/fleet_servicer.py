@@ -1,23 +1,32 @@
 """``FleetService`` as gRPC sees it: segments and heartbeats in, acknowledgements, assignments and commands out."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
-from vla_dist.core.errors import DataError
+from vla_dist.core.errors import DataError, Unauthorised
 from vla_dist.protocol.fleet_conversion import ACKS, COMMANDS, decode_claim, decode_sources, encode_next_task
 from vla_dist.protocol.v1 import fleet_pb2
 from vla_dist.serving.authorisation import TokenCheck
-from vla_dist.serving.calls import CallContext, fail_call
+from vla_dist.serving.calls import CallContext, fail_call, note_refusal
+from vla_dist.serving.event_log import EventLog
 from vla_dist.serving.ingest import FleetIngest
+
+M = TypeVar("M")
 
 _MAX_TASKS = 1024
 
 
 class FleetServicer:
-    """``vla_dist.v1.FleetService`` over one FleetIngest."""
+    """``vla_dist.v1.FleetService`` over one FleetIngest.
 
-    def __init__(self, ingest: FleetIngest, tokens: TokenCheck) -> None:
+    Args:
+        audit: where refused callers go; None: the process's log.
+    """
+
+    def __init__(self, ingest: FleetIngest, tokens: TokenCheck, *, audit: EventLog | None = None) -> None:
         self._ingest = ingest
         self._fleet_tokens = tokens
+        self._fleet_audit = audit or EventLog(None)
 
     async def Upload(  # noqa: N802
         self, request_iterator: AsyncIterator[fleet_pb2.UploadRequest], grpc_context: CallContext
@@ -41,7 +50,7 @@ class FleetServicer:
                     reason=ack.reason,
                 )
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            fail_call(grpc_context, error, fleet_pb2.UploadResponse)
+            self._refuse(grpc_context, error, fleet_pb2.UploadResponse)
 
     async def NextTask(  # noqa: N802
         self, request: fleet_pb2.NextTaskRequest, grpc_context: CallContext
@@ -56,7 +65,7 @@ class FleetServicer:
             )
             return encode_next_task(answer)
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            return fail_call(grpc_context, error, fleet_pb2.NextTaskResponse)
+            return self._refuse(grpc_context, error, fleet_pb2.NextTaskResponse)
 
     async def FindMissing(  # noqa: N802
         self, request: fleet_pb2.FindMissingRequest, grpc_context: CallContext
@@ -66,7 +75,7 @@ class FleetServicer:
             missing = await self._ingest.find_missing(tuple(request.episode_ids))
             return fleet_pb2.FindMissingResponse(episode_ids=missing)
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            return fail_call(grpc_context, error, fleet_pb2.FindMissingResponse)
+            return self._refuse(grpc_context, error, fleet_pb2.FindMissingResponse)
 
     async def Heartbeat(  # noqa: N802
         self, request: fleet_pb2.HeartbeatRequest, grpc_context: CallContext
@@ -84,4 +93,9 @@ class FleetServicer:
             )
             return fleet_pb2.HeartbeatResponse(command=COMMANDS[command])
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            return fail_call(grpc_context, error, fleet_pb2.HeartbeatResponse)
+            return self._refuse(grpc_context, error, fleet_pb2.HeartbeatResponse)
+
+    def _refuse(self, context: CallContext, error: Exception, response: Callable[..., M]) -> M:
+        if isinstance(error, Unauthorised):
+            note_refusal(self._fleet_audit, context, error)
+        return fail_call(context, error, response)

@@ -29,7 +29,7 @@ from vla_dist.protocol.records import PolicyState, SessionGrant
 from vla_dist.protocol.status import status_of
 from vla_dist.protocol.v1 import policy_pb2
 from vla_dist.serving.authorisation import Caller, TokenCheck
-from vla_dist.serving.calls import CallContext, fail_call
+from vla_dist.serving.calls import CallContext, fail_call, note_refusal
 from vla_dist.serving.event_log import EventLog
 from vla_dist.serving.service import PolicyService
 
@@ -160,9 +160,7 @@ class PolicyServicer:
 
     def _fail(self, context: CallContext, error: Exception, response: Callable[..., M]) -> M:
         if isinstance(error, _AUDITED):
-            self._audit.write(
-                "refused", error=type(error).__name__, peer=context.peer(), reason=status_of(error)[1][:500]
-            )
+            note_refusal(self._audit, context, error)
         return fail_call(context, error, response)
 
     async def _open(self, message: policy_pb2.ControlOpen, caller: Caller) -> tuple[SessionGrant, EnvSpec]:

@@ -8,8 +8,9 @@ from types import TracebackType
 import grpc
 
 from vla_dist.core.errors import ConfigError, ResourceMissing, Unreachable, WaitTimeout
-from vla_dist.protocol.v1 import fleet_pb2_grpc, policy_pb2_grpc
+from vla_dist.protocol.v1 import channels_pb2_grpc, fleet_pb2_grpc, policy_pb2_grpc
 from vla_dist.serving.authorisation import TokenCheck
+from vla_dist.serving.channel_servicer import ChannelServicer
 from vla_dist.serving.event_log import EventLog
 from vla_dist.serving.fleet_servicer import FleetServicer
 from vla_dist.serving.gate import Gate
@@ -123,8 +124,13 @@ class SingleServer:
             policy_pb2_grpc.add_PolicyServiceServicer_to_server(
                 PolicyServicer(self._service, self._tokens, audit=self._audit), server
             )
+            channels_pb2_grpc.add_ChannelServiceServicer_to_server(
+                ChannelServicer(self._service.moves, self._tokens, audit=self._audit), server
+            )
         if self._ingest is not None:
-            fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self._ingest, self._tokens), server)
+            fleet_pb2_grpc.add_FleetServiceServicer_to_server(
+                FleetServicer(self._ingest, self._tokens, audit=self._audit), server
+            )
         try:
             self.port = server.add_insecure_port(self.address)
         except RuntimeError as error:

@@ -36,6 +36,7 @@ from vla_dist.protocol.records import (
     SessionGrant,
     VersionInfo,
 )
+from vla_dist.registry.channel_moves import ChannelMoves
 from vla_dist.serving.admission import RateLimit
 from vla_dist.serving.assignment import CANARY, ChannelAssignment
 from vla_dist.serving.batcher import DeadlineBatcher
@@ -61,6 +62,7 @@ class PolicyService:
             service's public id follows from it. None: one of this process's own.
         assignment: canaries and shadows, started; None: there are none.
         shadow_log: where differences of shadows go.
+        moves: by which the channels are moved from afar; None: they are not.
     """
 
     def __init__(
@@ -72,10 +74,12 @@ class PolicyService:
         key: bytes | None = None,
         assignment: ChannelAssignment | None = None,
         shadow_log: EventLog | None = None,
+        moves: ChannelMoves | None = None,
     ) -> None:
         self.versions = versions
         self.batcher = batcher
         self.config = config
+        self.moves = moves
         self.replica_id = uuid.uuid4().hex[:16]
         key = key or os.urandom(32)
         self.service_id = service_id_of(key)
