@@ -182,11 +182,10 @@ def test_nobody_at_the_address_is_one_clear_error() -> None:
 
 
 class SlowPolicy(FakePolicy):
-    """Takes 0.3 s for an observation whose instruction is ``slow``."""
+    """Takes as long for an observation as its instruction says."""
 
     def act(self, observations, states, *, generator=None):  # type: ignore[no-untyped-def]
-        if any(o.instruction == "slow" for o in observations):
-            time.sleep(0.3)
+        time.sleep(max({"slow": 0.3, "slower": 1.5}.get(o.instruction, 0.0) for o in observations))
         return super().act(observations, states)
 
 
@@ -208,6 +207,8 @@ def let_an_answer_come_late(session: Session) -> None:
 
 
 SLOW = Observation(proprio=np.full(5, 100, np.float32), instruction="slow")
+SLOWER = Observation(proprio=np.full(5, 100, np.float32), instruction="slower")
+"""Later than its deadline on a machine, too, whose event loops wait for a core."""
 QUICK = Observation(proprio=np.full(5, 1, np.float32))
 
 

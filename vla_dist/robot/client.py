@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 
-from vla_dist.core.errors import DeadlineExceeded, VlaDistError
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import ActionChunk, Observation
 from vla_dist.protocol.conversion import (
@@ -26,14 +25,12 @@ from vla_dist.protocol.records import (
     SessionRequest,
     VersionInfo,
 )
-from vla_dist.protocol.status import error_of
 from vla_dist.protocol.v1 import fleet_pb2, fleet_pb2_grpc, policy_pb2, policy_pb2_grpc
+from vla_dist.robot.calls import call_idempotent
 from vla_dist.robot.control_calls import ControlCalls
 from vla_dist.robot.reconnect_config import ReconnectConfig
 from vla_dist.robot.session import Session
 from vla_dist.robot.tls import TlsFiles
-
-M = TypeVar("M")
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 64 * 2**20),
@@ -211,12 +208,10 @@ class PolicyClient:
         self.close()
 
     def _unary(self, method: Any, request: Any, *, timeout_s: float | None = None) -> Any:
-        try:
-            return method(request, timeout=timeout_s or self.timeout_s, metadata=self.call_metadata)
-        except grpc.RpcError as error:
-            raise self._error(error) from error
-
-    def _error(self, error: Any) -> VlaDistError:
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and error.details() == "Deadline Exceeded":
-            return DeadlineExceeded(f"{self.address} did not answer in time; check its load, or allow more time")
-        return error_of(error.code(), error.details(), address=self.address)
+        return call_idempotent(
+            method,
+            request,
+            timeout_s=timeout_s or self.timeout_s,
+            metadata=self.call_metadata,
+            address=self.address,
+        )

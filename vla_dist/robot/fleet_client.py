@@ -4,14 +4,12 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import grpc
-
 from vla_dist.core.types import Source
 from vla_dist.protocol.fleet_conversion import decode_command, decode_next_task, encode_claim, encode_sources
 from vla_dist.protocol.fleet_records import NextTask, RobotClaim
 from vla_dist.protocol.records import FleetCommand
-from vla_dist.protocol.status import error_of
 from vla_dist.protocol.v1 import fleet_pb2, fleet_pb2_grpc
+from vla_dist.robot.calls import call_idempotent
 from vla_dist.robot.client import PolicyClient
 
 _UPLOAD = "/vla_dist.v1.FleetService/Upload"
@@ -62,8 +60,10 @@ class FleetClient:
         return self._upload(requests, metadata=self._client.call_metadata)
 
     def _call(self, method: Any, request: Any) -> Any:
-        try:
-            return method(request, timeout=self._client.timeout_s, metadata=self._client.call_metadata)
-        except grpc.RpcError as error:
-            failure: Any = error
-            raise error_of(failure.code(), failure.details(), address=self.address) from error
+        return call_idempotent(
+            method,
+            request,
+            timeout_s=self._client.timeout_s,
+            metadata=self._client.call_metadata,
+            address=self.address,
+        )
