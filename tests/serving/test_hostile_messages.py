@@ -2,10 +2,6 @@
 
 import gc
 import os
-import random
-import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
 
 import grpc
@@ -13,24 +9,11 @@ import psutil
 import pytest
 
 from vla_dist.protocol.v1 import policy_pb2
-from vla_dist.robot.client import PolicyClient
 from vla_dist.serving.server import SingleServer
 from vla_dist.testing import hostile
-from vla_dist.testing.fakes import FakeEnv
+from vla_dist.testing.attack import SERVICE, Bystander, attack
 from vla_dist.testing.registry import InMemoryRegistry, fake_artifact
-from vla_dist.testing.serving import REFERENCE, build_service
-
-SERVICE = "/vla_dist.v1.PolicyService"
-ALLOWED = {
-    grpc.StatusCode.OK,
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.NOT_FOUND,
-    grpc.StatusCode.FAILED_PRECONDITION,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.UNAVAILABLE,  # an episode that belongs to another service
-    grpc.StatusCode.UNAUTHENTICATED,
-}
+from vla_dist.testing.serving import build_service
 
 
 @pytest.fixture
@@ -39,70 +22,6 @@ def server() -> Iterator[SingleServer]:
     registry.publish(fake_artifact(hostile.SPEC, bias=0.1), channel="stable")
     with SingleServer(build_service(registry), max_message_bytes=2**20) as server:
         yield server
-
-
-class Bystander:
-    """An honest robot beside it all: every answer must come, and be right."""
-
-    def __init__(self, address: str) -> None:
-        self.failures: list[object] = []
-        self.num_answers = 0
-        self._stop = threading.Event()
-        self._address = address
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> "Bystander":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join(20)
-
-    def _run(self) -> None:
-        observation = FakeEnv(hostile.SPEC).reset(seed=1, task="go").observation
-        try:
-            with (
-                PolicyClient(self._address) as client,
-                client.open_session(hostile.SPEC, policy=REFERENCE, robot_id="honest") as session,
-            ):
-                while not self._stop.is_set():
-                    session.act(observation, deadline_s=5.0)
-                    self.num_answers += 1
-                    time.sleep(0.02)
-                assert session.metrics()["reconnects"] == 0
-        except Exception as error:
-            self.failures.append(error)
-
-
-def attack(address: str, *, num_unary: int, num_streams: int, seed: int) -> Counter[grpc.StatusCode]:
-    """Codes of all calls; fails at the first that is not allowed."""
-    rng = random.Random(seed)
-    codes: Counter[grpc.StatusCode] = Counter()
-    same = {"request_serializer": lambda raw: raw, "response_deserializer": lambda raw: raw}
-    with grpc.insecure_channel(address) as channel:
-        methods = {name: channel.unary_unary(f"{SERVICE}/{name}", **same) for name in hostile.METHODS}
-        control = channel.stream_stream(f"{SERVICE}/Control", **same)
-        for method, raw in hostile.unary_calls(rng, num_unary):
-            try:
-                methods[method](raw, timeout=10)
-                codes[grpc.StatusCode.OK] += 1
-            except grpc.RpcError as error:
-                codes[_allowed(error, method, raw)] += 1
-        for messages in hostile.streams(rng, num_streams):
-            try:
-                for _ in control(iter(messages), timeout=10):
-                    codes[grpc.StatusCode.OK] += 1
-            except grpc.RpcError as error:
-                codes[_allowed(error, "Control", messages[-1])] += 1
-    return codes
-
-
-def _allowed(error: grpc.RpcError, method: str, raw: bytes) -> grpc.StatusCode:
-    code, details = error.code(), error.details() or ""  # type: ignore[attr-defined]
-    assert code in ALLOWED, (method, code, details, raw[:200])
-    assert code is not grpc.StatusCode.DEADLINE_EXCEEDED or "Deadline Exceeded" not in details, (method, raw[:200])
-    return code
 
 
 @pytest.mark.parametrize(

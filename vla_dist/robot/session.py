@@ -4,7 +4,7 @@ import itertools
 import random
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 
 import grpc
@@ -21,24 +21,16 @@ from vla_dist.protocol.conversion import (
 )
 from vla_dist.protocol.records import Outcome, PlanInProgress, SessionGrant, SessionRequest
 from vla_dist.protocol.status import RETRYABLE_CODES
-from vla_dist.protocol.v1 import policy_pb2, types_pb2
+from vla_dist.protocol.v1 import policy_pb2
 from vla_dist.robot.control_calls import ControlCalls
 from vla_dist.robot.episode_memory import EpisodeMemory
+from vla_dist.robot.pending_answers import Answer, PendingAnswers
 from vla_dist.robot.reconnect_config import ReconnectConfig
 from vla_dist.robot.session_counts import SessionCounts
 from vla_dist.robot.stream import ControlStream
 
 _RENEWAL_RETRY_S = 5.0
 _REPEAT_DEADLINE_S = 5.0
-
-
-@dataclass(slots=True)
-class _Sent:
-    """An observation on its way."""
-
-    message: types_pb2.Observation
-    give_up_at: float
-    """By ``time.monotonic``."""
 
 
 class Session:
@@ -81,11 +73,7 @@ class Session:
         """What the next stream was told of the episode."""
         self._renew_at = float("inf")
         self._left: ControlStream | None = None
-        self._repeated: set[int] = set()
-        """Observations asked a second time, on a new stream, only so that its memory has them."""
-        self._sent: dict[int, _Sent] = {}
-        self._answers: dict[int, ActionChunk | policy_pb2.ControlRefusal] = {}
-        self._awaited = -1
+        self._pending = PendingAnswers()
         self._ids = itertools.count()
         self._outage_since: float | None = None
         self._pause_s = config.first_pause_s
@@ -197,18 +185,17 @@ class Session:
             if remaining_s <= 0:
                 raise self._late(observation_id)
             with self._changed:
-                self._awaited = observation_id
-                self._sent[observation_id] = _Sent(message.observation, deadline)
+                self._pending.expect(observation_id, message.observation, give_up_at=deadline)
             message.deadline_ms = 1000 * min(remaining_s, self.grant.limits.max_deadline_s)
             stream.send(policy_pb2.ControlRequest(observation=message))
             with self._changed:
                 self._changed.wait_for(
-                    lambda: observation_id in self._answers or stream.has_ended,  # noqa: B023 - used at once
+                    lambda: self._pending.has(observation_id) or stream.has_ended,  # noqa: B023 - used at once
                     remaining_s,
                 )
-                answer = self._answers.pop(observation_id, None)
+                answer = self._pending.take(observation_id)
                 if answer is None and not stream.has_ended:
-                    self._awaited = -1
+                    self._pending.expect_nothing()
                     raise self._late(observation_id)
             if isinstance(answer, ActionChunk):
                 return answer
@@ -240,8 +227,7 @@ class Session:
     def _start_stream(self) -> ControlStream:
         with self._changed:
             # What was on its way is lost; only answered observations are part of the policy's memory.
-            self._sent.clear()
-            self._repeated.clear()
+            self._pending.forget()
         self._attempt_since = time.monotonic()
         stream = self._stream = self._make_stream()
         stream.start()
@@ -281,7 +267,7 @@ class Session:
             if len(missed) < self._memory.num_steps - self._renewal_steps:
                 missed = None  # it took so long that the new stream's memory would have a gap
             old, self._renewal = self._stream, None
-            self._sent.clear()
+            self._pending.forget()
             self._schedule_renewal()
             if missed is not None:
                 self._stream = renewal
@@ -291,7 +277,7 @@ class Session:
         for observation in missed:
             observation_id = next(self._ids)
             with self._changed:
-                self._repeated.add(observation_id)
+                self._pending.repeat(observation_id)
             deadline_ms = 1000 * min(_REPEAT_DEADLINE_S, self.grant.limits.max_deadline_s)
             again = policy_pb2.ControlObservation(
                 observation=observation, observation_id=observation_id, deadline_ms=deadline_ms
@@ -323,7 +309,7 @@ class Session:
     def _drop_stalled(self) -> None:
         stream = self._stream
         with self._changed:
-            oldest = min((sent.give_up_at for sent in self._sent.values()), default=None)
+            oldest = self._pending.oldest_give_up_at()
         if stream is not None and oldest is not None and time.monotonic() > oldest + self._config.stall_s:
             self._give_up_on(stream)
 
@@ -361,7 +347,7 @@ class Session:
             self._take_grant(decode_grant(response.opened))
             stream.is_open = True
             return
-        answer: ActionChunk | policy_pb2.ControlRefusal
+        answer: Answer
         if kind == "chunk":
             answer = decode_chunk(response.chunk, self.request.spec, horizon=self.grant.horizon)
             observation_id = answer.observation_id
@@ -369,20 +355,17 @@ class Session:
             answer, observation_id = response.refusal, response.refusal.observation_id
         else:
             raise DataError(f"the server at {self._address} sent {kind!r}, expected an answer; update one of the two")
-        if observation_id in self._repeated:
-            self._repeated.discard(observation_id)
+        if self._pending.is_repeat(observation_id):
             if kind == "refusal":
                 raise Unreachable("the new stream's memory has a gap; the episode is opened once more")
             return
         if response.renew_within_s > 0:
             self._renew_at = min(self._renew_at, time.monotonic())
-        sent = self._sent.pop(observation_id, None)
-        if sent is not None and kind == "chunk":
+        message, is_awaited = self._pending.settle(observation_id, answer)
+        if message is not None and kind == "chunk":
             # The server's memory moved on with it, even where the chunk came too late to be executed.
-            self._memory.add(sent.message, response.state if response.HasField("state") else None)
-        if observation_id == self._awaited:
-            self._answers[observation_id] = answer
-        elif kind == "chunk":
+            self._memory.add(message, response.state if response.HasField("state") else None)
+        if not is_awaited and kind == "chunk":
             self._counts.late_answers += 1
 
     def _take_grant(self, grant: SessionGrant) -> None:
