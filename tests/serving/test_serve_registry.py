@@ -190,7 +190,7 @@ def test_hostile_messages_through_serve_hurt_nobody(fleet: Fleet) -> None:
     (pid,) = fleet.replica_pids()
     before = psutil.Process(pid).memory_info().rss
     with Bystander(fleet.serving.address, token=token) as bystander:
-        codes = attack(fleet.serving.address, num_unary=3000, num_streams=500, seed=1, token=token)
+        codes = attack(fleet.serving.address, num_unary=9000, num_streams=2500, seed=1, token=token)
     assert fleet.replica_pids() == [pid], "the replica died"
     grown = psutil.Process(pid).memory_info().rss - before
     assert bystander.failures == []

@@ -28,6 +28,7 @@ import ray
 from ray import serve
 
 from vla_dist.core.errors import ConfigError, ResourceMissing, WaitTimeout, WorkerFailed
+from vla_dist.protocol.v1 import channels_pb2, fleet_pb2, policy_pb2
 from vla_dist.run.serve_settings import FOLDER_VARIABLE, PORTS_CLAIMED, is_node_folder, serve_settings
 from vla_dist.serving.authorisation import AccessConfig
 from vla_dist.serving.channel_servicer import ChannelServicer
@@ -36,6 +37,7 @@ from vla_dist.serving.fleet_servicer import FleetServicer
 from vla_dist.serving.ingest import FleetIngest
 from vla_dist.serving.policy_servicer import PolicyServicer
 from vla_dist.serving.service import PolicyService
+from vla_dist.serving.undecoded import decodes_after_the_token
 
 _log = logging.getLogger(__name__)
 
@@ -52,9 +54,9 @@ _OWNER_FILE = "owner.json"
 _PORTS = range(20_000, 32_000)
 """Below the ports that Linux hands out for outgoing connections."""
 _SERVICERS = [
-    "vla_dist.protocol.v1.policy_pb2_grpc.add_PolicyServiceServicer_to_server",
-    "vla_dist.protocol.v1.fleet_pb2_grpc.add_FleetServiceServicer_to_server",
-    "vla_dist.protocol.v1.channels_pb2_grpc.add_ChannelServiceServicer_to_server",
+    "vla_dist.serving.undecoded.add_policies",
+    "vla_dist.serving.undecoded.add_fleet",
+    "vla_dist.serving.undecoded.add_channels",
 ]
 
 
@@ -81,12 +83,14 @@ def apply_serving_environment(*, drain_s: float = 2.0) -> Path:
     return folder
 
 
+@decodes_after_the_token(policy_pb2.DESCRIPTOR, fleet_pb2.DESCRIPTOR, channels_pb2.DESCRIPTOR)
 class FleetReplica(PolicyServicer, FleetServicer, ChannelServicer):
     """What Serve runs in each replica: all services, and a health check that has a broken one replaced."""
 
     def __init__(self, build: BuildServices, access: AccessConfig) -> None:
         service, ingest = build()
         tokens, audit = access.token_check(), EventLog(access.audit)
+        self.door, self.door_audit = tokens, audit
         PolicyServicer.__init__(self, service, tokens, audit=audit)
         FleetServicer.__init__(self, ingest, tokens, audit=audit)
         ChannelServicer.__init__(self, service.moves, tokens, audit=audit)

@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 
 import grpc
 
+from vla_dist.core.errors import DataError
 from vla_dist.protocol.status import status_of
 from vla_dist.serving.event_log import EventLog
 
@@ -44,3 +45,8 @@ def fail_call(context: CallContext, error: Exception, response: Callable[..., M]
 def note_refusal(audit: EventLog, context: CallContext, error: Exception) -> None:
     """Who was refused, from where and why, into the audit log."""
     audit.write("refused", error=type(error).__name__, peer=context.peer(), reason=status_of(error)[1][:500])
+
+
+def unreadable() -> DataError:
+    """Of bytes that are no message."""
+    return DataError("the bytes are no message of this protocol; generate the client from the server's .proto files")

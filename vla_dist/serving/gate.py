@@ -11,9 +11,10 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from vla_dist.core.errors import DataError, Unauthorised
+from vla_dist.core.errors import Unauthorised
 from vla_dist.protocol.status import status_of
 from vla_dist.serving.authorisation import TokenCheck
+from vla_dist.serving.calls import unreadable
 from vla_dist.serving.event_log import EventLog
 
 _FACTORIES = {
@@ -92,7 +93,7 @@ def _readable(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
 
     async def answer_one(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         if request is _Unreadable:
-            await context.abort(*status_of(_refusal()))
+            await context.abort(*status_of(unreadable()))
         return await behaviour(request, context)
 
     async def answer_stream(
@@ -112,9 +113,5 @@ def _readable(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
 async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
         if request is _Unreadable:
-            raise _refusal()
+            raise unreadable()
         yield request
-
-
-def _refusal() -> DataError:
-    return DataError("the bytes are no message of this protocol; generate the client from the server's .proto files")
