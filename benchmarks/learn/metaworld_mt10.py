@@ -7,34 +7,22 @@ had.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from learn_parts.figures import draw_bars
-from learn_parts.results import Counts, answer, count, difference, measure, paired, target
+from learn_parts.results import answer, count, difference, measure, paired, target
 from learn_parts.seeds import for_comparison, run_seeds, trained_for
+from learn_parts.words import ROWS, judge_words, mt10, scene
 
 from learn.settings import Settings
-from vla_dist.evaluation.suite import EpisodeOutcome, SuiteConfig
+from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run.config import ModelSettings, RunConfig
 from vla_dist.run.presets import MT10_TASKS, SHARED_SCENE_TASKS, preset
-from vla_dist.run.study import Study, Trained, judge_expert, open_study
+from vla_dist.run.study import judge_expert, open_study
 from vla_dist.run.study_parts import Parts, Say
 
 _DT = ModelSettings(preset="mini")
-_OPPOSITES = {("scene/drawer-open", "scene/drawer-close"), ("scene/drawer-close", "scene/drawer-open")}
-_ROWS = {
-    "MT10, training words": "mt10/training",
-    "MT10, held-out words": "mt10/held_out",
-    "MT10, no words": "mt10/zeroed",
-    "scene, training words": "scene/training",
-    "scene, held-out words": "scene/held_out",
-    "scene, no words": "scene/zeroed",
-    "scene, wrong words": "scene/wrong",
-    "scene, told to open and closed or the reverse": "scene/opposite",
-    "scene, wrong words, did what was said": "scene/obeyed",
-}
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -62,11 +50,11 @@ def run(settings: Settings) -> dict[str, Any]:
             episodes = protocol["evaluation_episodes_per_task"]
             suite = SuiteConfig(tasks=config.env.tasks, episodes_per_task=episodes, seed=config.evaluation.seed)
             expert = judge_expert(config, suite)
-            found["expert"] = {"mt10/training": count(_mt10(expert)), "scene/training": count(_scene(expert))}
+            found["expert"] = {"mt10/training": count(mt10(expert)), "scene/training": count(scene(expert))}
             one_token = study.train("one-token", trained_for(config, protocol["updates"]))
             dt = study.train("dt", trained_for(dataclasses.replace(config, model=_DT), protocol["updates"]))
-            found["one token"], first = _judge(study, one_token, suite)
-            found["DT"], second = _judge(study, dt, suite)
+            found["one token"], first = judge_words(study, one_token, suite)
+            found["DT"], second = judge_words(study, dt, suite)
             found["difference"] = difference(second, first)
             found["by_task"] = {
                 task: {
@@ -80,7 +68,7 @@ def run(settings: Settings) -> dict[str, Any]:
     seeds = run_seeds(settings, "metaworld-mt10", protocol, _config(0, protocol), run_seed)
     measures = {
         f"{label}: {row}": measure({seed: one[label][key] for seed, one in seeds.items()})
-        for row, key in _ROWS.items()
+        for row, key in ROWS.items()
         for label in ("expert", "one token", "DT")
         if all(key in one[label] for one in seeds.values())
     }
@@ -118,7 +106,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
     groups: dict[str, dict[str, Any]] = {}
     for label, found in result["measures"].items():
         bar, separator, row = label.partition(": ")
-        if separator and row in list(_ROWS)[:7]:
+        if separator and row in list(ROWS)[:7]:
             groups.setdefault(row.replace(", ", "\n"), {})[bar] = found
     draw_bars(path, groups, title="MT10 and the shared scene, from state, in words")
 
@@ -133,36 +121,6 @@ def _config(seed: int, protocol: dict[str, Any]) -> RunConfig:
     )
     replay = dataclasses.replace(config.replay, min_steps=50)
     return dataclasses.replace(config, env=env, rollout=rollout, replay=replay)
-
-
-def _judge(study: Study, trained: Trained, suite: SuiteConfig) -> tuple[dict[str, Counts], list[EpisodeOutcome]]:
-    """Successes and trials by key of ``_ROWS``, and the episodes with training words."""
-    scene = dataclasses.replace(suite, tasks=SHARED_SCENE_TASKS)
-    zeroed, wrong = dataclasses.replace(suite, mode="zeroed"), dataclasses.replace(scene, mode="wrong")
-    said, silent, contrary = study.judge(trained, suite, zeroed, wrong)
-    (reworded,) = study.judge(trained, suite, instructions="held_out")
-    opposite = [outcome for outcome in contrary if (outcome.task, outcome.told) in _OPPOSITES]
-    found = {
-        "mt10/training": count(_mt10(said)),
-        "mt10/held_out": count(_mt10(reworded)),
-        "mt10/zeroed": count(_mt10(silent)),
-        "scene/training": count(_scene(said)),
-        "scene/held_out": count(_scene(reworded)),
-        "scene/zeroed": count(_scene(silent)),
-        "scene/wrong": count(contrary),
-        "scene/obeyed": (sum(outcome.obeyed for outcome in contrary), len(contrary)),
-    }
-    if opposite:
-        found["scene/opposite"] = count(opposite)
-    return found, said
-
-
-def _scene(outcomes: Sequence[EpisodeOutcome]) -> list[EpisodeOutcome]:
-    return [outcome for outcome in outcomes if outcome.task in SHARED_SCENE_TASKS]
-
-
-def _mt10(outcomes: Sequence[EpisodeOutcome]) -> list[EpisodeOutcome]:
-    return [outcome for outcome in outcomes if outcome.task not in SHARED_SCENE_TASKS]
 
 
 def _mean(measures: dict[str, Any], label: str) -> float:

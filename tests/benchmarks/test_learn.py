@@ -57,7 +57,14 @@ def test_quick_key_to_door_runs_in_one_process_and_keeps_its_seed(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", [name for name in OURS if name != "key_to_door"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.gl] if name.endswith("camera") else [])
+        for name in OURS
+        if name != "key_to_door"
+    ],
+)
 def test_quick_forms_run_in_one_process(name, tmp_path):
     check(run_quick(name, tmp_path), name)
 

@@ -149,7 +149,7 @@ class OneLayout:
 
 def test_what_cannot_be_split_is_refused():
     env, beginning = SplitLayouts(OneLayout()), OneLayout().reset(seed=0, task="go")
-    mine, others = (0, evaluation_seed(0, 0))[:: -1 if is_evaluation_layout(beginning.observation) else 1]
+    mine, others = (0, evaluation_seed(0, 0))[:: -1 if is_evaluation_layout(beginning.observation.proprio) else 1]
     assert env.reset(seed=mine, task="go").observation.proprio.tolist() == [1.0]
     with pytest.raises(DataError, match="layouts='any'"):
         env.reset(seed=others, task="go")
@@ -175,3 +175,20 @@ def test_metaworld_goals_and_layouts_are_split_with_the_goal_in_sight():
     hidden = make_env("metaworld", tasks=("reach",))
     assert not hidden.reset(seed=1, task="reach").observation.proprio[36:39].any()
     assert env.spec.digest != hidden.spec.digest
+
+
+def test_layouts_that_only_a_camera_shows_are_split_all_the_same():
+    from vla_dist.envs.metaworld import OBJECTS, MetaWorldEnv
+
+    hidden = MetaWorldEnv(("drawer-open",), shows_objects=False)
+    env = SplitLayouts(hidden, layout=hidden.full_observation)
+    for seed in (1, 2, evaluation_seed(0, 0)):
+        read = env.reset(seed=seed, task="drawer-open").observation.proprio
+        assert not any(read[part].any() for part in OBJECTS)
+        assert read[:3].any()
+        assert hidden.full_observation()[OBJECTS[0]].any()
+        assert is_evaluation_layout(hidden.full_observation()) == is_evaluation_seed(seed)
+    assert env.spec.digest != MetaWorldEnv(("drawer-open",)).spec.digest
+    for family, tasks in (("metaworld", ("drawer-open",)), ("key-to-door", ("one-door",))):
+        with pytest.raises(ConfigError, match="a camera to see them"):
+            make_env(family, tasks=tasks, shows_objects=False)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from vla_dist.evaluation.pairing import compare_outcomes
 from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run.build import build_table
 from vla_dist.run.config import LearnerSettings
+from vla_dist.run.host import WorkerHost
 from vla_dist.run.presets import preset
 from vla_dist.run.study import best_episodes, judge_expert, open_study
 from vla_dist.run.study_parts import HostedParts, LocalParts
@@ -120,6 +122,38 @@ def test_the_expert_is_judged_on_the_suite_of_the_others():
     assert len(outcomes) == 24
     assert all(outcome.success for outcome in outcomes)
     assert [(o.task, o.seed) for o in outcomes] == [(task, seed) for task, seed, _ in SUITE.episodes()]
+
+
+class Drawing:
+    """Notes who stepped and who closed it."""
+
+    def __init__(self, fails):
+        self.fails, self.stepped, self.closed = fails, set(), []
+
+    def step(self):
+        self.stepped.add(threading.get_ident())
+        if self.fails:
+            raise ValueError("the arm has no power")
+        return {"done": 1.0}
+
+    def close(self):
+        self.closed.append(threading.get_ident())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_drew_in_a_thread_of_this_process_is_closed_there(fails):
+    class Board:
+        def post(self, component, metrics):
+            pass
+
+    workers = [Drawing(fails), Drawing(False)]
+    host = WorkerHost("rollout-0", lambda: workers, Board())
+    with pytest.raises(ValueError, match="no power") if fails else contextlib.nullcontext():
+        host.run(max_seconds=60.0, closes=True)
+    for worker in workers:
+        assert len(worker.closed) == 1
+        assert worker.stepped <= set(worker.closed)
+    assert threading.get_ident() not in workers[0].closed
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ def make_env(
     instructions: Split = "training",
     layouts: Layouts = "any",
     shows_goal: bool = False,
+    shows_objects: bool = True,
 ) -> RobotEnv:
     """Build an environment.
 
@@ -42,6 +43,7 @@ def make_env(
         instructions: the split of phrases that a seed chooses from.
         layouts: ``split``: no evaluation seed begins an episode as a training seed may, see ``SplitLayouts``.
         shows_goal: whether proprio holds the goal's place, of ``metaworld`` alone.
+        shows_objects: whether proprio holds the objects' places, of ``metaworld`` alone; else a camera must see them.
 
     Raises:
         ConfigError: an unknown name, with the nearest ones, or settings the family cannot have.
@@ -54,12 +56,20 @@ def make_env(
         if name != "metaworld":
             raise ConfigError(f"environment {name!r} has no goal to show; leave shows_goal out")
         options["shows_goal"] = True
+    if not shows_objects:
+        if name != "metaworld" or not cameras:
+            raise ConfigError(
+                f"environment {name!r} with {len(cameras)} cameras cannot hide its objects; only metaworld can, with a "
+                "camera to see them"
+            )
+        options["shows_objects"] = False
     env = _make(name, tuple(tasks), options)
     if layouts == "any":
         return env
     if isinstance(env, TMazeEnv):
         raise ConfigError("the layouts of a T-maze are its lengths; tell them apart by tasks, not by layouts='split'")
-    return SplitLayouts(env)
+    simulated: Any = env
+    return SplitLayouts(env, layout=None if shows_objects else simulated.full_observation)
 
 
 def _make(name: str, tasks: tuple[str, ...], options: dict[str, Any]) -> RobotEnv:

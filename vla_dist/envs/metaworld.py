@@ -2,7 +2,8 @@
 
 All tasks share an ``EnvSpec``, so one policy serves them all and only objects and words tell them apart: the goal that
 Meta-World puts into its observation is masked to zero. (``reach``, ``push`` and ``pick-place`` have goals in free
-space; without the goal they need a camera, which sees a coloured mark there, or ``shows_goal``.)
+space; without the goal they need a camera, which sees a coloured mark there, or ``shows_goal``.) Without
+``shows_objects`` the places of the objects are masked too: as on a real robot, only a camera tells where they are.
 
 An episode ends with ``terminated`` at the first step that meets the task's own success condition, which Meta-World
 itself never does, and with ``truncated`` at ``max_episode_steps``. ``info`` holds ``success`` and ``achieved``: the
@@ -31,6 +32,8 @@ MAX_STEPS = 500
 CAMERAS = (TABLE_VIEW, "corner", "corner2", "corner3", "corner4", "topview", "gripperPOV", "behindGripper")
 CONTROL_HZ = 80.0
 GOAL = slice(36, 39)
+OBJECTS = (slice(4, 18), slice(22, 36))
+"""Of proprio: now, and a step ago."""
 _VIDEO_SIZE = 256
 _MAX_SIMULATORS = 10
 """Simulators kept warm, at 10 to 30 MiB each; building one takes 0.15 to 0.5 s."""
@@ -39,13 +42,18 @@ _LAYOUT_FIELDS = ("body_pos", "body_quat", "site_pos")
 
 
 def tabletop_spec(
-    cameras: tuple[CameraSpec, ...] = (), max_episode_steps: int = 200, *, shows_goal: bool = False
+    cameras: tuple[CameraSpec, ...] = (),
+    max_episode_steps: int = 200,
+    *,
+    shows_goal: bool = False,
+    shows_objects: bool = True,
 ) -> EnvSpec:
     """The one contract of every task here."""
+    hidden = "" if shows_objects else "_masked"
     current = (
         *(Dimension(name=f"hand_{axis}", unit="m") for axis in "xyz"),
         Dimension(name="gripper_opening"),
-        *(d for index in (1, 2) for d in _object(f"object_{index}")),
+        *(d for index in (1, 2) for d in _object(f"object_{index}", hidden)),
     )
     previous = tuple(Dimension(name=f"previous_{d.name}", unit=d.unit) for d in current)
     suffix = "" if shows_goal else "_masked"
@@ -62,10 +70,10 @@ def tabletop_spec(
     )
 
 
-def _object(name: str) -> tuple[Dimension, ...]:
+def _object(name: str, suffix: str) -> tuple[Dimension, ...]:
     return (
-        *(Dimension(name=f"{name}_{axis}", unit="m") for axis in "xyz"),
-        *(Dimension(name=f"{name}_q{part}") for part in "wxyz"),
+        *(Dimension(name=f"{name}_{axis}{suffix}", unit="m") for axis in "xyz"),
+        *(Dimension(name=f"{name}_q{part}{suffix}") for part in "wxyz"),
     )
 
 
@@ -88,11 +96,12 @@ class MetaWorldEnv:
         max_episode_steps: int = 200,
         instructions: Split = "training",
         shows_goal: bool = False,
+        shows_objects: bool = True,
     ) -> None:
         """``shows_goal`` leaves Meta-World's goal in proprio, as its own benchmarks do; the scene has none to show."""
         _check(tasks, cameras, max_episode_steps, instructions)
-        self.spec = tabletop_spec(cameras, max_episode_steps, shows_goal=shows_goal)
-        self._shows_goal = shows_goal
+        self.spec = tabletop_spec(cameras, max_episode_steps, shows_goal=shows_goal, shows_objects=shows_objects)
+        self._masked = (*(() if shows_goal else (GOAL,)), *(() if shows_objects else OBJECTS))
         self.tasks = tuple(tasks)
         self._split: Split = instructions
         self._simulators: dict[str, _Simulator] = {}
@@ -173,8 +182,8 @@ class MetaWorldEnv:
 
     def _observation(self, action: Array | None, reward: float) -> Observation:
         proprio = self._full.astype(np.float32)
-        if not self._shows_goal:
-            proprio[GOAL] = 0.0
+        for part in self._masked:
+            proprio[part] = 0.0
         return Observation(
             proprio=proprio,
             instruction=self._instruction,

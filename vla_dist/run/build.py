@@ -95,6 +95,7 @@ def build_env(config: RunConfig, *, instructions: Split = "training") -> RobotEn
         instructions=instructions,
         layouts=env.layouts,
         shows_goal=env.shows_goal,
+        shows_objects=env.shows_objects,
     )
 
 

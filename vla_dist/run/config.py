@@ -32,6 +32,8 @@ class EnvSettings:
     """
     shows_goal: bool = False
     """Whether proprio holds the place of the goal; metaworld alone."""
+    shows_objects: bool = True
+    """Whether proprio holds the places of the objects; without them the policy has to see them; metaworld alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

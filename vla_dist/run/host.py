@@ -1,5 +1,6 @@
 """Where plain workers become Ray actors. The only loops without an end of their own live here."""
 
+import contextlib
 import logging
 import os
 import threading
@@ -37,17 +38,19 @@ class WorkerHost:
         self._board = board
         self._stop = threading.Event()
 
-    def run(self, *, max_seconds: float, pause_s: float = 0.0, patience_s: float = 180.0) -> None:
+    def run(self, *, max_seconds: float, pause_s: float = 0.0, patience_s: float = 180.0, closes: bool = False) -> None:
         """Step every worker until it is done, the host is told to stop, or ``max_seconds`` are over.
 
         Args:
             pause_s: sleep after each step.
             patience_s: how long waits and lost connections may follow one another before the last one is raised.
+            closes: each worker at its end, for a process that goes on. Its own thread does it: what draws images may
+                only be closed where it drew.
         """
         end = time.monotonic() + max_seconds
         with ThreadPoolExecutor(len(self._workers), thread_name_prefix=self._name) as threads:
             runs = [
-                threads.submit(self._run_one, f"{self._name}/{index}", worker, end, pause_s, patience_s)
+                threads.submit(self._run_one, f"{self._name}/{index}", worker, end, pause_s, patience_s, closes)
                 for index, worker in enumerate(self._workers)
             ]
             for run in as_completed(runs):
@@ -76,11 +79,11 @@ class WorkerHost:
         """Ray's id of the node it is on."""
         return ray.get_runtime_context().get_node_id()
 
-    def close(self) -> None:
-        for worker in self._workers:
-            worker.close()
+    def _run_one(self, name: str, worker: Worker, end: float, pause_s: float, patience_s: float, closes: bool) -> None:
+        with contextlib.closing(worker) if closes else contextlib.nullcontext():
+            self._step(name, worker, end, pause_s, patience_s)
 
-    def _run_one(self, name: str, worker: Worker, end: float, pause_s: float, patience_s: float) -> None:
+    def _step(self, name: str, worker: Worker, end: float, pause_s: float, patience_s: float) -> None:
         trouble_since: float | None = None
         while time.monotonic() < end and not self._stop.is_set():
             try:

@@ -64,8 +64,7 @@ class LocalParts:
             board: Any = _Told(say, wanted=_episodes_wanted(place))
             with contextlib.ExitStack() as opened:
                 host = WorkerHost(name, partial(build_rollout_worker, place, index, opened=opened), board)
-                opened.callback(host.close)
-                host.run(max_seconds=_MAX_COLLECT_S)
+                host.run(max_seconds=_MAX_COLLECT_S, closes=True)
             _require_time(end, name)
 
     def train(self, place: Place, say: Say) -> None:
@@ -77,9 +76,7 @@ class LocalParts:
         with contextlib.ExitStack() as opened, ThreadPoolExecutor(count) as threads:
             build = partial(build_rollout_worker, place, opened=opened)
             hosts = [WorkerHost(f"rollout-{i}", partial(build, i), board) for i in range(count)]
-            for host in hosts:
-                opened.callback(host.close)
-            runs = [threads.submit(host.run, max_seconds=_MAX_COLLECT_S) for host in hosts]
+            runs = [threads.submit(host.run, max_seconds=_MAX_COLLECT_S, closes=True) for host in hosts]
             try:
                 # The replay may be short of what the learner asks for, as long as somebody collects.
                 self._train(place, say, may_wait=lambda: not all(run.done() for run in runs))
