@@ -2,10 +2,10 @@
 
     vla-dist bench learner [--json FILE] [--quick] [--only models,waiting,ranks,publishing,gpu]
 
-``models`` times the whole update (gradient, clip, AdamW) on batches of noise that lie ready. ``data_wait_share`` runs a
-Learner on a real replay. ``ddp_equivalence`` gives the same windows to 1 worker and to 2 of half a batch each;
-``ddp_speedup`` is the ratio of their rates, each worker with one thread. ``publish_to_served_ms`` ends when a follower
-has built the new version and acted with it once. ``gpu`` needs a CUDA device.
+``models`` times the whole update (gradient, clip, AdamW) on batches of noise that lie ready, by number of workers with
+one thread each. ``data_wait_share`` runs a Learner on a real replay. ``ddp_equivalence`` gives the same windows to 1
+worker and to 2 of half a batch each; ``ddp_speedup`` is the ratio of their rates. ``publish_to_served_ms`` ends when
+what a replica runs has fetched, built and warmed up the new version and acted with it. ``gpu`` needs a CUDA device.
 """
 
 import argparse
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few seconds a part; figures are rough")
     parser.add_argument("--only", default=",".join(_PARTS), help="parts, separated by commas")
     parser.add_argument("--models", default=",".join(_MODELS), help="ARCHITECTURE:PRESET, separated by commas")
+    parser.add_argument("--workers", default="1,2", help="numbers of workers that each of them is timed with")
     parser.add_argument("--ranks-model", default="decision_transformer:gym", help="trained by 1 and by 2 workers")
     parser.add_argument("--compile", action="store_true", help="torch.compile on the GPU")
     options = parser.parse_args()
@@ -39,7 +40,7 @@ def main() -> None:
     answer: dict[str, Any] = {"cores": os.cpu_count(), "quick": options.quick}
     seconds = 1.0 if options.quick else 10.0
     if "models" in parts:
-        answer["models"] = _time_models(options.models.split(","), seconds)
+        answer["models"] = _time_models(options.models.split(","), options.workers, seconds)
     if "waiting" in parts:
         answer["data_wait_share"] = _measure_waiting(options.quick)
     if "ranks" in parts:
@@ -60,19 +61,18 @@ def main() -> None:
     _print(answer)
 
 
-def _time_models(names: list[str], seconds: float) -> dict[str, Any]:
-    import torch
-    from learner_parts.workload import make_batch, make_model, make_step, seconds_each
+def _time_models(names: list[str], workers: str, seconds: float) -> dict[str, Any]:
+    from learner_parts.ranks import rate_by_workers
+    from learner_parts.workload import make_model
 
-    torch.set_num_threads(1)
-    found = {}
-    for name in names:
-        model = make_model(name)
-        step, batch = make_step(model), make_batch(model, 64)
-        each = seconds_each(lambda step=step, batch=batch: step(batch, 0) and None, seconds=seconds)
-        parameters = sum(p.numel() for p in model.parameters())
-        found[name] = {"parameters": parameters, "step_ms": 1000 * each, "samples_per_s": 64 / each}
-    return found
+    counts = [int(word) for word in workers.split(",")]
+    return {
+        name: {
+            "parameters": sum(p.numel() for p in make_model(name).parameters()),
+            "workers": rate_by_workers(name, batch_size=64, seconds=seconds, worker_counts=counts),
+        }
+        for name in names
+    }
 
 
 def _measure_waiting(is_quick: bool) -> dict[str, Any]:
@@ -91,7 +91,10 @@ def _measure_waiting(is_quick: bool) -> dict[str, Any]:
 
 def _print(answer: dict[str, Any]) -> None:
     for name, row in answer.get("models", {}).items():
-        print(f"{name:32} {row['step_ms']:9.2f} ms a step {row['samples_per_s']:10,.0f} samples/s")
+        for workers, rate in row["workers"].items():
+            print(
+                f"{name:32} {workers} workers {rate['step_ms']:9.2f} ms a step {rate['samples_per_s']:10,.0f} samples/s"
+            )
     for name, row in answer.get("data_wait_share", {}).items():
         print(f"waiting for data, {name:14} {100 * row['share']:8.2f} %   {row['samples_per_s']:10,.0f} samples/s")
     if "ddp_speedup" in answer:
@@ -110,6 +113,10 @@ def _print(answer: dict[str, Any]) -> None:
             print(
                 f"gpu {name}: {row['samples_per_s']:,.0f} samples/s, utilisation {row['model_flop_utilisation']}, "
                 f"busy {row['device_busy_share']:.2f}"
+            )
+        for name, row in answer["gpu"]["data_wait_share"].items():
+            print(
+                f"gpu waiting for data, {name:10} {100 * row['share']:8.2f} %   {row['samples_per_s']:10,.0f} samples/s"
             )
 
 

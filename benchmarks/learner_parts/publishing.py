@@ -1,11 +1,18 @@
-"""From publish() to a follower's first action of the new version, through a real registry."""
+"""From publish() to the first action of the new version by what a replica runs, in a process of its own.
+
+As a program, the replica: python publishing.py URL. It says ``VERSION SECONDS`` of the clock that all processes of the
+machine share, for each version that it has fetched, built, warmed up and acted with.
+"""
 
 import statistics
+import subprocess
+import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
@@ -18,9 +25,11 @@ from vla_dist.models.goals import GoalTable
 from vla_dist.registry.blobs import RedisBlobs
 from vla_dist.registry.store import RedisPolicyRegistry
 from vla_dist.replay.server import EmbeddedServer
+from vla_dist.serving.versions import PolicyVersions, VersionsConfig
 
-_NAME = "bench"
-_TIMEOUT_S = 60.0
+_REFERENCE = "bench@stable"
+_LOOK_EVERY_S = 0.0005
+_TIMEOUT_S = 120.0
 
 
 def measure_publishing(*, num_versions: int, target_mb: float = 10.0) -> dict[str, Any]:
@@ -29,30 +38,29 @@ def measure_publishing(*, num_versions: int, target_mb: float = 10.0) -> dict[st
     model = _model_of_size(target_mb)
     goals = GoalTable(lambda texts: np.ones((len(texts), model.config.goal_dim), np.float32))
     goals.remember(["go"])
-    served: dict[int, float] = {}
-    arrived, stop = threading.Condition(), threading.Event()
+    durations, num_bytes = [], 0
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer(Path(folder)) as server:
-        follower = threading.Thread(target=_follow, args=(server.url, served, arrived, stop))
-        follower.start()
         registry = RedisPolicyRegistry(server.url, RedisBlobs(server.url))
-        durations, num_bytes = [], 0
+        replica: subprocess.Popen[str] | None = None
         try:
             for version in range(1, num_versions + 2):
                 with torch.no_grad():
                     model.head.bias.fill_(version / 1000)
                 artifact = make_artifact(
-                    model, name=_NAME, spec=tabletop(), conditioning=ReturnConditioning(), goals=goals
+                    model, name="bench", spec=tabletop(), conditioning=ReturnConditioning(), goals=goals
                 )
-                started = time.perf_counter()
+                started = time.monotonic()
                 registry.publish(artifact, channel="stable")
-                with arrived:
-                    if not arrived.wait_for(lambda version=version: version in served, timeout=_TIMEOUT_S):
-                        raise SystemExit(f"version {version} was not served within {_TIMEOUT_S:.0f} s")
-                durations.append(1000 * (served[version] - started))
-            num_bytes = registry.manifests(_NAME)[-1].num_bytes
+                # A replica waits for its first version, so it starts when there is one.
+                replica = replica or subprocess.Popen(
+                    [sys.executable, __file__, server.url], stdout=subprocess.PIPE, text=True
+                )
+                durations.append(1000 * (_served_at(replica, version) - started))
+            num_bytes = registry.manifests("bench")[-1].num_bytes
         finally:
-            stop.set()
-            follower.join(timeout=_TIMEOUT_S)
+            if replica is not None:
+                replica.kill()
+                replica.communicate()
             registry.close()
     counted = durations[1:]
     return {
@@ -63,24 +71,37 @@ def measure_publishing(*, num_versions: int, target_mb: float = 10.0) -> dict[st
     }
 
 
+def _served_at(replica: "subprocess.Popen[str]", version: int) -> float:
+    assert replica.stdout is not None
+    for line in replica.stdout:
+        found, at = line.split()
+        if int(found) == version:
+            return float(at)
+    raise SystemExit(f"the replica ended with {replica.wait()} before it served version {version}")
+
+
 def _model_of_size(target_mb: float) -> Any:
     """A Decision Transformer whose weights take about so much."""
     layers = max(1, round(target_mb * 2**20 / 4 / (12 * 256**2)))
     return make_model("decision_transformer:small", hidden_dim=256, n_layers=layers, n_heads=4)
 
 
-def _follow(url: str, served: dict[int, float], arrived: threading.Condition, stop: threading.Event) -> None:
+def run_replica(url: str) -> None:
+    torch.set_num_threads(1)
     registry = RedisPolicyRegistry(url, RedisBlobs(url))
-    spec, version = tabletop(), 0
-    observation = Observation(proprio=np.zeros(spec.proprio_dim, np.float32), instruction="go")
-    while not stop.is_set():
-        found = registry.follow(f"{_NAME}@stable", after=version, timeout_s=0.5)
-        if found == version:
-            continue
-        policy = build_policy(registry.fetch(_NAME, found))
-        policy.act([observation], [policy.initial_state()])
-        version = found
-        with arrived:
-            served[found] = time.perf_counter()
-            arrived.notify_all()
-    registry.close()
+    versions = PolicyVersions(registry, build_policy, VersionsConfig(references=(_REFERENCE,)))
+    versions.start()
+    observation = Observation(proprio=np.zeros(tabletop().proprio_dim, np.float32), instruction="go")
+    served, end = 0, time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < end:
+        loaded = versions.acquire(_REFERENCE)
+        if loaded.version != served:
+            loaded.policy.act([observation], [loaded.policy.initial_state()])
+            served, end = loaded.version, time.monotonic() + _TIMEOUT_S
+            print(served, time.monotonic(), flush=True)
+        versions.release(loaded)
+        time.sleep(_LOOK_EVERY_S)
+
+
+if __name__ == "__main__":
+    run_replica(sys.argv[1])

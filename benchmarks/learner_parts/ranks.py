@@ -47,6 +47,16 @@ def compare_ranks(model: str, *, batch_size: int, num_updates: int, seconds: flo
     }
 
 
+def rate_by_workers(
+    model: str, *, batch_size: int, seconds: float, worker_counts: list[int]
+) -> dict[str, dict[str, float]]:
+    """Number of workers, of one thread each, that share the batch -> step time and windows a second."""
+    rates = {num: _train(model, num, batch_size, 1, seconds)["samples_per_s"] for num in worker_counts}
+    return {
+        str(num): {"step_ms": 1000 * batch_size / rate, "samples_per_s": rate} for num, rate in sorted(rates.items())
+    }
+
+
 def _train(model: str, num_ranks: int, batch_size: int, num_updates: int, seconds: float) -> dict[str, Any]:
     """Losses are the means over all ranks' windows."""
     with tempfile.TemporaryDirectory() as folder:

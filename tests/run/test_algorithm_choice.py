@@ -31,6 +31,8 @@ def changed(config: RunConfig, *, model=None, learner=None, replay=None) -> RunC
         ({}, {"algorithm_changes": ("quantiles=[0.5]",)}, "has no setting 'quantiles'"),
         ({}, {"intervention_share": 1.5}, "intervention share 1.5"),
         ({}, {"intervention_share": 0.5, "steps_before_takeover": -1}, "before_steps -1"),
+        ({}, {"warmup_updates": 5_000}, "warmup_updates 5000 must be within"),
+        ({}, {"gradient_clip": 0.0}, r"gradient_clip 0\.0 must be positive"),
     ],
 )
 def test_what_cannot_be_learnt_is_refused_with_the_reason(model, learner, words):

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vla_dist.learner.algorithms.interventions import InterventionWeights
     from vla_dist.learner.config import Rank
     from vla_dist.learner.learner import Learner
+    from vla_dist.learner.train_step import OptimiserConfig
     from vla_dist.models.member import PolicyModelConfig
     from vla_dist.replay.archive.archiver import Archiver
     from vla_dist.robot.simulated_robot import SimulatedRobot
@@ -230,7 +231,26 @@ def build_model_config(config: RunConfig, spec: EnvSpec) -> PolicyModelConfig:
     name = learner.algorithm or algorithm_for(model, conditioning)
     make_algorithm(name, learner.algorithm_changes, model=model, conditioning=conditioning)
     _build_intervention_weights(learner)
+    _build_optimiser(learner)
     return model
+
+
+def _build_optimiser(settings: LearnerSettings) -> OptimiserConfig:
+    from vla_dist.learner.train_step import OptimiserConfig
+
+    warmup = settings.warmup_updates
+    return OptimiserConfig(
+        total_updates=settings.total_updates,
+        learning_rate=settings.learning_rate,
+        final_fraction=settings.final_learning_rate_fraction,
+        warmup_updates=min(100, settings.total_updates // 10) if warmup is None else warmup,
+        weight_decay=settings.weight_decay,
+        gradient_clip=settings.gradient_clip,
+        ema_decay=settings.ema_decay,
+        num_micro_batches=settings.num_micro_batches,
+        precision=settings.precision,
+        compile=settings.compile,
+    )
 
 
 def _build_intervention_weights(settings: LearnerSettings) -> InterventionWeights | None:
@@ -261,7 +281,6 @@ def build_learner(
     """
     from vla_dist.learner.config import LearnerConfig
     from vla_dist.learner.learner import Learner
-    from vla_dist.learner.train_step import OptimiserConfig
     from vla_dist.models.language_encoder import shared_embedder
     from vla_dist.models.zoo import architecture
 
@@ -272,15 +291,7 @@ def build_learner(
     learner_config = LearnerConfig(
         policy_name=config.preset,
         run_id=place.run_id,
-        optimiser=OptimiserConfig(
-            total_updates=learner.total_updates,
-            learning_rate=learner.learning_rate,
-            warmup_updates=min(100, learner.total_updates // 10),
-            ema_decay=learner.ema_decay,
-            num_micro_batches=learner.num_micro_batches,
-            precision=learner.precision,
-            compile=learner.compile,
-        ),
+        optimiser=_build_optimiser(learner),
         batch_size=learner.batch_size // learner.num_workers,
         updates_per_step=learner.updates_per_step,
         publish_updates=learner.publish_updates,

@@ -165,6 +165,15 @@ class LearnerSettings:
     batch_size: int = 64
     """Windows an update, over all learner workers."""
     learning_rate: float = 1e-3
+    """The highest, reached at the end of the warm-up; then it falls along a cosine."""
+    final_learning_rate_fraction: float = 0.0
+    """Part of ``learning_rate`` that the cosine ends at."""
+    warmup_updates: int | None = None
+    """Over which it rises from 0; None: a tenth of all, 100 at most."""
+    weight_decay: float = 1e-4
+    """Of AdamW, on matrices only."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient."""
     checkpoint_every_updates: int = 250
     checkpoints: str = ""
     """Where they lie: a path that all nodes share, or a URI such as s3://bucket/folder. Empty: the run's folder."""
