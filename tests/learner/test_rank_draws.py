@@ -8,6 +8,7 @@ from vla_dist.replay.config import BufferConfig, Fifo, Stratified, TableConfig
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.queue import EpisodeQueue
 from vla_dist.replay.server import EmbeddedServer
+from vla_dist.replay.sharing import ONLY_READER, Reader
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.testing.fakes import make_segment, make_spec
 
@@ -26,9 +27,9 @@ def make_rank(server, request):
     """The table of a rank; all share one buffer of the test."""
     opened = []
 
-    def make(seed, *, sampler=None, limiter=None):
+    def make(seed, *, sampler=None, limiter=None, reader=ONLY_READER):
         table = TableConfig(**({"sampler": sampler} if sampler else {}), limiter=limiter or LimiterConfig())
-        config = BufferConfig(name=request.node.name, num_steps=8, context_steps=2, tables=(table,))
+        config = BufferConfig(name=request.node.name, num_steps=8, context_steps=2, reader=reader, tables=(table,))
         opened.append(RedisReplayTable(server.url, SPEC, config, seed=seed))
         return opened[-1]
 
@@ -48,14 +49,14 @@ def identity(batch):
     return list(zip(batch.items.tolist(), batch.timesteps[:, -1].tolist(), strict=True))
 
 
-def test_ranks_draw_apart_and_together_from_everything(make_rank):
-    ranks = [make_rank(10_000 + rank) for rank in range(2)]
+def test_no_two_ranks_draw_a_window_and_together_they_draw_all(make_rank):
+    ranks = [make_rank(10_000 + rank, reader=Reader(index=rank, num=3)) for rank in range(3)]
     fill(ranks[0])
-    drawn = [[window for _ in range(10) for window in identity(rank.sample(32, timeout_s=5))] for rank in ranks]
-    # Of 320 steps in all: two independent draws agree in a place about once, equal generators in every place.
-    assert sum(a == b for a, b in zip(*drawn, strict=True)) < 10
-    assert len(set(drawn[0]) | set(drawn[1])) > 0.8 * NUM_EPISODES * 8
-    again = identity(make_rank(10_000).sample(32, timeout_s=5))
+    drawn = [[window for _ in range(40) for window in identity(rank.sample(32, timeout_s=5))] for rank in ranks]
+    steps = [set(windows) for windows in drawn]
+    assert all(not steps[a] & steps[b] for a, b in ((0, 1), (0, 2), (1, 2)))
+    assert len(set.union(*steps)) == NUM_EPISODES * 8
+    again = identity(make_rank(10_000, reader=Reader(num=3)).sample(32, timeout_s=5))
     assert again == drawn[0][:32], "a rank started with the same seed repeats itself, so each start has its own"
 
 

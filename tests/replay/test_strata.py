@@ -11,6 +11,7 @@ from vla_dist.core.errors import ConfigError
 from vla_dist.replay.config import BufferConfig, Stratified, TableConfig
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.samplers import _apportioned
+from vla_dist.replay.sharing import ONLY_READER, Reader
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.testing.fakes import make_segment, make_spec
 
@@ -22,10 +23,12 @@ def make_reader(server):
     """Readers of one buffer, which is the test's own."""
     opened, name = [], f"strata-{uuid.uuid4().hex}"
 
-    def make(shares, *, phase=0.0, seed=0, future_steps=0):
+    def make(shares, *, reader=ONLY_READER, seed=0, future_steps=0):
         limiter = LimiterConfig(min_steps=1, samples_per_insert=None)
-        table = TableConfig(sampler=Stratified(shares=shares, phase=phase), limiter=limiter)
-        config = BufferConfig(name=name, num_steps=8, context_steps=2, future_steps=future_steps, tables=(table,))
+        table = TableConfig(sampler=Stratified(shares=shares), limiter=limiter)
+        config = BufferConfig(
+            name=name, num_steps=8, context_steps=2, future_steps=future_steps, reader=reader, tables=(table,)
+        )
         opened.append(RedisReplayTable(server.url, SPEC, config, seed=seed))
         return opened[-1]
 
@@ -84,7 +87,9 @@ def test_parts_that_are_no_whole_number_are_rounded_and_right_over_batches(make_
 
 def test_ranks_that_draw_in_step_hold_the_shares_together(make_reader):
     """Two demonstrations in 8 windows of all ranks are half a window of each rank."""
-    ranks = [make_reader({"demo": 0.25, "policy": 0.75}, phase=rank / 4, seed=rank) for rank in range(4)]
+    ranks = [
+        make_reader({"demo": 0.25, "policy": 0.75}, reader=Reader(index=rank, num=4), seed=rank) for rank in range(4)
+    ]
     fill(ranks[0])
     own = []
     for _ in range(25):

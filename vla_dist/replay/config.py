@@ -17,6 +17,7 @@ from vla_dist.core.specs import EnvSpec
 from vla_dist.data.image_codec import RAW, ImageEncoding
 from vla_dist.data.segment_codec import SegmentCodec
 from vla_dist.replay.limiter import LimiterConfig
+from vla_dist.replay.sharing import ONLY_READER, Reader
 
 _LAYOUT = 1
 """Of keys and packed records in Redis; grows with every change of ``functions.lua`` that older data do not fit."""
@@ -50,8 +51,6 @@ class Stratified:
     """
 
     shares: Mapping[Stratum, float]
-    phase: float = 0.0
-    """Of the rounding: readers 0..N-1 that draw in step and have phase i / N round right for all of them together."""
 
     def __post_init__(self) -> None:
         kinds = {"intervention", "success", "failure"} & set(self.shares)
@@ -164,6 +163,8 @@ class BufferConfig:
     them. A reader's own choice as well."""
     capacity_steps: int = 1_000_000
     """Valid steps kept; the episode that began first is evicted first, whole."""
+    reader: Reader = ONLY_READER
+    """Which of the readers that share each batch: no window is drawn by two of them. Its own choice as well."""
     cache_bytes: int = 1 << 29
     """Memory in which a reader keeps what it fetched, so that each row crosses the socket about once; with cameras,
     seven eighths of it are for frames. It is taken as they come. A reader's own choice; 0: none."""

@@ -15,6 +15,7 @@ from vla_dist.core.errors import ConfigError
 from vla_dist.core.types import SOURCES, Array
 from vla_dist.replay.config import STRATA, ByTask, Prioritised, Recency, Sampler, Stratified, Uniform
 from vla_dist.replay.index import EpisodeIndex
+from vla_dist.replay.sharing import ONLY_READER, Reader
 from vla_dist.replay.sum_tree import SumTree
 
 _MOST_ROUNDS = 16
@@ -49,38 +50,47 @@ class Draw(Protocol):
         ...
 
 
-def make_sampler(config: Sampler) -> Draw:
-    """Raises ConfigError for a FIFO table, which gives whole episodes through ``EpisodeQueue``."""
+def make_sampler(config: Sampler, reader: Reader = ONLY_READER) -> Draw:
+    """Args:
+    reader: which windows are drawn, where several readers share each batch.
+
+    Raises:
+        ConfigError: a FIFO table, which gives whole episodes through ``EpisodeQueue``.
+    """
     if isinstance(config, Uniform):
-        return UniformDraw()
+        return UniformDraw(reader)
     if isinstance(config, Recency):
-        return RecencyDraw(config.half_life_steps)
+        return RecencyDraw(config.half_life_steps, reader)
     if isinstance(config, Stratified):
         group_of = _origins if "policy" in config.shares else _strata
         shares = {STRATA.index(name): share for name, share in config.shares.items()}
-        return GroupDraw(group_of, shares, phase=config.phase)
+        return GroupDraw(group_of, shares, reader)
     if isinstance(config, ByTask):
-        return TaskDraw(config.shares)
+        return TaskDraw(config.shares, reader)
     if isinstance(config, Prioritised):
-        return PrioritisedDraw(config.alpha, config.beta)
+        return PrioritisedDraw(config.alpha, config.beta, reader)
     raise ConfigError("a FIFO table gives whole episodes: read it with EpisodeQueue, not sample()")
 
 
 class UniformDraw:
     """Every drawable step alike: rows uniformly, then an offset, refused where the segment is shorter."""
 
+    def __init__(self, reader: Reader = ONLY_READER) -> None:
+        self._reader = reader
+
     def mass(self, index: EpisodeIndex) -> float:
         return float(index.live_steps)
 
     def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> Drawn:
-        return Drawn(*_draw_rows(index, num, rng))
+        return Drawn(*_draw_rows(index, num, rng, self._reader))
 
 
 class RecencyDraw:
     """The age of a step, in steps completed since, is exponential."""
 
-    def __init__(self, half_life_steps: float) -> None:
+    def __init__(self, half_life_steps: float, reader: Reader) -> None:
         self._scale = half_life_steps / np.log(2)
+        self._reader = reader
 
     def mass(self, index: EpisodeIndex) -> float:
         # Of the exponential, as far as it reaches into what is stored.
@@ -98,18 +108,18 @@ class RecencyDraw:
         while found < num:
             # The exponential cut off at the oldest step, by its inverse distribution function.
             share = -np.expm1(-oldest / self._scale)
-            ages = -self._scale * np.log1p(-rng.random(2 * (num - found) + 8) * share)
+            ages = -self._scale * np.log1p(-rng.random(2 * self._reader.num * (num - found) + 8) * share)
             steps = np.clip(total - 1 - ages.astype(np.int64), starts[0], total - 1)
             row = np.searchsorted(starts, steps, side="right") - 1
             offset = steps - starts[row]
-            drawable = offset < lengths[row]
+            drawable = (offset < lengths[row]) & self._reader.owns(index.rows["number"][row], offset)
             rows.append(row[drawable])
             offsets.append(offset[drawable])
             found += int(drawable.sum())
             rounds += 1
             if rounds > _MOST_ROUNDS:
                 # Nearly all recent steps left by use: the rest of the batch is uniform over what there is.
-                more, where = _draw_rows(index, max(0, num - found), rng)
+                more, where = _draw_rows(index, max(0, num - found), rng, self._reader)
                 rows.append(more)
                 offsets.append(where)
                 break
@@ -123,16 +133,14 @@ class GroupDraw:
         self,
         group_of: Callable[[EpisodeIndex, Array], Array],
         shares: Mapping[int, float] | None,
-        *,
-        phase: float = 0.0,
+        reader: Reader,
     ) -> None:
         """
         Args:
             group_of: (index, (N,) positions of episodes) to (N,) int64 groups.
             shares: group -> share; None: all groups alike.
-            phase: see ``Stratified``.
         """
-        self._phase = phase
+        self._reader = reader
         self._draws = 0
         self._group_of = group_of
         self._shares = shares
@@ -151,9 +159,9 @@ class GroupDraw:
             # Where only groups without a share are left, they are better than nothing.
             groups = sorted([group for group in self._pools if self._share(group) > 0] or self._pools)
             shares = np.array([self._share(group) or 1.0 for group in groups])
-            counts = _apportioned(num, shares, self._phase + self._draws * _GOLDEN).tolist()
+            counts = _apportioned(num, shares, self._reader.phase + self._draws * _GOLDEN).tolist()
             for group, count in zip(groups, counts, strict=True):
-                row, offset = self._pools[group].draw(index, count, rng)
+                row, offset = self._pools[group].draw(index, count, rng, self._reader)
                 if len(row) < count:
                     del self._pools[group]
                 rows.append(row)
@@ -180,10 +188,10 @@ class GroupDraw:
 class TaskDraw:
     """Shares of tasks by name."""
 
-    def __init__(self, shares: Mapping[str, float] | None) -> None:
+    def __init__(self, shares: Mapping[str, float] | None, reader: Reader) -> None:
         self._shares = shares
         self._by_number: dict[int, float] = {}
-        self._groups = GroupDraw(_tasks, None if shares is None else self._by_number)
+        self._groups = GroupDraw(_tasks, None if shares is None else self._by_number, reader)
 
     def mass(self, index: EpisodeIndex) -> float:
         raise _not_over_shards()
@@ -198,7 +206,8 @@ class TaskDraw:
 class PrioritisedDraw:
     """Rows in proportion to length x priority^alpha, with importance weights P^-beta."""
 
-    def __init__(self, alpha: float, beta: float) -> None:
+    def __init__(self, alpha: float, beta: float, reader: Reader) -> None:
+        self._reader = reader
         self._alpha = alpha
         self.beta = beta
         """May be raised while training, as the paper does."""
@@ -228,11 +237,15 @@ class PrioritisedDraw:
 
     def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> Drawn:
         self._follow(index)
+        if not self._tree.total:
+            return Drawn(*_draw_rows(index, num, rng, self._reader), np.ones(num))
         drawn = self._tree.draw(num, rng)
-        lengths = index.rows["length"][drawn]
+        numbers, lengths = index.rows["number"][drawn], index.rows["length"][drawn]
+        counts = self._reader.count(numbers, lengths)
         # Of (N P)^-beta scaling by the largest leaves only this; N and the total differ where windows are drawn anew.
-        weights = (self._tree.weights(drawn) / lengths) ** -self.beta
-        return Drawn(drawn, rng.integers(0, lengths), weights)
+        weights = (self._tree.weights(drawn) / counts) ** -self.beta
+        offsets = self._reader.first(numbers) + self._reader.num * rng.integers(0, counts)
+        return Drawn(drawn, offsets, weights)
 
     def _follow(self, index: EpisodeIndex) -> None:
         if index.generation != self._generation:
@@ -250,7 +263,8 @@ class PrioritisedDraw:
         self._write(index, rows, np.array([self._scores.get(number, top) for number in numbers], np.float64))
 
     def _write(self, index: EpisodeIndex, rows: Array, priorities: Array) -> None:
-        self._tree.write(rows, index.rows["length"][rows] * np.maximum(priorities, 1e-6) ** self._alpha)
+        counts = self._reader.count(index.rows["number"][rows], index.rows["length"][rows])
+        self._tree.write(rows, counts * np.maximum(priorities, 1e-6) ** self._alpha)
 
 
 def _apportioned(num: int, shares: Array, phase: float) -> Array:
@@ -287,10 +301,10 @@ class _Pool:
             self._rows = larger
         self._rows[first : self._size] = rows
 
-    def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator) -> tuple[Array, Array]:
+    def draw(self, index: EpisodeIndex, num: int, rng: np.random.Generator, reader: Reader) -> tuple[Array, Array]:
         """(num,) positions and offsets, uniform over drawable steps; none where there are no such steps."""
         lengths = index.rows["length"]
-        rows, offsets, complete = _draw_from(lengths, index.num_steps, self._rows[: self._size], num, num, rng)
+        rows, offsets, complete = _draw_from(index, self._rows[: self._size], num, num, rng, reader)
         if complete:
             return rows, offsets
         alive = self._rows[: self._size]
@@ -299,28 +313,40 @@ class _Pool:
         if not len(alive):
             return rows[:0], offsets[:0]
         tries = int(num * index.num_steps / lengths[alive].mean())
+        reader = _with_steps(reader, index.rows["number"][alive], lengths[alive])
         while not complete:
-            rows, offsets, complete = _draw_from(lengths, index.num_steps, alive, num, tries, rng)
+            rows, offsets, complete = _draw_from(index, alive, num, tries, rng, reader)
         return rows, offsets
 
 
-def _draw_rows(index: EpisodeIndex, num: int, rng: np.random.Generator) -> tuple[Array, Array]:
+def _draw_rows(index: EpisodeIndex, num: int, rng: np.random.Generator, reader: Reader) -> tuple[Array, Array]:
     """(num,) positions and offsets, uniform over all drawable steps."""
     lengths = index.rows["length"]
     tries = num * index.num_steps * len(lengths) // max(1, index.live_steps)
-    complete, rows, offsets = False, lengths[:0], lengths[:0]
+    rows, offsets, complete = _draw_from(index, None, num, tries, rng, reader)
+    if not complete:
+        reader = _with_steps(reader, index.rows["number"], lengths)
     while not complete:
-        rows, offsets, complete = _draw_from(lengths, index.num_steps, None, num, tries, rng)
+        rows, offsets, complete = _draw_from(index, None, num, tries, rng, reader)
     return rows, offsets
 
 
+def _with_steps(reader: Reader, numbers: Array, lengths: Array) -> Reader:
+    """This reader, or one that all steps belong to where none belongs to this."""
+    return reader if reader.count(numbers, lengths).any() else ONLY_READER
+
+
 def _draw_from(
-    lengths: Array, num_steps: int, pool: Array | None, num: int, tries: int, rng: np.random.Generator
+    index: EpisodeIndex, pool: Array | None, num: int, tries: int, rng: np.random.Generator, reader: Reader
 ) -> tuple[Array, Array, bool]:
-    """Positions and offsets, refused where the segment is shorter, and whether ``num`` were found in some rounds."""
+    """Positions and offsets, refused where the segment is shorter or the step is another reader's, and whether
+    ``num`` were found in some rounds.
+    """
+    lengths, numbers = index.rows["length"], index.rows["number"]
     size = len(lengths) if pool is None else len(pool)
     rows: list[Array] = [np.zeros(0, np.int64)]
     offsets: list[Array] = [np.zeros(0, np.int64)]
+    tries *= reader.num
     found = 0
     for _ in range(_MOST_ROUNDS):
         if found >= num:
@@ -329,8 +355,10 @@ def _draw_from(
         row = rng.integers(0, size, some)
         if pool is not None:
             row = pool[row]
-        offset = rng.integers(0, num_steps, some)
+        offset = rng.integers(0, index.num_steps, some)
         drawable = offset < lengths[row]
+        if reader.num > 1:
+            drawable &= reader.owns(numbers[row], offset)
         rows.append(row[drawable])
         offsets.append(offset[drawable])
         found += int(drawable.sum())

@@ -139,7 +139,7 @@ class WindowReader:
             self._link,
             self._owner.keys,
             self._index,
-            make_sampler(self._owner.table.sampler),
+            make_sampler(self._owner.table.sampler, self._config.reader),
             num_steps=self._config.num_steps,
             capacity=self._config.capacity_steps,
             max_draws=self._owner.table.max_draws or 0,

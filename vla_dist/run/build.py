@@ -24,6 +24,7 @@ from vla_dist.registry.store import RedisPolicyRegistry
 from vla_dist.replay.config import BufferConfig, Stratified, TableConfig, Uniform
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.shards import ShardedReplayTable, refuse_shards
+from vla_dist.replay.sharing import ONLY_READER, Reader
 from vla_dist.replay.table import RedisReplayTable
 from vla_dist.run.config import LearnerSettings, RunConfig
 from vla_dist.run.files import SHADOW_LOG, SPOOLS
@@ -109,13 +110,13 @@ def build_spec(config: RunConfig) -> EnvSpec:
 
 
 def build_table(
-    place: Place, *, seed: int = 0, context_steps: int = 1, future_steps: int = 0, phase: float = 0.0
+    place: Place, *, seed: int = 0, context_steps: int = 1, future_steps: int = 0, reader: Reader = ONLY_READER
 ) -> RedisReplayTable | ShardedReplayTable:
     """Args:
     context_steps, future_steps: of the windows; only who samples need care.
-    phase: i / N for reader i of N that share a batch.
+    reader: which of those that share each batch.
     """
-    config = replace(_buffer_config(place, phase), context_steps=context_steps, future_steps=future_steps)
+    config = replace(_buffer_config(place), context_steps=context_steps, future_steps=future_steps, reader=reader)
     if place.shard_urls:
         images_urls = place.shard_images_urls or None
         return ShardedReplayTable(place.shard_urls, place.spec, config, seed=seed, images_urls=images_urls)
@@ -127,7 +128,7 @@ def _build_single_table(place: Place, config: BufferConfig, seed: int) -> RedisR
     return RedisReplayTable(place.redis_url, place.spec, config, seed=seed, images_url=place.images_url)
 
 
-def _buffer_config(place: Place, phase: float) -> BufferConfig:
+def _buffer_config(place: Place) -> BufferConfig:
     replay = place.config.replay
     return BufferConfig(
         name=place.config.preset,
@@ -136,7 +137,7 @@ def _buffer_config(place: Place, phase: float) -> BufferConfig:
         image_encodings={camera.name: replay.image_encoding(camera.name) for camera in place.spec.cameras},
         tables=(
             TableConfig(
-                sampler=Stratified(shares=replay.stratum_shares, phase=phase) if replay.strata else Uniform(),
+                sampler=Stratified(shares=replay.stratum_shares) if replay.strata else Uniform(),
                 limiter=LimiterConfig(
                     min_steps=replay.min_steps,
                     samples_per_insert=replay.samples_per_insert,
@@ -310,7 +311,7 @@ def build_learner(
         seed=_LEARNER_LANE + rank.index + config.learner.num_workers * rank.first_update,
         context_steps=model_config.context_steps,
         future_steps=max(model_config.horizon - 1, interventions.before_steps if interventions else 0),
-        phase=rank.index / config.learner.num_workers,
+        reader=Reader(index=rank.index, num=config.learner.num_workers),
     )
     if opened is not None:
         opened.callback(table.close)
