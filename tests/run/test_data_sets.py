@@ -1,5 +1,7 @@
 """Data sets of others fill a replay and train like our own; an episode can be looked at."""
 
+import contextlib
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,18 +12,24 @@ from PIL import Image
 
 from vla_dist.cli.data import main as data_main
 from vla_dist.collection.ledger import Entry
-from vla_dist.core.errors import ConfigError, NotFound, ResourceMissing
+from vla_dist.core.errors import ConfigError, ContractMismatch, NotFound, ReplayWait, ResourceMissing
 from vla_dist.core.specs import CameraSpec
 from vla_dist.data.formats.episode import Episode
 from vla_dist.data.formats.lerobot_writer import write_lerobot
 from vla_dist.protocol.fleet_records import EpisodeRecord, Intervention
 from vla_dist.replay.archive.archiver import read_archive
+from vla_dist.replay.archive.filling import ArchivedEpisodes
 from vla_dist.replay.archive.refill import refill
-from vla_dist.replay.config import BufferConfig
+from vla_dist.replay.config import BufferConfig, TableConfig
+from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.server import EmbeddedServer
 from vla_dist.replay.table import RedisReplayTable
+from vla_dist.run.build import build_spec
+from vla_dist.run.config import FleetSettings, RolloutSettings
 from vla_dist.run.data_sets import check_data_set, open_data_set, write_archive
 from vla_dist.run.episode_view import write_view
+from vla_dist.run.presets import preset
+from vla_dist.run.prior_data import settle_archives
 from vla_dist.testing.fakes import make_spec
 
 SPEC = make_spec(proprio_dim=3, action_dim=2, cameras=(CameraSpec(name="top", height=16, width=24),))
@@ -70,6 +78,68 @@ def test_an_imported_set_fills_a_replay_that_is_sampled_like_any_other(lerobot: 
         mine = batch.proprio[window][batch.padding_mask[window]]
         assert any(np.array_equal(mine, episode.proprio[steps]) for episode in whole.values())
     assert check_data_set(archive) == (3, [])
+
+
+def test_a_worker_fills_a_table_as_far_as_the_limiter_lets_it(lerobot: Path, tmp_path: Path) -> None:
+    data = open_data_set(str(lerobot))
+    for name in ("first", "second"):
+        write_archive(data.episodes(), data.spec, str(tmp_path / name), segment_steps=4)
+    limiter = LimiterConfig(min_steps=24, samples_per_insert=1.0, error_buffer_steps=24.0)
+    config = BufferConfig(num_steps=4, context_steps=2, capacity_steps=500, tables=(TableConfig(limiter=limiter),))
+    with EmbeddedServer(tmp_path / "redis") as server:
+        reader = RedisReplayTable(server.url, SPEC, config)
+        filler = ArchivedEpisodes(
+            RedisReplayTable(server.url, SPEC, config),
+            [tmp_path / "first", tmp_path / "second"],
+            append_timeout_s=0.2,
+        )
+        first = filler.step()
+        assert (first["done"], filler.is_done) == (0.0, False)
+        for _ in range(20):
+            if filler.is_done:
+                break
+            with contextlib.suppress(ReplayWait):
+                reader.sample(16, timeout_s=0.2)
+            last = filler.step()
+        assert (last["done"], last["waited"]) == (1.0, 0.0)
+        stored = [segments[0].episode_id for segments in reader.episodes()]
+        assert sorted(stored) == ["episode-0", "episode-1", "episode-2"], "twice there, once stored"
+        again = ArchivedEpisodes(RedisReplayTable(server.url, SPEC, config), [tmp_path / "first"])
+        assert again.step()["episodes"] == 0, "one that was killed finds what it had stored"
+        filler.close()
+        again.close()
+        reader.close()
+
+
+def test_what_a_run_cannot_learn_from_is_said_before_it_starts(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        preset("t-maze"),
+        rollout=RolloutSettings(teacher="none", archives=(str(tmp_path / "nothing"),)),
+        fleet=FleetSettings(num_robots=0),
+    )
+    spec = build_spec(config)
+    with pytest.raises(NotFound, match="no archive at"):
+        settle_archives(config, spec)
+    campaign = tmp_path / "campaign"
+    episodes = [replace(make_episode(0), images={})]
+    write_archive(episodes, replace(SPEC, cameras=()), str(campaign / "archive"), segment_steps=5)
+    config = replace(config, rollout=replace(config.rollout, archives=(str(campaign),)))
+    with pytest.raises(ContractMismatch, match=r"differs from that of archive .*campaign/archive .*proprio"):
+        settle_archives(config, spec)
+    spec = replace(SPEC, cameras=())
+    with pytest.raises(ConfigError, match=r"--replay\.segment-steps 5"):
+        settle_archives(config, spec)
+    config = replace(config, replay=replace(config.replay, segment_steps=5))
+    with pytest.raises(ConfigError, match=r"hold 12 steps that fit.*--replay\.min-steps 12"):
+        settle_archives(config, spec)
+    config = replace(config, replay=replace(config.replay, min_steps=12, error_buffer_steps=100.0))
+    with pytest.raises(
+        ConfigError, match=r"for the 12 steps of the archives; give --replay\.samples-per-insert"
+    ) as told:
+        settle_archives(config, spec)
+    needed = float(str(told.value).split("--replay.samples-per-insert ")[1].partition(",")[0])
+    config = replace(config, replay=replace(config.replay, samples_per_insert=needed))
+    assert settle_archives(config, spec).rollout.archives == (str(campaign / "archive"),)
 
 
 def test_an_archive_of_another_contract_is_refused(lerobot: Path, tmp_path: Path) -> None:

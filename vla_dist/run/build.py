@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vla_dist.core.protocols import PolicyLoader, PolicyRegistry, ReplayTable, RobotEnv
+from vla_dist.core.protocols import PolicyLoader, PolicyRegistry, ReplayTable, RobotEnv, Worker
 from vla_dist.core.specs import EnvSpec
 from vla_dist.data.image_codec import ImageEncoding
 from vla_dist.registry.blobs import open_blobs
@@ -168,16 +168,13 @@ def blobs_location(config: RunConfig, run_dir: Path, redis_url: str) -> str:
     return place if "://" in place else str(run_dir / place) if place else redis_url
 
 
-def build_rollout_worker(place: Place, worker_index: int, *, opened: ExitStack | None = None) -> list[RolloutWorker]:
+def build_rollout_worker(place: Place, worker_index: int, *, opened: ExitStack | None = None) -> list[Worker]:
     """Args:
     opened: takes what a process that goes on must close afterwards; None: it stays open.
     """
-    from vla_dist.envs.make import make_expert
-    from vla_dist.rollout.behaviour import NoisyExpert, RandomActions
-    from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
+    from vla_dist.rollout.worker import RolloutConfig
 
     config = place.config
-    env = build_env(config)
     rollout = RolloutConfig(
         run_id=place.run_id,
         tasks=config.env.tasks,
@@ -188,18 +185,40 @@ def build_rollout_worker(place: Place, worker_index: int, *, opened: ExitStack |
         seed=config.seed,
         seeds=config.rollout.seeds,
     )
-    teacher = (
-        RandomActions(env.spec)
-        if config.rollout.teacher == "random"
-        else NoisyExpert(make_expert(env), env.spec, noise_scales=rollout.noise_scales)
-    )
     table = build_table(place, seed=worker_index)
     if opened is not None:
         opened.callback(table.close)
-    workers = [RolloutWorker(env, teacher, table, rollout, worker_index=worker_index)]
+    workers: list[Worker] = []
+    if config.rollout.archives:
+        workers.append(_build_archived_episodes(place, worker_index))
+    if config.rollout.teacher != "none":
+        workers.append(_build_teacher_rollout(place, rollout, table, worker_index))
     if config.rollout.policy_episodes_per_task:
         workers.append(_build_policy_rollout(place, rollout, table, worker_index))
     return workers
+
+
+def _build_archived_episodes(place: Place, worker_index: int) -> Worker:
+    from vla_dist.replay.archive.filling import ArchivedEpisodes
+
+    mine = place.config.rollout.archives[worker_index :: place.config.rollout.num_workers]
+    return ArchivedEpisodes(build_table(place, seed=worker_index), mine)
+
+
+def _build_teacher_rollout(
+    place: Place, rollout: RolloutConfig, table: ReplayTable, worker_index: int
+) -> RolloutWorker:
+    from vla_dist.envs.make import make_expert
+    from vla_dist.rollout.behaviour import NoisyExpert, RandomActions
+    from vla_dist.rollout.worker import RolloutWorker
+
+    env = build_env(place.config)
+    teacher = (
+        RandomActions(env.spec)
+        if place.config.rollout.teacher == "random"
+        else NoisyExpert(make_expert(env), env.spec, noise_scales=rollout.noise_scales)
+    )
+    return RolloutWorker(env, teacher, table, rollout, worker_index=worker_index)
 
 
 def _build_policy_rollout(place: Place, expert: RolloutConfig, table: ReplayTable, worker_index: int) -> RolloutWorker:

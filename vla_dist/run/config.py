@@ -101,8 +101,12 @@ class RolloutSettings:
     """Teachers that fill the replay, and the policy itself beside them."""
 
     num_workers: int = 2
-    teacher: Literal["expert", "random"] = "expert"
-    """The scripted expert, or actions drawn uniformly, which are imitated as they were executed."""
+    teacher: Literal["expert", "random", "none"] = "expert"
+    """The scripted expert, or actions drawn uniformly, which are imitated as they were executed; or nobody: what is
+    learnt from comes from ``archives``, from robots and from the policy itself."""
+    archives: tuple[str, ...] = ()
+    """Whose episodes fill the replay as well: folders of campaigns, imported data sets or earlier runs, or URIs. Where
+    they hold more than the replay takes, the newest."""
     episodes_per_task: int = 50
     """By the teacher, over all workers."""
     noise_scales: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
@@ -114,7 +118,7 @@ class RolloutSettings:
 
     @property
     def total_episodes_per_task(self) -> int:
-        return self.episodes_per_task + self.policy_episodes_per_task
+        return (0 if self.teacher == "none" else self.episodes_per_task) + self.policy_episodes_per_task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,6 +350,10 @@ class RunConfig:
 
     def _require_enough_inserts(self) -> None:
         # Shortest episodes seen are some 25 steps; a quota below this can leave the learner waiting at the end.
+        if self.rollout.teacher == "none" and not self.rollout.archives:
+            raise ConfigError("rollout.teacher none leaves nothing to learn from; name rollout.archives, or a teacher")
+        if self.rollout.archives:
+            return  # What they hold is counted when the run starts.
         replay, learner = self.replay, self.learner
         least = 10 * self.rollout.episodes_per_task * len(self.env.tasks)
         if replay.min_steps > least:

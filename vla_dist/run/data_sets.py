@@ -24,6 +24,7 @@ from vla_dist.replay.archive.parts import KnownEpisodes
 from vla_dist.replay.keys import episode_digest
 from vla_dist.run.collect import RECORDS
 from vla_dist.run.collection_report import ArchiveCheck
+from vla_dist.run.files import archive_in
 
 _MINARI = "minari:"
 _EPISODES_PER_PART = 256
@@ -82,8 +83,7 @@ def open_data_set(place: str, *, assumptions: Assumptions | None = None) -> Data
                 read=lambda where: (one for one in reader.episodes() if _is_wanted(one, where)),
                 records={},
             )
-        if (path / "archive").is_dir() and not list(path.glob("*.parquet")):
-            place = str(path / "archive")
+        place = archive_in(place)
     folder = ArchiveFolder.at(place)
     names = folder.part_names()
     if not names:

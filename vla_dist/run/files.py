@@ -11,6 +11,8 @@ CONFIG, SUMMARY, EVALUATIONS = "config.json", "summary.json", "evaluations.json"
 CURVE, FILM, REPORT = "learning_curve.png", "policy.gif", "report.md"
 REDIS, IMAGES, CHECKPOINTS, EVENTS = "redis", "redis-images", "checkpoints", "tensorboard"
 SPOOLS, QUARANTINE = "spools", "quarantine"
+ARCHIVE = "archive"
+"""Of a campaign, where it names no other place."""
 AUDIT, SHADOW_LOG = "audit.jsonl", "shadow.jsonl"
 
 
@@ -41,6 +43,13 @@ def find_run_dir(runs_dir: Path, preset: str | None = None) -> Path:
         what = f"run of preset {preset!r}" if preset else "run"
         raise NotFound(f"no {what} in {runs_dir.resolve()}; start one with: vla-dist run {preset or 'demo'}")
     return max(runs, key=lambda run: (run / CONFIG).stat().st_mtime).resolve()
+
+
+def archive_in(place: str) -> str:
+    """A URI or an archive's folder as it is; of a campaign's or a run's folder the archive in it."""
+    path = Path(place)
+    inside = path / ARCHIVE
+    return str(inside) if "://" not in place and inside.is_dir() and not list(path.glob("*.parquet")) else place
 
 
 def write_atomically(path: Path, text: str) -> None:

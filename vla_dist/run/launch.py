@@ -21,6 +21,7 @@ from vla_dist.run.controller import RunController
 from vla_dist.run.files import CONFIG, SUMMARY, new_run_dir, write_atomically
 from vla_dist.run.nodes import require_fit_nodes
 from vla_dist.run.placement import Placement, survey_cluster
+from vla_dist.run.prior_data import settle_archives
 from vla_dist.run.serve_app import LOOPBACK, apply_serving_environment, has_serving_environment
 from vla_dist.run.serve_settings import TOKEN_VARIABLE
 from vla_dist.run.status import RunStatus
@@ -47,6 +48,8 @@ def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume:
     preflight.require(config, joins=is_joined())
     spec = build_spec(config)
     build_model_config(config, spec)  # What cannot work is refused before anything starts.
+    if resume is None:
+        config = settle_archives(config, spec)
     run_dir = _begin(config) if resume is None else _require_resumable(config, resume)
     on_status(RunStatus(preset=config.preset, run_dir=run_dir))
     with contextlib.ExitStack() as stack:
