@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= demo
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-slow test-chaos test-cluster lint format bench proto lock clean
+.PHONY: setup demo test test-slow test-chaos test-cluster test-formats lint format bench proto lock clean
 
 setup: $(VENV)/.installed
 
@@ -45,6 +45,17 @@ test-cluster: setup
 	@test -x $(MOTO)/bin/moto_server || { $(PYTHON) -m venv $(MOTO) && \
 		$(MOTO)/bin/python -m pip install --quiet "moto[server,ec2,iam]==5.2.5" boto3==1.44.5; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" VLA_DIST_LAB_REQUIRED=1 $(BIN)/python -m pytest -m "cluster and not chaos" -s tests/cluster
+
+# The libraries of other formats beside what is installed here, in an environment of their own.
+FORMATS := .venv-peers/formats
+test-formats: setup
+	@test -x $(FORMATS)/bin/rerun || { $(BIN)/python -m venv $(FORMATS) && \
+		site='import sysconfig; print(sysconfig.get_path("purelib"))' && \
+		echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" \
+			> "$$($(FORMATS)/bin/python -c "$$site")/beside.pth" && \
+		$(FORMATS)/bin/python -m pip install --quiet "minari[hdf5]==0.5.4" tensorflow-cpu==2.21.0 \
+			tensorflow-datasets==4.9.10 importlib-resources rerun-sdk==0.41.0; }
+	VLA_DIST_FORMATS_REQUIRED=1 $(FORMATS)/bin/python -m pytest tests/run/test_other_formats.py
 
 lint: setup
 	$(BIN)/ruff format --check vla_dist tests benchmarks examples

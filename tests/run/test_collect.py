@@ -53,7 +53,7 @@ class Running:
         self.run = CampaignRun(campaign, self.env.spec, folder, on_status=lambda one: self.status.append(one))
         self._thread = threading.Thread(target=self._execute, daemon=True)
         self._thread.start()
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not self.status and time.monotonic() < end:
             time.sleep(0.02)
 
@@ -165,7 +165,7 @@ def test_a_strange_robot_disturbs_nobody(running: Running, tmp_path: Path) -> No
 def test_a_broken_robot_leaves_the_work_to_those_that_can(tmp_path: Path) -> None:
     """It took one lease after the other, so that nothing was left for the others until they expired."""
     running = Running(replace(CAMPAIGN, lease_s=600.0), tmp_path / "collect")
-    broken = threading.Thread(target=collect, args=(running, "arm-0"), kwargs={"breaks_at": 3})
+    broken = threading.Thread(target=collect, args=(running, "arm-0"), kwargs={"breaks_at": 3}, daemon=True)
     broken.start()
     end = time.monotonic() + 60
     while not any(robot.counters.get("faults", 0) >= 2 for robot in running.status[-1].state.robots):

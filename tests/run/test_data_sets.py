@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,34 +31,21 @@ from vla_dist.run.data_sets import check_data_set, open_data_set, write_archive
 from vla_dist.run.episode_view import write_view
 from vla_dist.run.presets import preset
 from vla_dist.run.prior_data import settle_archives
-from vla_dist.testing.fakes import make_spec
+from vla_dist.testing.fakes import make_episode, make_spec
 
 SPEC = make_spec(proprio_dim=3, action_dim=2, cameras=(CameraSpec(name="top", height=16, width=24),))
 
 
-def make_episode(number: int, length: int = 12) -> Episode:
-    rng = np.random.default_rng(number)
-    ramp = np.linspace(0, 200, length, dtype=np.uint8)
-    return Episode(
-        episode_id=f"episode-{number}",
-        robot_id="arm-1",
-        task="open",
-        instruction="open the drawer",
-        source="human",
-        policy_version=0,
-        success=number != 1,
-        proprio=rng.normal(size=(length, 3)).astype(np.float32),
-        actions=rng.uniform(-1, 1, (length, 2)).astype(np.float32),
-        target_actions=rng.uniform(-1, 1, (length, 2)).astype(np.float32),
-        rewards=rng.normal(size=length).astype(np.float32),
-        interventions=np.arange(length) % 6 > 3,
-        images={"top": np.broadcast_to(ramp[:, None, None, None], (length, 16, 24, 3)).copy()},
-    )
+def recorded(number: int) -> Episode:
+    """A failure is among them; the camera grows lighter."""
+    ramp = np.linspace(0, 200, 12, dtype=np.uint8)
+    frames = np.broadcast_to(ramp[:, None, None, None], (12, 16, 24, 3)).copy()
+    return replace(make_episode(SPEC, number, success=number != 1), images={"top": frames})
 
 
 @pytest.fixture
 def lerobot(tmp_path: Path) -> Path:
-    write_lerobot((make_episode(number) for number in range(3)), SPEC, tmp_path / "lerobot")
+    write_lerobot((recorded(number) for number in range(3)), SPEC, tmp_path / "lerobot")
     return tmp_path / "lerobot"
 
 
@@ -72,7 +60,7 @@ def test_an_imported_set_fills_a_replay_that_is_sampled_like_any_other(lerobot: 
         batch = table.sample(16, timeout_s=10)
         table.close()
     assert set(batch.instructions) == {"open the drawer"}
-    whole = {episode.episode_id: episode for episode in map(make_episode, range(3))}
+    whole = {episode.episode_id: episode for episode in map(recorded, range(3))}
     for window in range(16):
         steps = batch.timesteps[window][batch.padding_mask[window]]
         mine = batch.proprio[window][batch.padding_mask[window]]
@@ -121,7 +109,7 @@ def test_what_a_run_cannot_learn_from_is_said_before_it_starts(tmp_path: Path) -
     with pytest.raises(NotFound, match="no archive at"):
         settle_archives(config, spec)
     campaign = tmp_path / "campaign"
-    episodes = [replace(make_episode(0), images={})]
+    episodes = [replace(recorded(0), images={})]
     write_archive(episodes, replace(SPEC, cameras=()), str(campaign / "archive"), segment_steps=5)
     config = replace(config, rollout=replace(config.rollout, archives=(str(campaign),)))
     with pytest.raises(ContractMismatch, match=r"differs from that of archive .*campaign/archive .*proprio"):
@@ -163,7 +151,7 @@ def test_the_command_line_goes_there_and_back(
     assert "2 episodes, 0 problems" in text
     assert '"episode_id": "episode-2"' in text
     (segments,) = [one for one in read_archive(archive) if one[0].episode_id == "episode-0"]
-    assert np.array_equal(segments[0].proprio, make_episode(0).proprio[:5])
+    assert np.array_equal(segments[0].proprio, recorded(0).proprio[:5])
     (again / "data/chunk-000/file-000.parquet").unlink()
     with pytest.raises(SystemExit):
         data_main(["validate", str(again)])
@@ -178,8 +166,8 @@ def test_an_episode_is_named_by_id_beginning_or_number(lerobot: Path) -> None:
         data.find("x")
 
 
-def test_an_episode_can_be_looked_at(tmp_path: Path) -> None:
-    episode = make_episode(0)
+def test_an_episode_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    episode = recorded(0)
     record = EpisodeRecord(
         episode_id="episode-0",
         robot_id="arm-1",
@@ -194,6 +182,7 @@ def test_an_episode_can_be_looked_at(tmp_path: Path) -> None:
     entry = Entry(record=record, verdict="accepted", quota=0, reason="", committed_unix_s=0.0)
     write_view(tmp_path / "e.png", episode, SPEC, entry)
     write_view(tmp_path / "e.mp4", episode, SPEC, entry)
+    write_view(tmp_path / "fast.mp4", episode, replace(SPEC, control_hz=90.0))
     write_view(tmp_path / "blind.png", replace(episode, images={}), replace(SPEC, cameras=()))
     with Image.open(tmp_path / "e.png") as picture:
         assert min(picture.size) > 500
@@ -201,9 +190,12 @@ def test_an_episode_can_be_looked_at(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "e.mp4")) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == 12
+    with av.open(str(tmp_path / "fast.mp4")) as container:
+        assert (container.streams.video[0].frames, float(container.streams.video[0].average_rate or 0)) == (6, 45.0)
     assert np.abs(frames[0].astype(int) - frames[-1]).max() > 100, "camera and line move"
     with pytest.raises(ConfigError, match=r"must end in \.png"):
         write_view(tmp_path / "e.gif", episode, SPEC)
+    monkeypatch.setitem(sys.modules, "rerun", None)
     with pytest.raises(ResourceMissing, match="rerun-sdk"):
         write_view(tmp_path / "e.rrd", episode, SPEC)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from vla_dist.collection.campaign import Campaign
 from vla_dist.collection.ledger import CampaignState, Entry
@@ -18,6 +18,7 @@ REPORT, CONTACT_SHEET = "report.md", "contact_sheet.png"
 _THUMBNAIL = (160, 120)
 """Width and height of a picture."""
 _CAPTION_HEIGHT = 34
+_AROUND = (255, 255, 255)
 _COLUMNS = 6
 _MOST_THUMBNAILS = 60
 _BORDER = 4
@@ -127,7 +128,7 @@ def _thumbnail(episode: Sequence[Segment], entry: Entry | None) -> Image.Image:
     )
     views = [Image.fromarray(np.asarray(frames[last.length - 1])) for frames in last.images.values()]
     body = _beside(views) if views else _chart(episode)
-    picture.paste(body.resize(_THUMBNAIL), (_BORDER, _BORDER))
+    picture.paste(ImageOps.pad(body, _THUMBNAIL, color=_AROUND), (_BORDER, _BORDER))
     draw = ImageDraw.Draw(picture)
     top = _BORDER + _THUMBNAIL[1]
     draw.rectangle((_BORDER, top, picture.width - _BORDER - 1, picture.height - _BORDER - 1), fill=(255, 255, 255))
@@ -138,7 +139,9 @@ def _thumbnail(episode: Sequence[Segment], entry: Entry | None) -> Image.Image:
 
 
 def _beside(views: Sequence[Image.Image]) -> Image.Image:
+    """As high as the highest, each in its own proportions."""
     height = max(view.height for view in views)
+    views = [view.resize((round(view.width * height / view.height), height)) for view in views]
     wide = Image.new("RGB", (sum(view.width for view in views), height))
     left = 0
     for view in views:

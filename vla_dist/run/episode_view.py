@@ -3,6 +3,7 @@
 Dimensions: L steps.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ _STRIP = 6
 _TAKEN = "#ffe08a"
 _CURSOR = (214, 39, 40)
 _DPI = 100
+_MOST_FPS = 60.0
+"""Pictures a second that players keep up with; a faster robot's steps are shown with gaps."""
 
 
 def write_view(path: Path, episode: Episode, spec: EnvSpec, entry: Entry | None = None) -> None:
@@ -109,8 +112,8 @@ def _write_video(path: Path, episode: Episode, spec: EnvSpec, entry: Entry | Non
     width = chart.shape[1]
     top = _cameras_row(episode, 0, width)
     height = _even(len(chart) + (0 if top is None else len(top)))
-    fps = min(spec.control_hz, 60.0)
-    every = max(1, round(spec.control_hz / fps))
+    every = math.ceil(spec.control_hz / _MOST_FPS)
+    fps = spec.control_hz / every
     with VideoWriter(path, fps=fps, height=height, width=_even(width), encoding=VideoEncoding(crf=20)) as video:
         for step in range(0, episode.num_steps, every):
             # Drawn once: only the line moves, and it is painted over the pixels.
@@ -154,20 +157,23 @@ def _write_rerun(path: Path, episode: Episode, spec: EnvSpec) -> None:
         import rerun  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
         raise ResourceMissing("a .rrd recording needs Rerun: pip install rerun-sdk; or view it as .mp4") from error
-    rerun.init("vla-dist", recording_id=episode.episode_id)
-    rerun.save(str(path))
+    recording = rerun.RecordingStream("vla-dist", recording_id=episode.episode_id)
+    recording.save(str(path))
     for step in range(episode.num_steps):
-        rerun.set_time("step", sequence=step)
-        rerun.set_time("time", duration=step / spec.control_hz)
+        recording.set_time("step", sequence=step)
+        recording.set_time("time", duration=step / spec.control_hz)
         for dimension, value in zip(spec.proprio, episode.proprio[step], strict=True):
-            rerun.log(f"proprio/{dimension.name}", rerun.Scalars(float(value)))
+            recording.log(f"proprio/{dimension.name}", rerun.Scalars(float(value)))
         for dimension, value in zip(spec.action, episode.actions[step], strict=True):
-            rerun.log(f"action/{dimension.name}", rerun.Scalars(float(value)))
-        rerun.log("reward", rerun.Scalars(float(episode.rewards[step])))
-        rerun.log("return_to_go", rerun.Scalars(float(episode.returns_to_go[step])))
-        rerun.log("intervention", rerun.Scalars(float(episode.interventions[step])))
+            recording.log(f"action/{dimension.name}", rerun.Scalars(float(value)))
+        recording.log("reward", rerun.Scalars(float(episode.rewards[step])))
+        recording.log("return_to_go", rerun.Scalars(float(episode.returns_to_go[step])))
+        recording.log("intervention", rerun.Scalars(float(episode.interventions[step])))
         for camera, frames in episode.images.items():
-            rerun.log(f"camera/{camera}", rerun.Image(frames[step]))
+            recording.log(f"camera/{camera}", rerun.Image(frames[step]))
+    # It is written by a thread of its own, and has its end only once it is closed.
+    recording.flush()
+    recording.disconnect()
 
 
 def _takeovers(episode: Episode, entry: Entry | None) -> list[tuple[int, int, str]]:

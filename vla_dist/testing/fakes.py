@@ -8,6 +8,7 @@ import numpy as np
 from vla_dist.core.errors import DataError, NotFound
 from vla_dist.core.specs import CameraSpec, Dimension, EnvSpec
 from vla_dist.core.types import Array, Observation, Segment, Step
+from vla_dist.data.formats.episode import Episode
 
 
 def make_spec(
@@ -142,4 +143,27 @@ def make_segment(
         rewards=np.arange(first, first + num_steps, dtype=np.float32),
         interventions=np.zeros(num_steps, bool),
         images={c.name: rng.integers(0, 256, (num_steps, c.height, c.width, 3), dtype=np.uint8) for c in spec.cameras},
+    )
+
+
+def make_episode(spec: EnvSpec, number: int, *, num_steps: int = 12, success: bool = True) -> Episode:
+    """A whole episode of random numbers that follow from ``number``; a person has its steps 4, 5, 10, 11, ..."""
+    rng = np.random.default_rng(number)
+    return Episode(
+        episode_id=f"episode-{number}",
+        robot_id="arm-1",
+        task="open",
+        instruction="open the drawer",
+        source="human",
+        policy_version=0,
+        success=success,
+        proprio=rng.normal(size=(num_steps, spec.proprio_dim)).astype(np.float32),
+        actions=rng.uniform(-1, 1, (num_steps, spec.action_dim)).astype(np.float32),
+        target_actions=rng.uniform(-1, 1, (num_steps, spec.action_dim)).astype(np.float32),
+        rewards=rng.normal(size=num_steps).astype(np.float32),
+        interventions=np.arange(num_steps) % 6 > 3,
+        images={
+            camera.name: rng.integers(0, 256, (num_steps, camera.height, camera.width, 3), np.uint8)
+            for camera in spec.cameras
+        },
     )

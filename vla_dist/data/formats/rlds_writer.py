@@ -133,6 +133,6 @@ def _tensorflow_datasets() -> Any:
         import tensorflow_datasets  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
         raise ResourceMissing(
-            f"RLDS needs the package {error.name!r}: pip install tensorflow-cpu tensorflow-datasets"
+            f"RLDS needs the package {error.name!r}: pip install tensorflow-cpu tensorflow-datasets importlib-resources"
         ) from error
     return tensorflow_datasets
