@@ -156,15 +156,21 @@ def test_rows_used_up_one_by_one_do_not_start_a_compaction_each(pack_entry):
 
 
 def test_columns_grow_and_keep():
-    columns = Columns({"a": "<i8", "b": "u1"})
+    columns = Columns({"a": "<i8", "b": "u1"}, ascending=("a",))
     for start in itertools.accumulate([0, 63, 2, 500]):
-        where = columns.extend(7)
-        columns["a"][where] = np.arange(start, start + 7)
+        values = np.arange(start, start + 7)
+        assert columns.extend(7, a=values, b=values % 5) == slice(len(columns) - 7, len(columns))
     assert len(columns) == 28
     columns.keep(columns["a"] % 2 == 0)
-    assert columns["a"].tolist() == [n for start in (0, 63, 65, 565) for n in range(start, start + 7) if n % 2 == 0]
-    columns.extend(1000)
-    assert len(columns["b"]) == len(columns)
+    kept = [n for start in (0, 63, 65, 565) for n in range(start, start + 7) if n % 2 == 0]
+    assert columns["a"].tolist() == kept
+    assert columns["b"].tolist() == [n % 5 for n in kept]
+    columns.extend(1000, a=np.arange(600, 1600), b=1)
+    assert len(columns["b"]) == len(columns) == len(kept) + 1000
+    taken = columns.take(np.array([len(kept), 0, len(columns) - 1]))
+    assert taken["a"].tolist() == [600, 0, 1599]
+    assert taken["b"].tolist() == [1, 0, 1]
+    assert columns["a"].flags.c_contiguous, "searching a column would copy all of it first"
 
 
 def test_an_entry_is_decoded_for_those_without_an_index(pack_entry):

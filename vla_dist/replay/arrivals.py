@@ -15,9 +15,9 @@ from vla_dist.core.types import SOURCES, Segment
 from vla_dist.data.segment_codec import EncodedSegment, SegmentCodec
 from vla_dist.replay.keys import episode_digest
 
-_MOST_SEGMENTS = 32
-_MOST_BYTES = 10 << 20
-"""In one batch: an exchange costs the server as much as two segments."""
+_MOST_SEGMENTS = 64
+_MOST_BYTES = 20 << 20
+"""In one batch: an exchange costs the server as much as two or three segments."""
 MOST_SEGMENTS_PER_EPISODE = 1 << 16
 # See functions.lua.
 _RUN = struct.Struct("<16sBHHHH")
@@ -97,10 +97,10 @@ def arrival_batches(
 
 
 def _cuts(num_segments: int, most: int) -> Iterator[tuple[int, int]]:
-    """Where batches begin and end: each twice the one before it, so that the server soon has something to do, and does
-    not run out of it while the next is encoded.
+    """Where batches begin and end: the first is half of the largest, so that the server soon has something to do, and
+    none is smaller, because batches of a few cost both sides more by the segment.
     """
-    least = size = max(1, most // 4)
+    least = size = max(1, most // 2)
     start = 0
     while start < num_segments:
         stop = start + size

@@ -31,6 +31,7 @@
 -- Packed state: doubles, first of the buffer (HEAD), then of each table (TABLE), in the order of read_ and pack_ below.
 local HEAD_FORMAT, TABLE_FORMAT = '<ddddddddddddddddd', '<dddddddddddddd'
 local HEAD_BYTES, TABLE_BYTES = 136, 112
+local BALANCE_AT = 56 -- in TABLE, of balance and sampled, side by side
 -- completion (0: not complete), last index (-1: not seen yet), segments seen, steps, status, success, source,
 -- intervened, digest, bytes of the task
 local EPISODE = '<di4I4I4BBBBc16I2'
@@ -49,21 +50,29 @@ local CHARGES_KEPT_MS = 600000
 
 local function number(text) return string.format('%.17g', text) end
 
--- Name by name: a loop over names costs several times as much, in every call.
+-- Whole numbers, as the names of completions and rows are.
+local function whole(num) return string.format('%d', num) end
+
+-- Name by name, in a table made at once: a loop over names costs several times as much, and so does a table that grows.
 local function read_head(packed)
-  local s = {}
-  s.capacity, s.remembered, s.cameras_here, s.archiving, s.archived, s.steps, s.complete, s.completion, s.row,
-  s.gone, s.inserted, s.duplicates, s.evicted_steps, s.broken, s.cameras_apart, s.shards, s.discarded =
+  local capacity, remembered, cameras_here, archiving, archived, steps, complete, completion, row,
+    gone, inserted, duplicates, evicted_steps, broken, cameras_apart, shards, discarded =
     struct.unpack(HEAD_FORMAT, packed)
-  return s
+  return {
+    capacity = capacity, remembered = remembered, cameras_here = cameras_here, archiving = archiving,
+    archived = archived, steps = steps, complete = complete, completion = completion, row = row, gone = gone,
+    inserted = inserted, duplicates = duplicates, evicted_steps = evicted_steps, broken = broken,
+    cameras_apart = cameras_apart, shards = shards, discarded = discarded}
 end
 
-local function read_table(packed, at)
-  local t = {}
-  t.min_steps, t.ratio, t.buffer, t.max_draws, t.prioritised, t.queue, t.drawable, t.balance, t.sampled,
-  t.inserts_waited, t.samples_waited, t.max_priority, t.events, t.lost =
-    struct.unpack(TABLE_FORMAT, packed, at)
-  return t
+local function read_table(packed, at, index)
+  local min_steps, ratio, buffer, max_draws, prioritised, queue, drawable, balance, sampled,
+    inserts_waited, samples_waited, max_priority, events, lost = struct.unpack(TABLE_FORMAT, packed, at)
+  return {
+    index = index, min_steps = min_steps, ratio = ratio, buffer = buffer, max_draws = max_draws,
+    prioritised = prioritised, queue = queue, drawable = drawable, balance = balance, sampled = sampled,
+    inserts_waited = inserts_waited, samples_waited = samples_waited, max_priority = max_priority, events = events,
+    lost = lost}
 end
 
 local function pack_head(s)
@@ -78,14 +87,18 @@ local function pack_table(t)
     t.inserts_waited, t.samples_waited, t.max_priority, t.events, t.lost)
 end
 
-local function open_buffer(keys)
+local function read_state(keys)
   local packed = redis.call('GET', keys[1])
   if not packed then error('NOBUFFER nothing at ' .. keys[1]) end
-  local b = {key = keys[1], prefix = string.sub(keys[1], 1, -6), left = {}, removed = {}, by = {}, tables = {}}
+  return packed
+end
+
+local function open_buffer(keys)
+  local packed = read_state(keys)
+  local b = {key = keys[1], prefix = string.sub(keys[1], 1, -6), left = {}, removed = {}, changed = {}, by = {}, tables = {}}
   b.s = read_head(packed)
   for at = HEAD_BYTES + 1, #packed, TABLE_BYTES do
-    local t = read_table(packed, at)
-    t.index = #b.tables
+    local t = read_table(packed, at, #b.tables)
     b.has_rings = b.has_rings or t.prioritised == 1 or (t.max_draws > 0 and t.queue == 0)
     b.tables[#b.tables + 1] = t
   end
@@ -103,7 +116,7 @@ local function save(b)
   for first = 1, #b.left, 1000 do
     local last = math.min(#b.left, first + 999)
     b.s.gone = b.s.gone + 1
-    redis.call('XADD', b.prefix .. 'gone', 'MAXLEN', '~', GONE_KEPT, number(b.s.gone) .. '-0', 'c',
+    redis.call('XADD', b.prefix .. 'gone', 'MAXLEN', '~', GONE_KEPT, whole(b.s.gone) .. '-0', 'c',
       struct.pack('<' .. string.rep('d', last - first + 1), unpack(b.left, first, last)))
   end
   local parts = {pack_head(b.s)}
@@ -115,7 +128,7 @@ local function table_key(b, kind, t) return b.prefix .. kind .. ':' .. t.index e
 
 local function announce(b, t, field, packed)
   t.events = t.events + 1
-  redis.call('XADD', table_key(b, 'events', t), 'MAXLEN', '~', EVENTS_KEPT, number(t.events) .. '-0', field, packed)
+  redis.call('XADD', table_key(b, 'events', t), 'MAXLEN', '~', EVENTS_KEPT, whole(t.events) .. '-0', field, packed)
 end
 
 local function now_s()
@@ -127,12 +140,12 @@ local function read_episode(b, id)
   if b.open_id == id then return b.open end
   local packed = redis.call('HGET', b.prefix .. 'episodes', id)
   if not packed then return nil end
-  local e, task_bytes, after = {}, nil, nil
-  e.completion, e.last_index, e.seen, e.steps, e.status, e.success, e.source, e.intervened, e.digest, task_bytes, after =
+  local completion, last_index, seen, steps, status, success, source, intervened, digest, task_bytes, after =
     struct.unpack(EPISODE, packed)
-  e.task = string.sub(packed, after, after + task_bytes - 1)
-  e.segments = string.sub(packed, after + task_bytes)
-  return e
+  return {
+    completion = completion, last_index = last_index, seen = seen, steps = steps, status = status, success = success,
+    source = source, intervened = intervened, digest = digest,
+    task = string.sub(packed, after, after + task_bytes - 1), segments = string.sub(packed, after + task_bytes)}
 end
 
 local function write_episode(b, id, e)
@@ -140,7 +153,8 @@ local function write_episode(b, id, e)
     e.status, e.success, e.source, e.intervened, e.digest, #e.task) .. e.task .. e.segments)
 end
 
--- The segments of an episode mostly come one after the other: it is written when another one's turn comes.
+-- The segments of an episode mostly come one after the other: it is written when another one's turn comes. Whatever
+-- changes an episode otherwise must close it before it reads it.
 local function keep_open(b, id, e)
   if b.open and b.open_id ~= id then write_episode(b, b.open_id, b.open) end
   b.open_id, b.open = id, e
@@ -205,7 +219,7 @@ local function evict(b, id, e)
     redis.call('RPUSH', b.prefix .. 'images_gone', e.digest .. struct.pack('<I4', num_segments(e)))
   end
   if e.status == COMPLETE then
-    local completion = number(e.completion)
+    local completion = whole(e.completion)
     redis.call('XDEL', b.prefix .. 'live', completion .. '-0')
     redis.call('HDEL', b.prefix .. 'completed', completion)
     count(b, 'task:' .. e.task, -1)
@@ -230,9 +244,12 @@ local function evict(b, id, e)
   b.s.evicted_steps = b.s.evicted_steps + e.steps
   e.status, e.steps = EVICTED, 0
   write_episode(b, id, e)
-  redis.call('RPUSH', b.prefix .. 'evicted', id)
-  if redis.call('LLEN', b.prefix .. 'evicted') > b.s.remembered then
-    redis.call('HDEL', b.prefix .. 'episodes', redis.call('LPOP', b.prefix .. 'evicted'))
+  b.changed[id] = true
+  if redis.call('RPUSH', b.prefix .. 'evicted', id) > b.s.remembered then
+    local forgotten = redis.call('LPOP', b.prefix .. 'evicted')
+    if b.open_id == forgotten then close_episode(b) end
+    redis.call('HDEL', b.prefix .. 'episodes', forgotten)
+    b.changed[forgotten] = true
   end
 end
 
@@ -248,6 +265,7 @@ local function evict_oldest(b)
   while true do
     local id = redis.call('LINDEX', b.prefix .. 'order', 0)
     if not id then error('BUG steps are stored, and no episode') end
+    if b.open_id == id then close_episode(b) end
     local e = read_episode(b, id)
     if e and e.status == COMPLETE and b.s.archiving == 1 and e.completion > b.s.archived then return false end
     redis.call('LPOP', b.prefix .. 'order')
@@ -271,9 +289,10 @@ local function complete(b, id, e, instruction)
   local s, n = b.s, e.last_index + 1
   s.completion, s.complete = s.completion + 1, s.complete + 1
   e.completion, e.status = s.completion, COMPLETE
-  local completion = number(e.completion)
+  local completion = whole(e.completion)
+  b.now_s = b.now_s or now_s()
   redis.call('XADD', b.prefix .. 'live', completion .. '-0', 'e',
-    struct.pack(LIVE, e.completion, s.row, e.steps, n, e.source, e.success, e.intervened, 0, now_s(), e.digest, #id,
+    struct.pack(LIVE, e.completion, s.row, e.steps, n, e.source, e.success, e.intervened, 0, b.now_s, e.digest, #id,
       #e.task, #instruction) .. id .. e.task .. instruction .. e.segments)
   redis.call('HSET', b.prefix .. 'completed', completion, id)
   count(b, 'task:' .. e.task, 1)
@@ -324,7 +343,7 @@ local function outstayed(b, a, e)
   if not oldest then return nil end
   local completion, row = struct.unpack('<dd', oldest[2][2])
   if row + b.s.capacity >= b.s.row + last + 1 then return nil end
-  return redis.call('HGET', b.prefix .. 'completed', number(completion))
+  return redis.call('HGET', b.prefix .. 'completed', whole(completion))
 end
 
 -- One segment of a run. Answers a letter: o taken in, d a duplicate, either as a capital if its episode is evicted;
@@ -350,12 +369,12 @@ local function take_in(b, r, a, row)
     end
   end
   if s.steps > 0 and s.steps + a.length > s.capacity then
-    close_episode(b)
+    b.changed = {}
     repeat
       if not evict_oldest(b) then return 'w', wait_reply(b, b.tables[1], 'archive') end
     until s.steps == 0 or s.steps + a.length <= s.capacity
-    -- Making room may have evicted this very episode.
-    e = read_episode(b, r.id)
+    -- Making room may have evicted this very episode, or forgotten it.
+    if b.changed[r.id] then e = read_episode(b, r.id) end
   end
   local late = b.has_rings and outstayed(b, a, e)
   while late do
@@ -442,33 +461,38 @@ local function commit(keys, args)
 end
 
 -- A client makes one charge after the other, so only its last one can come again because its answer was lost.
-local function is_repeated(b, client, charge)
-  return redis.call('GET', b.prefix .. 'charged:' .. client) == charge
-end
+local function charged_key(prefix, client) return prefix .. 'charged:' .. client end
+
+local function is_repeated(b, client, charge) return redis.call('GET', charged_key(b.prefix, client)) == charge end
 
 local function finish_charge(b, client, charge)
-  redis.call('SET', b.prefix .. 'charged:' .. client, charge, 'PX', CHARGES_KEPT_MS)
+  redis.call('SET', charged_key(b.prefix, client), charge, 'PX', CHARGES_KEPT_MS)
   save(b)
   return {'OK', number(now_s())}
 end
 
 -- args: index of the table, windows, 1 at the first try, client and number of its charge. Answers WAIT ..., or OK and
--- the server's time.
+-- the server's time. Every batch asks for this, so only what it needs is read and written.
 local function charge(keys, args)
-  local b = open_buffer(keys)
-  if is_repeated(b, args[4], args[5]) then return {'OK', number(now_s())} end
-  local t, num = b.tables[tonumber(args[1]) + 1], tonumber(args[2])
+  local packed = read_state(keys)
+  local charged = charged_key(string.sub(keys[1], 1, -6), args[4])
+  if redis.call('GET', charged) == args[5] then return {'OK', number(now_s())} end
+  local at, num = HEAD_BYTES + tonumber(args[1]) * TABLE_BYTES, tonumber(args[2])
+  local t = read_table(packed, at + 1)
   local ahead = t.ratio >= 0 and t.balance < -t.buffer
   if t.drawable < math.max(1, t.min_steps) or ahead then
+    local b = open_buffer(keys)
+    t = b.tables[tonumber(args[1]) + 1]
     if args[3] == '1' then
       t.samples_waited = t.samples_waited + 1
       save(b)
     end
     return wait_reply(b, t, 'limiter')
   end
-  t.sampled = t.sampled + num
-  if t.ratio >= 0 then t.balance = t.balance - num end
-  return finish_charge(b, args[4], args[5])
+  local balance = t.ratio >= 0 and t.balance - num or t.balance
+  redis.call('SETRANGE', keys[1], at + BALANCE_AT, struct.pack('<dd', balance, t.sampled + num))
+  redis.call('SET', charged, args[5], 'PX', CHARGES_KEPT_MS)
+  return {'OK', number(now_s())}
 end
 
 -- For a table of which this is one of several shards. args: index of the table, windows drawn here, what to add to the
@@ -505,7 +529,7 @@ end
 
 -- What no table may draw from is removed, unless the archive still lacks it.
 local function remove_if_used_up(b, completion, id, e)
-  local name = number(completion)
+  local name = whole(completion)
   if b.s.archiving == 1 and completion > b.s.archived then return end
   for _, other in ipairs(b.tables) do
     if other.max_draws == 0 then return end
@@ -516,7 +540,7 @@ end
 
 -- Steps of an episode may not be drawn from this table any more.
 local function use_up(b, t, completion, id, steps)
-  redis.call('HINCRBY', table_key(b, 'used', t), number(completion), steps)
+  redis.call('HINCRBY', table_key(b, 'used', t), whole(completion), steps)
   t.drawable = t.drawable - steps
   remove_if_used_up(b, completion, id, read_episode(b, id))
 end
@@ -529,7 +553,7 @@ local function use(keys, args)
   local key, answer, finished = table_key(b, 'draws', t), {}, {}
   for at = 1, #packed, 24 do
     local row, completion, length = struct.unpack('<ddI4', packed, at)
-    local id = redis.call('HGET', b.prefix .. 'completed', number(completion))
+    local id = redis.call('HGET', b.prefix .. 'completed', whole(completion))
     local place, count = (row % b.s.capacity) * 4, t.max_draws
     if id then count = struct.unpack('<I4', redis.call('GETRANGE', key, place, place + 3)) end
     if count < t.max_draws then

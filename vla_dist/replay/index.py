@@ -54,32 +54,49 @@ class Texts:
 
 
 class Columns:
-    """Arrays of one length that grow at their end."""
+    """N records that grow at their end.
 
-    def __init__(self, dtypes: Mapping[str, str]) -> None:
-        self._arrays = {name: np.zeros(64, dtype) for name, dtype in dtypes.items()}
+    What belongs to one record lies side by side: a draw meets records at random, and each line of memory that the
+    processor's caches lack costs as much as all other work on it.
+    """
+
+    def __init__(self, dtypes: Mapping[str, str], *, ascending: Sequence[str]) -> None:
+        """``ascending``: columns that are searched, so they are kept in one piece as well."""
+        self._records = np.zeros(64, np.dtype(list(dtypes.items()), align=True))
+        self._ascending = {name: np.zeros(64, dtypes[name]) for name in ascending}
         self._size = 0
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, name: str) -> Array:
-        return self._arrays[name][: self._size]
+        """(N,) one column."""
+        column = self._ascending[name] if name in self._ascending else self._records[name]
+        return column[: self._size]
 
-    def extend(self, num: int) -> slice:
-        """Room for ``num`` more; returns where it is."""
+    def take(self, positions: Array) -> Array:
+        """Structured (n,) copy of the records there."""
+        # Indexing would copy field by field.
+        return self._records.take(positions)
+
+    def extend(self, num: int, **columns: Any) -> slice:
+        """``num`` more, of whose every column the values are given; returns where they are."""
         first, self._size = self._size, self._size + num
-        for name, array in self._arrays.items():
-            if self._size > len(array):
-                larger = np.zeros(2 * self._size, array.dtype)
-                larger[:first] = array[:first]
-                self._arrays[name] = larger
+        if self._size > len(self._records):
+            self._records = _longer(self._records, first, 2 * self._size)
+            self._ascending = {name: _longer(old, first, 2 * self._size) for name, old in self._ascending.items()}
+        for name, values in columns.items():
+            self._records[name][first : self._size] = values
+        for name, column in self._ascending.items():
+            column[first : self._size] = columns[name]
         return slice(first, self._size)
 
     def keep(self, kept: Array) -> None:
         """Drop all but those where ``kept`` (N,) is true."""
-        self._arrays = {name: self[name][kept] for name in self._arrays}
-        self._size = int(kept.sum())
+        positions = np.flatnonzero(kept)
+        self._ascending = {name: self[name].take(positions) for name in self._ascending}
+        self._records = self.take(positions)
+        self._size = len(positions)
 
 
 class EpisodeIndex:
@@ -96,9 +113,9 @@ class EpisodeIndex:
 
     def clear(self) -> None:
         """Start again from nothing."""
-        self.episodes = Columns(_EPISODE)
+        self.episodes = Columns(_EPISODE, ascending=("completion",))
         """Those that left included, until the next compaction."""
-        self.rows = Columns(_ROW)
+        self.rows = Columns(_ROW, ascending=("number", "steps_before"))
         self.live_steps = 0
         """Steps that may be drawn."""
         self._live_rows = 0
@@ -117,30 +134,31 @@ class EpisodeIndex:
             task = packed[start : start + sizes[1]].decode()
             instruction = packed[start + sizes[1] : start + sizes[1] + sizes[2]].decode()
             segments = np.frombuffer(packed, "<f8", 2 * num, start + sizes[1] + sizes[2]).reshape(num, 2)
-            episode, rows = self.episodes.extend(1).start, self.rows.extend(num)
-            values = {
-                "completion": int(completion),
-                "digest": digest,
-                "first_row": rows.start,
-                "num_segments": num,
-                "length": length,
-                "source": source,
-                "success": success,
-                "intervened": intervened,
-                "task": self.tasks.number(task),
-                "instruction": self.instructions.number(instruction),
-                "completed_at_s": at_s,
-            }
-            for name, value in values.items():
-                self.episodes[name][episode] = value
+            episode = self.episodes.extend(
+                1,
+                completion=int(completion),
+                digest=digest,
+                first_row=len(self.rows),
+                num_segments=num,
+                length=length,
+                source=source,
+                success=success,
+                intervened=intervened,
+                task=self.tasks.number(task),
+                instruction=self.instructions.number(instruction),
+                completed_at_s=at_s,
+            ).start
             numbers = np.arange(num)
-            self.rows["number"][rows] = int(row) + numbers
-            self.rows["episode"][rows] = episode
-            self.rows["segment"][rows] = numbers
-            self.rows["length"][rows] = np.minimum(self.num_steps, length - numbers * self.num_steps)
-            self.rows["policy_version"][rows] = segments[:, 1]
-            self.rows["tail_return"][rows] = np.cumsum(segments[::-1, 0])[::-1] - segments[:, 0]
-            self.rows["steps_before"][rows] = self._steps_ever + numbers * self.num_steps
+            self.rows.extend(
+                num,
+                number=int(row) + numbers,
+                episode=episode,
+                segment=numbers,
+                length=np.minimum(self.num_steps, length - numbers * self.num_steps),
+                policy_version=segments[:, 1],
+                tail_return=np.cumsum(segments[::-1, 0])[::-1] - segments[:, 0],
+                steps_before=self._steps_ever + numbers * self.num_steps,
+            )
             self._steps_ever += length
             self.live_steps += length
             self._live_rows += num
@@ -188,6 +206,12 @@ class EpisodeIndex:
         self._live_rows = len(rows)
         self.emptied = []
         self.generation += 1
+
+
+def _longer(old: Array, num: int, size: int) -> Array:
+    new = np.zeros(size, old.dtype)
+    new[:num] = old[:num]
+    return new
 
 
 def _positions(ascending: Array, wanted: Array) -> Array:

@@ -15,10 +15,13 @@ class RowSlots:
     """
 
     def __init__(self, num_slots: int) -> None:
-        self.numbers = np.full(num_slots, -1, np.int64)
-        """(S,) of the row in each slot, -1 for none."""
-        self.stamps = np.zeros(num_slots)
+        # Side by side: slots are looked up at random.
+        self._marks = np.zeros(num_slots, [("number", np.int64), ("stamp", np.float64)])
+        self.numbers: Array = self._marks["number"]
+        """(S,) int64 of the row in each slot, -1 for none."""
+        self.stamps: Array = self._marks["stamp"]
         """(S,) when its episode became whole: numbers begin again where a server lost its data."""
+        self.numbers[:] = -1
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -26,7 +29,8 @@ class RowSlots:
     def find(self, numbers: Array, stamps: Array) -> tuple[Array, Array]:
         """Slots (N,) of rows, and (N,) bool, which of them hold their row."""
         slots = numbers % len(self.numbers)
-        return slots, (self.numbers[slots] == numbers) & (self.stamps[slots] == stamps)
+        marks = self._marks.take(slots)
+        return slots, (marks["number"] == numbers) & (marks["stamp"] == stamps)
 
     def is_open(self, numbers: Array, *, oldest: int, newest: int) -> Array:
         """(N,) bool, rows whose slot holds no other row that is stored still.

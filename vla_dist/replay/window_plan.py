@@ -51,10 +51,9 @@ class WindowPlan:
 
     @classmethod
     def of(cls, index: EpisodeIndex, drawn: Drawn, *, context_steps: int, future_steps: int) -> "WindowPlan":
-        rows, episodes = index.rows, index.episodes
-        segments = rows["segment"][drawn.rows].astype(np.int64)
-        of_window = rows["episode"][drawn.rows]
-        lengths = episodes["length"][of_window].astype(np.int64)
+        rows = index.rows.take(drawn.rows)
+        episodes = index.episodes.take(rows["episode"])
+        segments, lengths = rows["segment"].astype(np.int64), episodes["length"].astype(np.int64)
         around = partial(
             WindowPieces.around, segments, drawn.offsets, context_steps=context_steps, num_steps=index.num_steps
         )
@@ -63,27 +62,28 @@ class WindowPlan:
 
         def rows_of(pieces: WindowPieces) -> Array:
             # The rows of an episode stand side by side, so another segment is found by its distance.
-            return drawn.rows[pieces.windows] - (segments[pieces.windows] - pieces.segments)
+            return index.rows.take(drawn.rows[pieces.windows] - (segments[pieces.windows] - pieces.segments))
 
         piece_rows = rows_of(pieces)
+        numbers = index.rows["number"]
         return cls(
             pieces=pieces,
             frame_pieces=frame_pieces,
-            digests=episodes["digest"][of_window],
-            tail_returns=rows["tail_return"][piece_rows],
-            piece_numbers=rows["number"][piece_rows],
-            frame_numbers=rows["number"][rows_of(frame_pieces)],
-            oldest=int(rows["number"][0]),
-            newest=int(rows["number"][-1]),
-            numbers=rows["number"][drawn.rows],
-            completions=episodes["completion"][of_window],
-            row_lengths=rows["length"][drawn.rows].astype(np.int64),
+            digests=episodes["digest"],
+            tail_returns=piece_rows["tail_return"],
+            piece_numbers=piece_rows["number"],
+            frame_numbers=(rows_of(frame_pieces) if future_steps else piece_rows)["number"],
+            oldest=int(numbers[0]),
+            newest=int(numbers[-1]),
+            numbers=np.ascontiguousarray(rows["number"]),
+            completions=np.ascontiguousarray(episodes["completion"]),
+            row_lengths=rows["length"].astype(np.int64),
             episode_lengths=lengths,
-            success=episodes["success"][of_window].astype(bool),
-            policy_versions=rows["policy_version"][drawn.rows],
-            completed_at_s=episodes["completed_at_s"][of_window],
-            sources=episodes["source"][of_window].tolist(),
-            tasks=[index.tasks.by_number[n] for n in episodes["task"][of_window].tolist()],
-            instructions=[index.instructions.by_number[n] for n in episodes["instruction"][of_window].tolist()],
+            success=episodes["success"].astype(bool),
+            policy_versions=np.ascontiguousarray(rows["policy_version"]),
+            completed_at_s=episodes["completed_at_s"],
+            sources=episodes["source"].tolist(),
+            tasks=[index.tasks.by_number[n] for n in episodes["task"].tolist()],
+            instructions=[index.instructions.by_number[n] for n in episodes["instruction"].tolist()],
             weights=drawn.weights,
         )
