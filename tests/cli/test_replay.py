@@ -269,6 +269,7 @@ def test_refill_names_a_folder_that_is_none(run, server, table, tmp_path):
         (("stats", "--redis-url", "http://example.org"), "not a Redis URL"),
         (("stats", "/nowhere/at-all"), "is not the folder of a run"),
         (("stats", "/nowhere", "--redis-url", "redis://x"), "give one of them"),
+        (("stats", "redis://client:secret@x"), "write --redis-url before it"),
         (("verify", "--images-redis-url", "redis://x"), "goes with --redis-url"),
         (("top", "--redis-url", "redis://x", "--interval-s", "0"), "must be above 0"),
     ],
@@ -277,6 +278,7 @@ def test_a_wrong_call_is_one_sentence(run, words, said):
     status, _, err = run(*words)
     assert status == 1
     assert said in err
+    assert "secret" not in err
     assert err.count("\n") == 1
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -259,6 +260,9 @@ _VERBS: dict[str, Callable[[Sequence[str], str], None]] = {
 
 def _parse(kind: type[Options], words: Sequence[str], prog: str) -> Options:
     options = tyro.cli(kind, args=words, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+    if options.run_dir and re.match(r"\w+:/", str(options.run_dir)):
+        # Not repeated: it may hold a password.
+        raise ConfigError("got a URL in the place of RUN, the folder of a run; write --redis-url before it")
     if options.redis_url and options.run_dir:
         raise ConfigError(f"got the run {options.run_dir} and --redis-url; give one of them")
     if options.images_redis_url and not options.redis_url:

@@ -52,6 +52,7 @@ def print_buffers(console: Console, surveys: Sequence[BufferSurvey]) -> None:
         return
     table = Table(title="buffers; --buffer NAME shows one", title_justify="left")
     table.add_column("buffer", no_wrap=True)
+    # In two lines, so that numbers of millions of steps fit beside them.
     for heading in ("episodes", "steps", "capacity", "full", "success", "open"):
         table.add_column(heading, justify="right")
     for survey in surveys:
@@ -171,7 +172,8 @@ def _group_table(survey: BufferSurvey) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold dim", title="")
     table.add_column("", style="dim", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for heading in ("episodes", "steps", "share", "success", "mean return", "mean length"):
+    # In two lines, so that numbers of millions of steps fit beside them.
+    for heading in ("episodes", "steps", "share", "success", "mean\nreturn", "mean\nlength"):
         table.add_column(heading, justify="right", no_wrap=True)
     sections = (
         ("task", survey.by_task),
