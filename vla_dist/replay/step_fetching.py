@@ -79,9 +79,14 @@ class StepFetcher:
         with self._cache.lock:
             slots, held = self._cache.find(plan.piece_numbers, stamps)
             if held.all() or not only_if_all:
-                places = pieces.arrange(_counted_from(slots * self._codec.num_steps + pieces.firsts, pieces.counts))
-                # Without "clip" NumPy would gather into memory of its own first.
-                np.take(self._cache.steps, places.ravel(), axis=0, out=steps, mode="clip")
+                # The rows of an episode have slots side by side and all but its last are full, so a window is one run
+                # of steps, which may begin before the episode: padding, as what is not held, is dealt with later.
+                num, width = pieces.padding_mask.shape
+                first = np.searchsorted(pieces.windows, np.arange(num))
+                starts = slots[first] * self._codec.num_steps + pieces.firsts[first]
+                places = (starts - pieces.padding_mask.argmax(axis=1))[:, None] + np.arange(width)
+                # Beyond the last slot comes the first one; and with "raise" NumPy would gather into memory of its own.
+                np.take(self._cache.steps, places.ravel(), axis=0, out=steps, mode="wrap")
         return held
 
     def _receive(self, plan: WindowPlan, others: Array, steps: Array, deadline: Deadline) -> Array:
