@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.fusion import FUSIONS, MultimodalFusion
@@ -79,7 +80,25 @@ def test_attention_weights_are_those_that_are_used_and_sum_to_one():
     assert one_word[..., 1].max() < 1
 
 
+@pytest.mark.parametrize("fusion_type", FUSIONS)
+def test_saved_and_loaded_by_transformers_is_the_same(fusion_type, tmp_path):
+    fusion, (visual, language) = build(fusion_type), inputs(tokens=True)
+    fusion.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is MultimodalFusion
+    assert torch.equal(loaded(visual, language), fusion.eval()(visual, language))
+    assert AutoConfig.from_pretrained(tmp_path).fusion_type == fusion_type
+    torch.manual_seed(0)
+    simple = MultimodalFusion(V, D, fusion_type, num_heads=4)
+    assert simple(visual, torch.randn(B, V)).shape == (B, D)
+
+
 def test_what_cannot_work_is_named():
+    with pytest.raises(ConfigError, match="positive"):
+        MultimodalFusion(V, D, language_dim=0)
+    with pytest.raises(ConfigError, match="did you mean 'num_heads'"):
+        MultimodalFusion(V, D, num_head=4)
     with pytest.raises(ConfigError, match="bilinear"):
         MultimodalFusion(V, D, "bilinear")
     with pytest.raises(ConfigError, match="heads do not divide"):

@@ -3,15 +3,18 @@
 Shapes: B batch, N visual tokens, L language tokens, V visual width, W language width, D hidden width, H heads.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import initialization as init
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.language_encoder import mean_over_tokens
-from vla_dist.models.settings import require_heads
+from vla_dist.models.pretrained import WholePreTrainedModel
+from vla_dist.models.settings import build_config, require_heads
 
 FusionType = Literal["concat", "cross_attention", "gated_fusion", "film"]
 FUSIONS: tuple[FusionType, ...] = get_args(FusionType)
@@ -57,7 +60,40 @@ class CrossAttention(nn.Module):
         return per_head(self.query(tokens)), per_head(key), per_head(value), visible
 
 
-class MultimodalFusion(nn.Module):
+class MultimodalFusionConfig(PreTrainedConfig):
+    """Settings of a MultimodalFusion, as plain JSON.
+
+    Attributes:
+        input_dim: V, and W unless ``language_dim`` says otherwise.
+        hidden_dim: D.
+        fusion_type: ``concat``, ``cross_attention``, ``gated_fusion`` or ``film``.
+        language_dim: W; None: V.
+        num_heads: H, for ``cross_attention``.
+    """
+
+    model_type = "vla_multimodal_fusion"
+
+    input_dim: int = 512
+    hidden_dim: int = 512
+    fusion_type: str = "concat"
+    language_dim: int | None = None
+    num_heads: int = 8
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.fusion_type not in FUSIONS:
+            raise ConfigError(f"fusion_type {self.fusion_type!r} must be one of {', '.join(FUSIONS)}")
+        widths = (self.input_dim, self.hidden_dim, self.input_dim if self.language_dim is None else self.language_dim)
+        if min(*widths, self.num_heads) < 1:
+            raise ConfigError(
+                f"fusion of widths {self.input_dim}, {self.language_dim} to {self.hidden_dim} with {self.num_heads} "
+                "heads needs positive widths and heads"
+            )
+        if self.fusion_type == "cross_attention":
+            require_heads("the width", self.hidden_dim, self.num_heads)
+
+
+class MultimodalFusion(WholePreTrainedModel):
     """(visual, language) to (B, D); every type learns from both, in every parameter.
 
     * ``concat``: an MLP of both pooled vectors.
@@ -67,43 +103,63 @@ class MultimodalFusion(nn.Module):
     * ``film``: language scales and shifts each visual token before an MLP and the mean. Source: Perez et al. 2018.
     """
 
+    config_class = MultimodalFusionConfig
+    config: MultimodalFusionConfig
+    base_model_prefix = "fusion"
+    main_input_name = "visual"
+    _supports_sdpa = True
+
     def __init__(
         self,
-        input_dim: int,
+        input_dim: int | MultimodalFusionConfig,
         hidden_dim: int = 512,
         fusion_type: str = "concat",
-        *,
-        language_dim: int | None = None,
-        num_heads: int = 8,
+        **settings: Any,
     ) -> None:
-        """Args:
-            input_dim: V, and W unless ``language_dim`` says otherwise.
+        """Build from widths, or from a config given in the first place.
+
+        Args:
+            settings: any further field of MultimodalFusionConfig.
 
         Raises:
             ConfigError: an unknown type, or heads that do not divide the width.
         """
-        super().__init__()
-        if fusion_type not in FUSIONS:
-            raise ConfigError(f"fusion_type {fusion_type!r} must be one of {', '.join(FUSIONS)}")
-        if min(input_dim, hidden_dim, language_dim or 1) < 1:
-            raise ConfigError(f"fusion of widths {input_dim}, {language_dim} to {hidden_dim} needs positive widths")
-        self.fusion_type = fusion_type
-        self.language_dim = input_dim if language_dim is None else language_dim
+        if isinstance(input_dim, MultimodalFusionConfig):
+            config = input_dim
+        else:
+            config = build_config(
+                MultimodalFusionConfig, settings, input_dim=input_dim, hidden_dim=hidden_dim, fusion_type=fusion_type
+            )
+        super().__init__(config)
+        input_dim, hidden_dim = config.input_dim, config.hidden_dim
+        self.language_dim = input_dim if config.language_dim is None else config.language_dim
         self.visual_dim = input_dim
         self.project_visual = nn.Linear(input_dim, hidden_dim)
         self.project_language = nn.Linear(self.language_dim, hidden_dim)
         self.visual_norm = nn.LayerNorm(hidden_dim)
         self.language_norm = nn.LayerNorm(hidden_dim)
         self.gate = self.attention = self.modulation = None
-        if fusion_type == "gated_fusion":
+        if config.fusion_type == "gated_fusion":
             self.gate = nn.Linear(2 * hidden_dim, hidden_dim)
-        elif fusion_type == "cross_attention":
-            self.attention = CrossAttention(hidden_dim, num_heads)
+        elif config.fusion_type == "cross_attention":
+            self.attention = CrossAttention(hidden_dim, config.num_heads)
             self.attended_norm = nn.LayerNorm(hidden_dim)
-        elif fusion_type == "film":
+        elif config.fusion_type == "film":
             self.modulation = nn.Linear(hidden_dim, 2 * hidden_dim)
-        width = 2 * hidden_dim if fusion_type == "concat" else hidden_dim
+        width = 2 * hidden_dim if config.fusion_type == "concat" else hidden_dim
         self.combine = nn.Sequential(nn.Linear(width, 2 * hidden_dim), nn.GELU(), nn.Linear(2 * hidden_dim, hidden_dim))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, CrossAttention):
+            init.normal_(module.nothing, std=0.02)
 
     def forward(
         self,
@@ -153,7 +209,7 @@ class MultimodalFusion(nn.Module):
             ConfigError: another type than ``cross_attention``.
         """
         if self.attention is None:
-            raise ConfigError(f"{self.fusion_type!r} has no attention weights; use fusion_type='cross_attention'")
+            raise ConfigError(f"{self.config.fusion_type!r} has no attention weights; use fusion_type='cross_attention'")
         visual, language, _, said = self._tokens(visual, language, visual_mask, language_mask)
         return self.attention.weights(self.visual_norm(visual), self.language_norm(language), said)
 
@@ -179,3 +235,7 @@ class MultimodalFusion(nn.Module):
         if len(visual) != len(language):
             raise DataError(f"{len(visual)} rows of vision cannot be fused with {len(language)} rows of language")
         return self.project_visual(visual), self.project_language(language), seen, said
+
+
+AutoConfig.register(MultimodalFusionConfig.model_type, MultimodalFusionConfig, exist_ok=True)
+AutoModel.register(MultimodalFusionConfig, MultimodalFusion, exist_ok=True)

@@ -135,7 +135,9 @@ class Block(nn.Module):
         """(B, L, D) to (B, R, D); the arguments are SelfAttention's."""
         mixed = self.attention(self.attention_norm(tokens), bias, read=read)
         tokens = (tokens if read is None else tokens[:, read]) + self.dropout(mixed)
-        return tokens + self.dropout(self.narrow(self.activation(self.widen(self.mlp_norm(tokens)))))
+        # Flat, as what is written into must be no view: autograd would copy the whole of it four times.
+        hidden = self.activation(self.widen(self.mlp_norm(tokens).flatten(0, 1)))
+        return tokens + self.dropout(self.narrow(hidden).view_as(tokens))
 
 
 class Transformer(nn.Module):

@@ -93,6 +93,55 @@ def test_what_stands_in_padded_steps_does_not_matter(case):
     torch.testing.assert_close(loss_of(model, junk)[0], loss_of(model, batch)[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_step_learns_from_the_past_and_never_from_its_own_action_or_the_future(case):
+    model, batch, steps = case.build(), case.batch(num_windows=3), case.config.context_steps
+    asked = steps // 2
+    if steps == 1:
+        pytest.skip("sees one step")
+    if case.architecture.name == "hierarchical":
+        pytest.skip("its controller is told where the episode went: that is its subgoal")
+    whole = replace(batch, padding_mask=torch.ones_like(batch.padding_mask))
+    inputs = {
+        "states": whole.states,
+        "actions": whole.actions,
+        "returns_to_go": whole.returns_to_go,
+        **{name: frames / 255 for name, frames in whole.images.items()},
+    }
+    inputs = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+    only = torch.zeros(whole.padding_mask.shape)
+    only[:, asked] = 1.0
+    loss, _ = loss_of(
+        model,
+        replace(
+            whole,
+            states=inputs["states"],
+            actions=inputs["actions"],
+            returns_to_go=inputs["returns_to_go"],
+            images={name: inputs[name] for name in whole.images},
+            step_weights=only,
+        ),
+    )
+    if not loss.requires_grad or not loss.detach().any():
+        pytest.skip("learns from the newest step alone, after which there is nothing")
+    loss.backward()
+    grads = {name: value.grad for name, value in inputs.items() if value.grad is not None}
+    reached = {name: grad.reshape(3, steps, -1).abs().sum((0, 2)) for name, grad in grads.items()}
+    assert any(grad[: asked + 1].any() for grad in reached.values())
+    for name, grad in reached.items():
+        assert not grad[asked + (name != "actions") :].any(), name
+
+
+def test_a_row_of_padding_alone_is_finite_and_teaches_nothing(case):
+    model, batch = case.build(), case.batch()
+    empty = torch.tensor([True, False, False, False])[:, None]
+    padded = replace(batch, padding_mask=batch.padding_mask & ~empty, chunk_mask=batch.chunk_mask & ~empty)
+    loss, _ = loss_of(model, padded)
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()] == []
+    if torch.equal(loss_of(model, padded, seed=2)[0], loss):
+        torch.testing.assert_close(loss_of(model, padded.rows(1, 4))[0], loss, rtol=1e-4, atol=1e-5)
+
+
 def test_a_window_without_weight_teaches_nothing(case):
     model, batch = case.build(), case.batch()
     even = loss_of(model, replace(batch, weights=torch.ones(4)))[0]

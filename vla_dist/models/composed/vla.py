@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.batch import TrainBatch
-from vla_dist.models.fusion import CrossAttention, FusionType, MultimodalFusion
+from vla_dist.models.fusion import FusionType, MultimodalFusion
 from vla_dist.models.heads import HEADS, build_head
 from vla_dist.models.token_learner import TokenLearner
 from vla_dist.models.visual_encoder import build_visual_encoder
@@ -114,8 +114,6 @@ class ComposedVLA(VisuomotorModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, CrossAttention):
-            init.normal_(module.nothing, std=0.02)
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
