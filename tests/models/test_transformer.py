@@ -49,9 +49,20 @@ def test_the_last_block_computes_only_what_is_read(tokens, visible):
     model = make_transformer()
     seen = []
     for block in model.blocks:
-        block.widen.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+        block.mlp_norm.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
     model(tokens, visible, read=slice(-1, None))
     assert seen == [9, 9, 1]
+
+
+def test_an_activation_in_place_makes_autograd_copy_nothing():
+    """ReLU once wrote into a view, for which autograd copied the largest array of a block four times an update."""
+    model = make_transformer(activation="relu")
+    found = []
+    for block in model.blocks:
+        block.narrow.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].grad_fn.name()))
+    tokens = torch.randn(2, 9, model.blocks[0].widen.in_features, requires_grad=True)
+    model(tokens, causal_visibility(torch.ones(2, 9, dtype=torch.bool)))
+    assert found == ["ReluBackward0"] * len(model.blocks)
 
 
 def test_one_mask_for_all_rows_where_nothing_is_hidden():

@@ -209,7 +209,8 @@ class MultimodalFusion(WholePreTrainedModel):
             ConfigError: another type than ``cross_attention``.
         """
         if self.attention is None:
-            raise ConfigError(f"{self.config.fusion_type!r} has no attention weights; use fusion_type='cross_attention'")
+            kind = self.config.fusion_type
+            raise ConfigError(f"{kind!r} has no attention weights; use fusion_type='cross_attention'")
         visual, language, _, said = self._tokens(visual, language, visual_mask, language_mask)
         return self.attention.weights(self.visual_norm(visual), self.language_norm(language), said)
 
