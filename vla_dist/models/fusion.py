@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.language_encoder import mean_over_tokens
-from vla_dist.models.pretrained import WholePreTrainedModel
+from vla_dist.models.pretrained import WholePreTrainedModel, init_by_fan_in
 from vla_dist.models.settings import build_config, require_heads
 
 FusionType = Literal["concat", "cross_attention", "gated_fusion", "film"]
@@ -152,13 +152,8 @@ class MultimodalFusion(WholePreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, CrossAttention):
+        init_by_fan_in(module)
+        if isinstance(module, CrossAttention):
             init.normal_(module.nothing, std=0.02)
 
     def forward(

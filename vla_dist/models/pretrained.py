@@ -5,7 +5,9 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 
 from vla_dist.core.errors import ConfigError, DataError, IntegrityError, ResourceMissing
 
@@ -79,6 +81,22 @@ class WholePreTrainedModel(PreTrainedModel):
                 f"the weights in {source} do not fit {cls.__name__}: {'; '.join(wrong[:_SHOWN])}{more}. They belong to "
                 "another config or were damaged"
             )
+
+
+@torch.no_grad()
+def init_by_fan_in(module: nn.Module) -> None:
+    """A Linear keeps the variance of what it reads, a LayerNorm gives it as it is, both without bias.
+
+    Other modules are left alone.
+    """
+    if isinstance(module, nn.Linear):
+        init.normal_(module.weight, std=module.in_features**-0.5)
+    elif isinstance(module, nn.LayerNorm):
+        init.ones_(module.weight)
+    else:
+        return
+    if module.bias is not None:
+        init.zeros_(module.bias)
 
 
 def _is_finite(value: torch.Tensor) -> bool:

@@ -17,7 +17,7 @@ from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.batch import TrainBatch
 from vla_dist.models.member import masked_mean, require_batch
 from vla_dist.models.memory.bank import EpisodicMemory, MemoryReader, WriteGate
-from vla_dist.models.pretrained import WholePreTrainedModel
+from vla_dist.models.pretrained import WholePreTrainedModel, init_by_fan_in
 from vla_dist.models.settings import build_config, require_heads
 from vla_dist.models.step_encoder import StepEncoder
 from vla_dist.models.visual_encoder import require_visual
@@ -160,14 +160,9 @@ class MemoryAugmentedVLA(WholePreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
-            # Also the gate's: where everything is written at first, the cue of a corridor was not found in time.
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, MemoryReader):
+        # Without bias, also the gate: where everything is written at first, a corridor's cue was not found in time.
+        init_by_fan_in(module)
+        if isinstance(module, MemoryReader):
             init.normal_(module.null_key, std=0.02)
             init.normal_(module.null_value, std=0.02)
 

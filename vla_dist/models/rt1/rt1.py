@@ -20,6 +20,7 @@ from vla_dist.models.film import FiLM
 from vla_dist.models.fusion import FusionType, MultimodalFusion
 from vla_dist.models.heads import bins_loss, discrete_loss, from_bins
 from vla_dist.models.language_encoder import MINILM, LanguageEncoder
+from vla_dist.models.pretrained import init_by_fan_in
 from vla_dist.models.rt1.transformer import DecoderLayer
 from vla_dist.models.settings import build_config
 from vla_dist.models.token_learner import TokenLearner
@@ -144,15 +145,10 @@ class RT1(VisuomotorModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FiLM):
             module.reset_parameters()
-        elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.1)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+        else:
+            init_by_fan_in(module)
 
     @property
     def num_frame_tokens(self) -> int:
