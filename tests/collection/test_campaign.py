@@ -50,7 +50,15 @@ def test_a_campaign_is_read(tmp_path: Path) -> None:
             ("contract: arm.json", "environment: metaworld\nsimulation: {num_robots: 2}"),
             "by demo@stable; say .*policy_server",
         ),
-        (("contract: arm.json", "contract: arm.json\nhost: 0.0.0.0"), "set token as well"),
+        (("contract: arm.json", "contract: arm.json\nhost: 0.0.0.0"), "set tokens or token as well"),
+        (
+            ("contract: arm.json", "contract: arm.json\nhost: 0.0.0.0\ntoken: x\nidentity_from_front: true"),
+            "believes whoever reaches the port",
+        ),
+        (
+            ("contract: arm.json", "environment: metaworld\ntokens: t.json\nsimulation: {num_robots: 2}"),
+            "no tokens of their own; set token as well",
+        ),
         (("left: [arm-1, arm-2]", "left: []"), "group 'left' has no robot"),
         (("quotas:", "quotas: []\nother:"), "has no setting 'other'"),
         (("name: drawers", "name: ["), "is not YAML"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vla_dist.collection.campaign import Campaign, Quota
-from vla_dist.core.errors import ConfigError, Unauthorised
+from vla_dist.core.errors import ConfigError, Forbidden, Unauthorised
 from vla_dist.core.protocols import RobotEnv
 from vla_dist.core.types import Array, Source, Step
 from vla_dist.protocol.fleet_records import EpisodeRecord
@@ -28,6 +28,8 @@ from vla_dist.run.collection_report import CONTACT_SHEET, REPORT, ArchiveCheck, 
 from vla_dist.run.data_sets import check_data_set, open_data_set
 from vla_dist.run.fleet_simulation import FleetSimulation, SimulatedFleet
 from vla_dist.run.simulators import build_simulator
+from vla_dist.serving.authorisation import create_token
+from vla_dist.serving.event_log import read_events
 from vla_dist.testing.fakes import make_segment
 
 TASK = "length-5-8"
@@ -50,7 +52,7 @@ class Running:
         self.status: list[CampaignStatus] = []
         self.stop = threading.Event()
         self.result: CampaignResult | None = None
-        self.run = CampaignRun(campaign, self.env.spec, folder, on_status=lambda one: self.status.append(one))
+        self.run = CampaignRun(campaign, self.env.spec, folder, on_status=self.status.append, home=folder.parent)
         self._thread = threading.Thread(target=self._execute, daemon=True)
         self._thread.start()
         end = time.monotonic() + 60
@@ -69,9 +71,10 @@ class Running:
         assert self.result is not None, "the campaign did not end"
         return self.result
 
-    def station(self, robot_id: str) -> StationConfig:
+    def station(self, robot_id: str, *, token: str = "") -> StationConfig:
         return StationConfig(
             server=self.address,
+            token=token,
             robot_id=robot_id,
             spool=self.folder / "spools" / robot_id,
             segment_steps=8,
@@ -108,11 +111,11 @@ def running(tmp_path: Path) -> Iterator[Running]:
     running.join()
 
 
-def collect(running: Running, robot_id: str, *, breaks_at: int | None = None) -> None:
+def collect(running: Running, robot_id: str, *, token: str = "", breaks_at: int | None = None) -> None:
     env, actors = build_simulator("t-maze", tasks=(TASK,))
     if breaks_at is not None:
         env = BreakingRobot(env, breaks_at)
-    with open_station(env, running.station(robot_id), actors=actors) as collector:
+    with open_station(env, running.station(robot_id, token=token), actors=actors) as collector:
         run_station(collector, stop=running.stop)
 
 
@@ -160,6 +163,24 @@ def test_a_strange_robot_disturbs_nobody(running: Running, tmp_path: Path) -> No
     assert any("did the robot mean 'length-5-8'" in one for one in reasons)
     assert any("shape (8, 9), expected (8, 4)" in one for one in reasons)
     assert {episode[0].robot_id for episode in read_archive(running.run.archive)} == {"arm-0"}
+
+
+def test_a_robot_speaks_for_itself_only(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.json"
+    mine = create_token(tokens, name="arm-0", role="robot", robot_id="arm-0")
+    running = Running(replace(CAMPAIGN, tokens="tokens.json", token="of the site"), tmp_path / "collect")
+    with pytest.raises(Unauthorised, match="no bearer token"):
+        collect(running, "arm-1")
+    with pytest.raises(Forbidden, match="arm-1"):
+        collect(running, "arm-1", token=mine)
+    collect(running, "arm-0", token=mine)
+    result = running.join()
+    assert {entry.record.robot_id for entry in result.entries} == {"arm-0"}
+    refusals = read_events(running.folder / "audit.jsonl")
+    assert len(refusals) >= 2
+    kept = (running.folder / "campaign.json").read_text() + json.dumps(refusals)
+    assert mine not in kept
+    assert "of the site" not in kept
 
 
 def test_a_broken_robot_leaves_the_work_to_those_that_can(tmp_path: Path) -> None:

@@ -40,16 +40,19 @@ class CollectOptions:
 def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(CollectOptions, args=arguments, prog="vla-dist collect")
     campaign = load_campaign(options.campaign)
-    spec = build_campaign_spec(campaign, options.campaign.parent)
+    home = options.campaign.parent
+    spec = build_campaign_spec(campaign, home)
     folder = (options.runs_dir / f"collect-{campaign.name}").resolve()
     console = Console(stderr=True)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
     if options.plain or not console.is_terminal:
-        run = CampaignRun(campaign, spec, folder, on_status=_Lines().show)
+        run = CampaignRun(campaign, spec, folder, on_status=_Lines().show, home=home)
         result = run.execute()
     else:
         with Live(console=console, refresh_per_second=4) as live:
-            run = CampaignRun(campaign, spec, folder, on_status=lambda status: live.update(draw_status(status)))
+            run = CampaignRun(
+                campaign, spec, folder, on_status=lambda status: live.update(draw_status(status)), home=home
+            )
             result = run.execute()
     entries, state = result.entries, result.state
     problems = write_report(folder, campaign, state, entries, run.archive)

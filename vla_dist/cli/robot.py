@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import socket
 import sys
 import threading
@@ -17,7 +18,9 @@ from vla_dist.robot.drivers import build_installed, installed_drivers
 from vla_dist.robot.operator import GamepadOperator, KeyboardOperator, Teleoperation
 from vla_dist.robot.spool import SpoolConfig
 from vla_dist.robot.station import LocalAssignments, StationConfig, open_station, run_station
+from vla_dist.robot.tls import TlsFiles
 from vla_dist.robot.uploader import UploadConfig
+from vla_dist.run.serve_settings import TOKEN_VARIABLE
 
 _DRIVER_HELP = (
     "metaworld, babyai, t-maze, key-to-door, gymnasium:ID, lerobot (factory=MODULE:FUNCTION gives the robot object), "
@@ -63,7 +66,14 @@ def _add_driver(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server", required=True, help="host:port of the fleet's service")
     parser.add_argument("--policy-server", default="", help="host:port where policies are served, if elsewhere")
-    parser.add_argument("--token", default="")
+    parser.add_argument(
+        "--token",
+        default=os.environ.get(TOKEN_VARIABLE, ""),
+        help=f"default: ${TOKEN_VARIABLE}, which other users of the machine do not see",
+    )
+    parser.add_argument("--ca", type=Path, default=None, help="PEM: talk TLS to a front whose certificate it signed")
+    parser.add_argument("--certificate", type=Path, default=None, help="PEM of this robot, where the front wants one")
+    parser.add_argument("--key", type=Path, default=None, help="of --certificate")
     parser.add_argument("--robot-id", default=socket.gethostname()[:64])
     parser.add_argument("--spool", type=Path, default=None, help="folder; default: spool-ROBOT_ID here")
     parser.add_argument("--spool-gb", type=float, default=8.0, help="most that waits for the server")
@@ -117,6 +127,7 @@ def _run(options: argparse.Namespace, env: RobotEnv, actors: Mapping[Source, Act
         server=options.server,
         policy_server=options.policy_server,
         token=options.token,
+        tls=_tls(options),
         robot_id=options.robot_id,
         spool=options.spool or Path(f"spool-{options.robot_id}"),
         control_hz=options.control_hz or None,
@@ -151,6 +162,14 @@ def _run(options: argparse.Namespace, env: RobotEnv, actors: Mapping[Source, Act
     finally:
         if operator is not None:
             operator.close()
+
+
+def _tls(options: argparse.Namespace) -> TlsFiles | None:
+    if options.ca is None:
+        if options.certificate or options.key:
+            raise ConfigError("--certificate and --key are for TLS; name with --ca whom the robot trusts as well")
+        return None
+    return TlsFiles(ca=options.ca, certificate=options.certificate, key=options.key)
 
 
 def _operator(options: argparse.Namespace, env: RobotEnv) -> KeyboardOperator | GamepadOperator | None:

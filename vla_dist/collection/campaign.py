@@ -111,6 +111,13 @@ class Campaign:
     host: str = "127.0.0.1"
     port: int = 9010
     token: str = ""
+    """Bearer token that everybody shares and that may do everything."""
+    tokens: str = ""
+    """File of tokens with roles, relative to the campaign's own, as ``vla-dist token create`` writes it: each robot
+    speaks for itself only. Read again when it changes."""
+    identity_from_front: bool = False
+    """Robots are known by the name in their certificate, as the TLS front of deploy/tls/ passes it on; ``host`` must
+    be on loopback then, so that nobody else can pass a name."""
     archive: str = "archive"
     """Where episodes go: a path, relative to the campaign's folder, or a URI such as s3://bucket/episodes."""
     simulation: Simulation = field(default_factory=Simulation)
@@ -131,8 +138,7 @@ class Campaign:
             )
         if not self.archive:
             raise ConfigError(f"campaign {self.name!r}: archive is empty; what is collected must lie somewhere")
-        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.token:
-            raise ConfigError(f"host {self.host} lets other machines in; set token as well, so that not everybody can")
+        self._require_access()
         if self.simulation.num_robots and not self.environment:
             raise ConfigError(f"campaign {self.name!r} simulates robots, so it needs environment, not contract")
         policies = sorted({quota.policy for quota in self.quotas if quota.source == "policy"})
@@ -145,6 +151,22 @@ class Campaign:
             for name in quota.robots:
                 if name in self.groups and not self.groups[name]:
                     raise ConfigError(f"group {name!r} has no robot; quota {quota.title!r} could never be met")
+
+    def _require_access(self) -> None:
+        is_open = self.host not in ("127.0.0.1", "localhost", "::1")
+        if is_open and not self.token and not self.tokens:
+            raise ConfigError(
+                f"host {self.host} lets other machines in; set tokens or token as well, so that not everybody can"
+            )
+        if is_open and self.identity_from_front:
+            raise ConfigError(
+                f"identity_from_front believes whoever reaches the port, and host {self.host} lets everybody reach it; "
+                "leave host on loopback and let robots come through the front"
+            )
+        if self.simulation.num_robots and self.tokens and not self.token:
+            raise ConfigError(
+                f"campaign {self.name!r} simulates robots, which have no tokens of their own; set token as well"
+            )
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from vla_dist.robot.operator import Operator
 from vla_dist.robot.recorded_robot import RecordedRobot
 from vla_dist.robot.recorder import RecorderConfig, RobotRecorder
 from vla_dist.robot.spool import Spool, SpoolConfig
+from vla_dist.robot.tls import TlsFiles
 from vla_dist.robot.uploader import SpoolUploader, UploadConfig
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class StationConfig:
     policy_server: str = ""
     """``host:port`` where policies are served; empty: ``server``."""
     token: str = ""
+    tls: TlsFiles | None = None
+    """Certificates, where a TLS front stands before the servers."""
     control_hz: float | None = None
     """None: as fast as the robot steps, for simulators."""
     segment_steps: int = 32
@@ -78,12 +81,12 @@ def open_station(
         spool = stack.enter_context(contextlib.closing(Spool(config.spool, config.spool_config)))
         if spool.recovered:
             _log.warning("%d episodes that were cut off are kept as partial ones", len(spool.recovered))
-        client = stack.enter_context(PolicyClient(config.server, token=config.token or None))
+        client = stack.enter_context(_connect(config, config.server))
         policies = None
         if config.serves_policies:
             policies = client
             if config.policy_server:
-                policies = stack.enter_context(PolicyClient(config.policy_server, token=config.token or None))
+                policies = stack.enter_context(_connect(config, config.policy_server))
         fleet = FleetClient(client, robot_id=config.robot_id, spool_id=spool.spool_id)
         recorder = RobotRecorder(
             spool,
@@ -116,6 +119,10 @@ def open_station(
         # The last word: whoever waits for this robot learns what it still holds.
         with contextlib.suppress(VlaDistError):
             fleet.heartbeat(spool.metrics())
+
+
+def _connect(config: StationConfig, address: str) -> PolicyClient:
+    return PolicyClient(address, token=config.token or None, tls=config.tls)
 
 
 def run_station(

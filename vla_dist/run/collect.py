@@ -26,9 +26,11 @@ from vla_dist.core.types import Source
 from vla_dist.replay.archive.archiver import Archiver
 from vla_dist.replay.archive.folder import ArchiveFolder
 from vla_dist.run.build import build_campaign_ingest, build_campaign_table
-from vla_dist.run.files import QUARANTINE, REDIS, SPOOLS, write_atomically
+from vla_dist.run.files import AUDIT, QUARANTINE, REDIS, SPOOLS, write_atomically
 from vla_dist.run.fleet_simulation import FleetSimulation, SimulatedFleet
 from vla_dist.run.redis_keeper import RedisKeeper
+from vla_dist.serving.authorisation import AccessConfig
+from vla_dist.serving.event_log import EventLog
 from vla_dist.serving.server import SingleServer
 
 _log = logging.getLogger(__name__)
@@ -78,8 +80,17 @@ class CampaignRun:
     """
 
     def __init__(
-        self, campaign: Campaign, spec: EnvSpec, folder: Path, *, on_status: Callable[[CampaignStatus], None]
+        self,
+        campaign: Campaign,
+        spec: EnvSpec,
+        folder: Path,
+        *,
+        on_status: Callable[[CampaignStatus], None],
+        home: Path = Path(),
     ) -> None:
+        """Args:
+        home: folder that the campaign's own paths start from.
+        """
         self.folder = folder
         self._campaign = campaign
         self._spec = spec
@@ -89,7 +100,14 @@ class CampaignRun:
         self._archived = 0
         folder.mkdir(parents=True, exist_ok=True)
         _require_same(campaign, folder / CAMPAIGN)
-        write_atomically(folder / CAMPAIGN, json.dumps(dataclasses.asdict(campaign), indent=2))
+        self._access = AccessConfig(
+            token=campaign.token or None,
+            tokens_file=home / campaign.tokens if campaign.tokens else None,
+            identity_from_front=campaign.identity_from_front,
+            audit=folder / AUDIT,
+        )
+        told = {**dataclasses.asdict(campaign), "token": ""}  # a folder that is handed around must not hold it
+        write_atomically(folder / CAMPAIGN, json.dumps(told, indent=2))
 
     @property
     def archive(self) -> str | Path:
@@ -115,7 +133,8 @@ class CampaignRun:
                     ingest=ingest,
                     host=self._campaign.host,
                     port=self._campaign.port,
-                    token=self._campaign.token or None,
+                    tokens=self._access.token_check(),
+                    audit=EventLog(self._access.audit),
                 )
             )
             self._stack, self._redis, self._ledger, self._server = stack, redis, ledger, server

@@ -15,6 +15,7 @@ from vla_dist.core.errors import ConfigError
 from vla_dist.core.specs import CameraSpec
 from vla_dist.core.types import Source
 from vla_dist.run.faulty_link import FaultyLink
+from vla_dist.run.serve_settings import TOKEN_VARIABLE
 
 _log = logging.getLogger(__name__)
 
@@ -163,6 +164,8 @@ class RobotProcess:
 
     def start(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        if self._simulation.token:
+            environment[TOKEN_VARIABLE] = self._simulation.token
         with open(self._folder / f"{self.robot_id}.log", "ab") as log:
             self._process = subprocess.Popen(
                 self._command(),
@@ -231,7 +234,6 @@ class RobotProcess:
             "control-hz": simulation.control_hz,
             "segment-steps": simulation.segment_steps,
             "jpeg-quality": simulation.jpeg_quality,
-            "token": simulation.token,
             "noise": simulation.noise,
         }
         if simulation.task:

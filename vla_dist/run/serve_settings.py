@@ -6,7 +6,7 @@ from pathlib import Path
 
 FOLDER_VARIABLE = "VLA_DIST_SERVE_FOLDER"
 TOKEN_VARIABLE = "VLA_DIST_FLEET_TOKEN"
-"""Environment of a cluster's head: the bearer token of the fleet, used where ``serving.token`` is empty."""
+"""Environment of a cluster's head, and of a robot: the bearer token of the fleet, used where none is given."""
 PORTS_CLAIMED = 400
 """For each application: half for HTTP, half for gRPC; a dead replica's port is not used again for minutes."""
 _NODE_FOLDER = "/tmp/vla-dist-serve"
