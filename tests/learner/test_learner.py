@@ -65,6 +65,8 @@ def test_versions_are_published_at_their_updates_and_build(make_learner, registr
     manifests = registry.manifests("p")
     assert [m.metrics["updates"] for m in manifests] == [0, 3, 4]
     assert [m.parent for m in manifests] == [0, 1, 2]
+    assert "loss" not in manifests[0].metrics, "nothing was learnt yet"
+    assert [m.metrics["loss"] for m in manifests[1:]] == [m["loss"] for m in metrics[1:]]
     assert registry.resolve("p@stable") == 3
     assert [m["updates"] for m in metrics] == [0, 3, 4]
     policy = build_policy(registry.fetch("p", 3), embed=None)

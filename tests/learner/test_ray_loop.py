@@ -213,6 +213,7 @@ def test_a_killed_rank_goes_on_from_the_newest_whole_checkpoint(ray_cluster, tmp
 
 @pytest.mark.slow
 @pytest.mark.chaos
+@pytest.mark.timeout(900)
 def test_a_killed_trainer_is_replaced_and_goes_on(ray_cluster, tmp_path):
     log = tmp_path / "log"
     killed = []
@@ -336,6 +337,7 @@ def test_two_ranks_keep_one_model(ray_cluster, tmp_path, parallelism):
 
 @pytest.mark.slow
 @pytest.mark.chaos
+@pytest.mark.timeout(900)
 def test_deleted_checkpoints_and_half_a_note_of_them_do_not_stop_a_resumption(ray_cluster, tmp_path):
     log, storage = tmp_path / "log", tmp_path / "storage" / "run"
     assert fit(make_build(str(log)), tmp_path, num_workers=1).metrics["updates"] == 40
@@ -356,6 +358,7 @@ def test_deleted_checkpoints_and_half_a_note_of_them_do_not_stop_a_resumption(ra
 
 @pytest.mark.slow
 @pytest.mark.chaos
+@pytest.mark.timeout(900)
 def test_a_full_disk_costs_the_updates_since_the_last_checkpoint(ray_cluster, tmp_path):
     log = tmp_path / "log"
     result = fit(make_build(str(log), storage_fails_at=20), tmp_path, num_workers=1)
@@ -367,6 +370,7 @@ def test_a_full_disk_costs_the_updates_since_the_last_checkpoint(ray_cluster, tm
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(900)
 def test_a_rank_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(ray_cluster, tmp_path):
     log = tmp_path / "log"
     result = fit(make_build(str(log), dies_writing_at=20, pause_s=0.5), tmp_path, num_workers=1)
@@ -379,6 +383,7 @@ def test_a_rank_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(900)
 def test_redis_killed_in_the_middle_of_an_epoch_costs_no_update(ray_cluster, tmp_path):
     log = tmp_path / "log"
 
@@ -402,6 +407,7 @@ def test_redis_killed_in_the_middle_of_an_epoch_costs_no_update(ray_cluster, tmp
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(900)
 def test_a_loss_that_stays_broken_ends_the_training_names_its_windows_and_keeps_the_last_version(ray_cluster, tmp_path):
     from ray.train import TrainingFailedError
 

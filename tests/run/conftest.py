@@ -12,14 +12,14 @@ import pytest
 
 
 class ChildRun:
-    """``vla-dist run`` in a folder of its own, with everything it prints in a log there."""
+    """``vla-dist run``, or another verb, in a folder of its own, with everything it prints in a log there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._process: subprocess.Popen[str] | None = None
 
-    def start(self, *words: str) -> None:
-        arguments = [sys.executable, "-m", "vla_dist.cli", "run", *words]
+    def start(self, *words: str, verb: str = "run") -> None:
+        arguments = [sys.executable, "-m", "vla_dist.cli", verb, *words]
         with open(self.folder / "log.txt", "a") as log:
             self._process = subprocess.Popen(
                 arguments, stdout=log, stderr=log, text=True, cwd=self.folder, start_new_session=True

@@ -3,7 +3,7 @@ import pytest
 from vla_dist.core.errors import ConfigError
 from vla_dist.run.config_file import with_setting
 from vla_dist.run.presets import preset
-from vla_dist.run.tuning import parse_space
+from vla_dist.run.tuning import needs_whole_runs, parse_space, with_settings
 
 CONFIG = preset("babyai")
 
@@ -43,8 +43,10 @@ def test_a_space_is_read_word_by_word():
         ("learner.learning_rate=log:1", "two numbers"),
         ("learner.ema_decay=uniform:0.9:0.1", "LOW must be below HIGH"),
         ("learner.batch_size=0,8", "learner.batch_size 0 must be at least 1"),
-        ("replay.capacity_steps=1,2", "cannot be searched"),
-        ("learner.num_workers=1,2", "cannot be searched"),
+        ("serving.port=1,2", "cannot be searched"),
+        ("replay.redis_url=redis://a", "cannot be searched"),
+        ("replay.capacity_steps=1,2", "min_steps"),
+        ("rollout.noise_scales=[[0.1]", "must be one JSON list"),
         ("learner.momentum=1", "no setting"),
     ],
 )
@@ -56,3 +58,26 @@ def test_what_cannot_be_searched_is_refused_before_anything_starts(word, match):
 def test_nothing_to_search_is_refused():
     with pytest.raises(ConfigError, match="give --over"):
         parse_space([], CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("word", "is_whole"),
+    [
+        ("learner.learning_rate=1e-3", False),
+        ("model.n_layers=1,2", False),
+        ("learner.num_workers=1,2", True),
+        ("rollout.noise_scales=[[0.0], [0.0, 0.4]]", True),
+        ("replay.samples_per_insert=uniform:10:80", True),
+    ],
+)
+def test_what_changes_the_data_or_the_machine_is_a_run_of_its_own(word, is_whole):
+    assert needs_whole_runs(parse_space([word], CONFIG)) == is_whole
+    assert needs_whole_runs(parse_space(["learner.learning_rate=1e-3", word], CONFIG)) == is_whole
+
+
+def test_a_point_is_a_config_that_ends_with_a_version():
+    point = {"rollout.noise_scales": [0.0, 0.4], "learner.total_updates": 150, "replay.segment_steps": 16}
+    changed = with_settings(CONFIG, point)
+    assert changed.rollout.noise_scales == (0.0, 0.4)
+    assert changed.learner.publish_updates == (0, 100, 150)
+    assert changed.replay.segment_steps == 16

@@ -1,6 +1,7 @@
 """The learner: samples the replay, updates the policy, publishes versions. It knows nothing of Ray or Redis."""
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -354,7 +355,7 @@ class Learner:
             goals=self._goals,
             provenance={"run_id": self.config.run_id, "updates": milestone},
             parent=self._parent,
-            metrics={"updates": float(self.updates)},
+            metrics={**{k: v for k, v in self._metrics.items() if math.isfinite(v)}, "updates": float(self.updates)},
             created_unix_s=time.time(),
             git_revision=self._git_revision,
         )

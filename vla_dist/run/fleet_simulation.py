@@ -14,6 +14,7 @@ from pathlib import Path
 from vla_dist.core.errors import ConfigError
 from vla_dist.core.specs import CameraSpec
 from vla_dist.core.types import Source
+from vla_dist.run.children import die_with_parent
 from vla_dist.run.faulty_link import FaultyLink
 from vla_dist.run.serve_settings import TOKEN_VARIABLE
 
@@ -174,7 +175,7 @@ class RobotProcess:
                 stderr=log,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def revive(self) -> None:
@@ -247,11 +248,3 @@ class RobotProcess:
             if value != "":
                 words += [f"--{name}", str(value)]
         return words
-
-
-def _die_with_parent() -> None:
-    """A simulated robot must not outlive a simulation that was killed (Linux)."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,6 +1,10 @@
-"""A search over settings: every trial trains on the replay of one run, and is judged on seeds of its own.
+"""A search over settings.
 
-Nothing is published and the run stays as it is. Ray Tune writes progress.csv and TensorBoard's events of each trial.
+Where only the learner's and the model's are searched, every trial trains on the replay of one run, and is judged on
+unseen seeds: nothing is published and the run stays as it is. Other settings decide what the data are, or who serves
+and drives: then every trial is a run of its own, see ``whole_trials``.
+
+Ray Tune writes progress.csv and TensorBoard's events of each trial.
 """
 
 import contextlib
@@ -23,8 +27,9 @@ from vla_dist.run.config import RunConfig
 from vla_dist.run.config_file import require_setting, with_setting
 from vla_dist.run.phrases import phrase_source
 
-_SEARCHABLE = ("learner.", "model.")
-_OWN = ("learner.publish_updates", "learner.num_workers", "learner.use_gpu")
+_ON_ONE_REPLAY = ("learner.", "model.")
+_OF_WHOLE_RUNS = ("learner.publish_updates", "learner.num_workers", "learner.use_gpu", "learner.checkpoints")
+_NEVER = ("preset", "runs_dir", "min_memory_gib", "serving.port", "replay.redis_url", "replay.images_redis_url")
 _RANGES = ("log", "uniform", "int")
 
 
@@ -39,8 +44,15 @@ class Trial:
     error: str = ""
 
 
+def needs_whole_runs(space: Mapping[str, Any]) -> bool:
+    """Whether a trial of these settings is more than another training on the same data."""
+    return any(not path.startswith(_ON_ONE_REPLAY) or path in _OF_WHOLE_RUNS for path in space)
+
+
 def parse_space(words: Sequence[str], config: RunConfig) -> dict[str, Any]:
     """``path=a,b,c``, ``path=log:LOW:HIGH``, ``path=uniform:LOW:HIGH`` or ``path=int:LOW:HIGH`` to Ray Tune's domains.
+
+    Choices that hold commas themselves are one JSON list: ``rollout.noise_scales=[[0], [0, 0.2]]``.
 
     Raises:
         ConfigError: naming the word, where it is of another form or its setting cannot be searched.
@@ -51,39 +63,41 @@ def parse_space(words: Sequence[str], config: RunConfig) -> dict[str, Any]:
         if not separator or not text:
             raise ConfigError(f"--over {word!r} must be SETTING=a,b,c or SETTING=log:LOW:HIGH (or uniform, int)")
         require_setting(config, path)
-        if not path.startswith(_SEARCHABLE) or path in _OWN:
-            raise ConfigError(
-                f"{path} cannot be searched: trials share the data, the seeds and the machine of one run. Search "
-                f"settings of {' and '.join(name.rstrip('.') for name in _SEARCHABLE)}"
-            )
+        if path in _NEVER:
+            raise ConfigError(f"{path} cannot be searched: it is where a run lives, not how well it does")
         kind, _, bounds = text.partition(":")
         if kind in _RANGES:
             low, high = _bounds(word, kind, bounds)
             tried: list[Any] = [low, high]
             space[path] = _domain(kind, low, high)
         else:
-            tried = [_value(choice) for choice in text.split(",")]
+            tried = _choices(word, text)
             space[path] = tune.choice(tried)
         for value in tried:
-            _with_settings(config, {path: value})
+            with_settings(config, {path: value})
     if not space:
         raise ConfigError("nothing to search: give --over SETTING=a,b,c")
     return space
 
 
+def trial_on_replay(place: Place) -> Any:
+    """For ``search``: trains on the replay of the run at ``place``, whose config is what the points change."""
+    return tune.with_parameters(_run_trial, place=place)
+
+
 def search(
-    place: Place, space: Mapping[str, Any], *, num_trials: int, num_parallel: int, folder: Path, seed: int = 0
+    trial: Any, space: Mapping[str, Any], *, num_trials: int, num_parallel: int, folder: Path, seed: int = 0
 ) -> list[Trial]:
     """Train and judge ``num_trials`` random points on a Ray that is initialised; the best one first.
 
     Args:
-        place: the run whose replay answers; its config is what the points change.
+        trial: ``trial_on_replay`` or ``whole_trials.trial_of_run``.
         folder: for Ray Tune's files, and ``trials.json``.
     """
     if num_trials < 1 or num_parallel < 1:
         raise ConfigError(f"num_trials {num_trials} and num_parallel {num_parallel} must be at least 1")
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_run_trial, place=place), {"CPU": 1}),
+        tune.with_resources(trial, {"CPU": 1}),
         param_space=dict(space),
         tune_config=tune.TuneConfig(
             num_samples=num_trials,
@@ -135,7 +149,7 @@ def _run_trial(settings: dict[str, Any], *, place: Place) -> None:
     from vla_dist.learner.config import Rank
 
     torch.set_num_threads(1)
-    config = _with_settings(place.config, settings)
+    config = _trained_alone(with_settings(place.config, settings))
     trial, registry = replace(place, config=config), _Unpublished()
     learner = build_learner(trial, Rank(), registry=registry)
     loss = math.nan
@@ -189,14 +203,34 @@ def _outcome(result: Any) -> Trial:
     )
 
 
-def _with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """A trial publishes its last version only, and as many updates as asked for end where it ends."""
-    total = int(settings.get("learner.total_updates", config.learner.total_updates))
-    learner = replace(config.learner, total_updates=total, publish_updates=(0, total), num_workers=1)
+def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """A point of the search as a config. As many updates as asked for end with a version.
+
+    Raises:
+        ConfigError: settings that do not go together.
+    """
+    fewer = int(settings.get("learner.total_updates", config.learner.total_updates))
+    kept = (updates for updates in config.learner.publish_updates if updates < fewer)
+    learner = replace(config.learner, total_updates=fewer, publish_updates=(*kept, fewer))
     changed = replace(config, learner=learner)
     for path, value in settings.items():
         changed = with_setting(changed, path, value)
     return changed
+
+
+def _trained_alone(config: RunConfig) -> RunConfig:
+    """One rank, whose last version counts."""
+    last = (0, config.learner.total_updates)
+    return replace(config, learner=replace(config.learner, publish_updates=last, num_workers=1, use_gpu=False))
+
+
+def _choices(word: str, text: str) -> list[Any]:
+    if not text.startswith("["):
+        return [_value(choice) for choice in text.split(",")]
+    try:
+        return list(json.loads(text))
+    except ValueError as error:
+        raise ConfigError(f"--over {word!r}: choices in brackets must be one JSON list ({error})") from error
 
 
 def _bounds(word: str, kind: str, text: str) -> tuple[float, float]:
