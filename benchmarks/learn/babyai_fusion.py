@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from learn_parts.figures import draw_bars
 from learn_parts.results import answer, count, measure, target
-from learn_parts.seeds import for_comparison, run_seeds, trained_for
+from learn_parts.seeds import for_comparison, run_seeds, suite_of, trained_for
 
 from learn.settings import Settings
 from vla_dist.core.types import Segment
-from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run.config import ModelSettings, RunConfig
 from vla_dist.run.presets import preset
 from vla_dist.run.study import open_study
@@ -44,9 +43,7 @@ def run(settings: Settings) -> dict[str, Any]:
         return {"tasks": {task: _compare(_config(seed, task, protocol), folder / task, parts, say) for task in tasks}}
 
     def _compare(config: RunConfig, folder: Path, parts: Parts, say: Say) -> dict[str, Any]:
-        suite = SuiteConfig(
-            tasks=config.env.tasks, episodes_per_task=protocol["evaluation_episodes"], seed=config.evaluation.seed
-        )
+        suite = suite_of(config, protocol["evaluation_episodes"])
         found = {}
         with open_study(config, folder, parts, say) as study:
             study.collect()

@@ -15,7 +15,7 @@ from typing import Any
 
 from learn_parts.figures import draw_lines
 from learn_parts.results import Counts, answer, count, measure, target
-from learn_parts.seeds import for_comparison, run_seeds, trained_for
+from learn_parts.seeds import for_comparison, run_seeds, suite_of, trained_for
 
 from learn.settings import Settings
 from vla_dist.core.seeding import training_seed
@@ -113,7 +113,7 @@ def _grow(
         more: (what was trained, demonstrations held, wanted) to the seeds of those that are added.
     """
     config = study.place.config
-    suite = SuiteConfig(tasks=(_TASK,), episodes_per_task=protocol["evaluation_episodes"], seed=config.evaluation.seed)
+    suite = suite_of(config, protocol["evaluation_episodes"])
     data = study.derive(arm, study.episodes())
     held, curve = protocol["first_demonstrations"], []
     while True:

@@ -13,7 +13,7 @@ from typing import Any
 
 from learn_parts.figures import draw_bars
 from learn_parts.results import answer, count, difference, measure, paired, target
-from learn_parts.seeds import for_comparison, run_seeds, trained_for
+from learn_parts.seeds import for_comparison, run_seeds, suite_of, trained_for
 
 from learn.settings import Settings
 from vla_dist.core.specs import EnvSpec
@@ -49,11 +49,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
     def run_seed(seed: int, folder: Path, parts: Parts, say: Say) -> dict[str, Any]:
         config = _config(seed, protocol)
-        suite = SuiteConfig(
-            tasks=config.env.tasks,
-            episodes_per_task=protocol["evaluation_episodes_per_task"],
-            seed=config.evaluation.seed,
-        )
+        suite = suite_of(config, protocol["evaluation_episodes_per_task"])
         high, low = _models(config)
         with open_study(config, folder, parts, say) as study:
             study.collect()

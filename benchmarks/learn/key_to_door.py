@@ -16,7 +16,7 @@ from typing import Any
 
 from learn_parts.figures import draw_bars
 from learn_parts.results import answer, count, measure, target
-from learn_parts.seeds import for_comparison, run_seeds, trained_for
+from learn_parts.seeds import for_comparison, run_seeds, suite_of, trained_for
 
 from learn.settings import Settings
 from vla_dist.evaluation.suite import SuiteConfig
@@ -49,11 +49,7 @@ def run(settings: Settings, *, name: str = "key-to-door", size: int = 1_000) -> 
 
     def run_seed(seed: int, folder: Path, parts: Parts, say: Say) -> dict[str, Any]:
         config = _config(seed, size)
-        suite = SuiteConfig(
-            tasks=config.env.tasks,
-            episodes_per_task=protocol["evaluation_episodes"],
-            seed=config.evaluation.seed,
-        )
+        suite = suite_of(config, protocol["evaluation_episodes"])
         return _compare(config, updates, suite, folder, parts, say)
 
     seeds = run_seeds(settings, name, protocol, _config(0, size), run_seed)

@@ -12,11 +12,10 @@ from typing import Any
 
 from learn_parts.figures import draw_bars
 from learn_parts.results import answer, count, difference, measure, paired, target
-from learn_parts.seeds import for_comparison, run_seeds, trained_for
+from learn_parts.seeds import for_comparison, run_seeds, suite_of, trained_for
 from learn_parts.words import ROWS, judge_words, mt10, scene
 
 from learn.settings import Settings
-from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run.config import ModelSettings, RunConfig
 from vla_dist.run.presets import MT10_TASKS, SHARED_SCENE_TASKS, preset
 from vla_dist.run.study import judge_expert, open_study
@@ -48,7 +47,7 @@ def run(settings: Settings) -> dict[str, Any]:
             study.collect()
             say("the expert")
             episodes = protocol["evaluation_episodes_per_task"]
-            suite = SuiteConfig(tasks=config.env.tasks, episodes_per_task=episodes, seed=config.evaluation.seed)
+            suite = suite_of(config, episodes)
             expert = judge_expert(config, suite)
             found["expert"] = {"mt10/training": count(mt10(expert)), "scene/training": count(scene(expert))}
             one_token = study.train("one-token", trained_for(config, protocol["updates"]))

@@ -9,12 +9,11 @@ from typing import Any
 
 from learn_parts.figures import draw_bars
 from learn_parts.results import answer, count, measure, target
-from learn_parts.seeds import for_comparison, run_seeds, trained_for
+from learn_parts.seeds import for_comparison, run_seeds, suite_of, trained_for
 from learn_parts.words import ROWS, judge_words, mt10, scene
 
 from learn.settings import Settings
 from vla_dist.core.specs import CameraSpec
-from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run.config import ModelSettings, RunConfig
 from vla_dist.run.presets import MT10_TASKS, SHARED_SCENE_TASKS, preset
 from vla_dist.run.study import judge_expert, open_study
@@ -41,11 +40,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
     def run_seed(seed: int, folder: Path, parts: Parts, say: Say) -> dict[str, Any]:
         config = _config(seed, protocol)
-        suite = SuiteConfig(
-            tasks=config.env.tasks,
-            episodes_per_task=protocol["evaluation_episodes_per_task"],
-            seed=config.evaluation.seed,
-        )
+        suite = suite_of(config, protocol["evaluation_episodes_per_task"])
         with open_study(config, folder, parts, say) as study:
             study.collect()
             say("the expert")

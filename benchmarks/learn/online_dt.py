@@ -11,10 +11,9 @@ from typing import Any
 
 from learn_parts.figures import draw_bars
 from learn_parts.results import answer, count, difference, measure, paired, target
-from learn_parts.seeds import for_comparison, run_seeds
+from learn_parts.seeds import for_comparison, run_seeds, suite_of
 
 from learn.settings import Settings
-from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run.config import RunConfig
 from vla_dist.run.presets import preset
 from vla_dist.run.study import open_study
@@ -42,11 +41,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
     def run_seed(seed: int, folder: Path, parts: Parts, say: Say) -> dict[str, Any]:
         config = _config(seed, protocol)
-        suite = SuiteConfig(
-            tasks=config.env.tasks,
-            episodes_per_task=protocol["evaluation_episodes_per_task"],
-            seed=config.evaluation.seed,
-        )
+        suite = suite_of(config, protocol["evaluation_episodes_per_task"])
         offline = _offline(config)
         with open_study(offline, folder, parts, say) as study:
             study.collect()

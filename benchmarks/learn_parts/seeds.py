@@ -13,6 +13,7 @@ from typing import Any
 
 from learn.settings import Settings
 
+from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run.config import RunConfig
 from vla_dist.run.files import write_atomically
 from vla_dist.run.launch import cpus_wanted, ray_runtime
@@ -75,6 +76,11 @@ def trained_for(config: RunConfig, updates: int, **model: Any) -> RunConfig:
         checkpoint_every_updates=max(1, updates // 4),
     )
     return dataclasses.replace(config, learner=learner, model=dataclasses.replace(config.model, **model))
+
+
+def suite_of(config: RunConfig, episodes_per_task: int) -> SuiteConfig:
+    """What all learners of one seed are judged on."""
+    return SuiteConfig(tasks=config.env.tasks, episodes_per_task=episodes_per_task, seed=config.evaluation.seed)
 
 
 @contextlib.contextmanager
