@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from vla_dist.envs.make import make_env
-from vla_dist.robot.operator import KeyboardOperator, Teleoperation
+from vla_dist.robot.operator import KEYS, KeyboardOperator, Teleoperation
 from vla_dist.robot.recorded_robot import RecordedRobot
 from vla_dist.robot.recorder import RecorderConfig, RobotRecorder
 from vla_dist.robot.spool import Spool
@@ -22,9 +22,9 @@ def main(person: str = "me", folder: str = "teleoperated") -> None:
     env = make_env("metaworld", tasks=(TASK,), max_episode_steps=400)
     spool = Spool(Path(folder))
     recorder = RobotRecorder(spool, env.spec, RecorderConfig(robot_id="simulated-arm", checks_rate=False))
-    operator = KeyboardOperator(env.spec, name=person)
+    operator = KeyboardOperator(env.spec, name=person, say=lambda text: print(text, end="", flush=True))
     robot, rest = RecordedRobot(env, recorder, operator=operator), Teleoperation(env.spec)
-    print("space: take over and hand back; w s, a d, q e: move; g h: gripper; y: success; n: failure; Ctrl-C: end")
+    print(f"{KEYS}; Ctrl-C: end")
     try:
         for seed in range(100):
             robot.prepare(source="human")

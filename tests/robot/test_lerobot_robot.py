@@ -96,6 +96,12 @@ def test_a_judge_ends_the_episode() -> None:
         robot.step(np.zeros(2, np.float32))
 
 
+def test_bounds_are_said_for_all_actions_or_for_one() -> None:
+    options = {"factory": f"{__name__}:SimulatedArm", "bounds": "-100:100", "bounds.elbow.pos": "0:45"}
+    spec = build_lerobot(options, tasks=("reach",), max_episode_steps=5).spec
+    assert [(one.low, one.high) for one in spec.action] == [(-100.0, 100.0), (0.0, 45.0)]
+
+
 def test_faults_of_the_hardware_are_named() -> None:
     arm = SimulatedArm()
     robot = make_robot(arm)
@@ -118,5 +124,9 @@ def test_what_cannot_work_is_said() -> None:
         make_robot(action_bounds={"wrist_roll": (0.0, 1.0)})
     with pytest.raises(ConfigError, match="needs factory=MODULE:FUNCTION"):
         build_lerobot({}, tasks=("reach",), max_episode_steps=5)
+    with pytest.raises(ConfigError, match="must be written LOW:HIGH"):
+        build_lerobot({"factory": f"{__name__}:SimulatedArm", "bounds": "90"}, tasks=("reach",), max_episode_steps=5)
+    with pytest.raises(ConfigError, match="the first must be below the second"):
+        build_lerobot({"factory": f"{__name__}:SimulatedArm", "bounds": "9:-9"}, tasks=("reach",), max_episode_steps=5)
     with pytest.raises(ResourceMissing, match="cannot be imported"):
         build_lerobot({"factory": "no_such_module:make"}, tasks=("reach",), max_episode_steps=5)

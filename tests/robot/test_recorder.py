@@ -196,6 +196,9 @@ class Hand:
     def verdict(self) -> bool | None:
         return True if self.steps == 6 else None
 
+    def notes(self) -> list[str]:
+        return ["slipped"] if self.steps == 4 else []
+
 
 def test_a_person_may_take_the_robot_over(spool: Spool) -> None:
     spec = make_spec(proprio_dim=3, action_dim=2)
@@ -208,6 +211,7 @@ def test_a_person_may_take_the_robot_over(spool: Spool) -> None:
     record = robot.finish()
     assert (record.num_steps, record.success, record.labelled_by, record.partial) == (7, True, "anna", "")
     assert record.interventions == (Intervention(operator="anna", first_step=3, end_step=5),)
+    assert record.notes == ("step 4, anna: slipped",)
     first = spooled(spool)[0].segment
     actions = np.frombuffer(first.actions.data, "<f4").reshape(4, 2)[:, 0].tolist()
     targets = np.frombuffer(first.target_actions.data, "<f4").reshape(4, 2)[:, 0].tolist()

@@ -15,7 +15,7 @@ from vla_dist.core.protocols import RobotEnv
 from vla_dist.core.types import SOURCES, Metrics, Source
 from vla_dist.robot.collector import Actor
 from vla_dist.robot.drivers import build_installed, installed_drivers
-from vla_dist.robot.operator import GamepadOperator, KeyboardOperator, Teleoperation
+from vla_dist.robot.operator import KEYS, GamepadOperator, KeyboardOperator, Teleoperation
 from vla_dist.robot.spool import SpoolConfig
 from vla_dist.robot.station import LocalAssignments, StationConfig, open_station, run_station
 from vla_dist.robot.tls import TlsFiles
@@ -177,8 +177,8 @@ def _operator(options: argparse.Namespace, env: RobotEnv) -> KeyboardOperator | 
         return None
     if options.device == "gamepad":
         return GamepadOperator(env.spec, name=options.operator)
-    print("space: take over and hand back; w s, a d, q e: move; g h: gripper; y: success; n: failure", flush=True)
-    return KeyboardOperator(env.spec, name=options.operator)
+    print(f"{KEYS}; Ctrl-C: end", flush=True)
+    return KeyboardOperator(env.spec, name=options.operator, say=lambda text: print(text, end="", flush=True))
 
 
 def _told(quiet: bool):  # type: ignore[no-untyped-def]

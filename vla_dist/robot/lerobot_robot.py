@@ -16,6 +16,8 @@ from vla_dist.core.errors import ConfigError, DataError, NotFound, ResourceMissi
 from vla_dist.core.specs import CameraSpec, Dimension, EnvSpec
 from vla_dist.core.types import Array, Observation, Step
 
+_OPTIONS = ("factory", "control_hz", "bounds")
+
 
 class LeRobotInterface(Protocol):
     """What the adapter uses of it."""
@@ -158,15 +160,19 @@ class LeRobotRobot:
 
 
 def build_lerobot(options: Mapping[str, str], *, tasks: Sequence[str], max_episode_steps: int) -> LeRobotRobot:
-    """From the options ``factory`` (``MODULE:FUNCTION``, which gives the robot object) and ``control_hz``.
+    """From the options ``factory`` (``MODULE:FUNCTION``, which gives the robot object), ``control_hz``, and ``bounds``
+    (``LOW:HIGH`` of every action) or ``bounds.NAME`` (of one).
 
     Raises:
         ConfigError: an option is missing or unknown.
         ResourceMissing: the factory cannot be imported.
     """
-    unknown = sorted(set(options) - {"factory", "control_hz"})
+    unknown = sorted(one for one in options if one not in _OPTIONS and not one.startswith("bounds."))
     if unknown or "factory" not in options:
-        raise ConfigError(f"lerobot needs factory=MODULE:FUNCTION and takes control_hz=HZ; got {sorted(options)}")
+        raise ConfigError(
+            "lerobot needs factory=MODULE:FUNCTION and takes control_hz=HZ, bounds=LOW:HIGH and bounds.NAME=LOW:HIGH; "
+            f"got {sorted(options)}"
+        )
     module, _, function = options["factory"].partition(":")
     try:
         robot: LeRobotInterface = getattr(importlib.import_module(module), function)()
@@ -176,7 +182,26 @@ def build_lerobot(options: Mapping[str, str], *, tasks: Sequence[str], max_episo
         control_hz = float(options.get("control_hz", "30"))
     except ValueError as error:
         raise ConfigError(f"control_hz {options['control_hz']!r} must be a number") from error
-    return LeRobotRobot(robot, tasks=tasks, control_hz=control_hz, max_episode_steps=max_episode_steps)
+    bounds: dict[str, tuple[float, float]] = {}
+    if "bounds" in options:
+        bounds = dict.fromkeys(_scalars("action", robot.action_features), _range(options["bounds"]))
+    for option, text in options.items():
+        if option.startswith("bounds."):
+            bounds[option.removeprefix("bounds.")] = _range(text)
+    return LeRobotRobot(
+        robot, tasks=tasks, control_hz=control_hz, max_episode_steps=max_episode_steps, action_bounds=bounds
+    )
+
+
+def _range(text: str) -> tuple[float, float]:
+    low, _, high = text.partition(":")
+    try:
+        found = float(low), float(high)
+    except ValueError as error:
+        raise ConfigError(f"bounds {text!r} must be written LOW:HIGH, as in -100:100") from error
+    if not found[0] < found[1]:
+        raise ConfigError(f"bounds {text!r}: the first must be below the second")
+    return found
 
 
 def _scalars(what: str, features: Mapping[str, Any]) -> list[str]:

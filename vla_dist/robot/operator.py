@@ -18,12 +18,22 @@ import numpy as np
 from vla_dist.core.errors import ConfigError, ResourceMissing
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Array, Observation
+from vla_dist.robot.motion import Motion
 
 _HOLD_S = 0.15
 """A terminal tells of key presses only, and repeats a held key: an axis goes back to rest after this."""
+_MAX_NOTE = 200
+"""Characters."""
 _GAMEPAD = Path("/dev/input/js0")
 _EVENT = struct.Struct("<IhBB")
 _BUTTON, _AXIS, _INITIAL = 0x01, 0x02, 0x80
+
+
+KEYS = (
+    "space: take over and hand back; w s, a d, q e: move; g h: gripper; m: mark; t: type a note, Enter ends it; "
+    "y: success; n: failure"
+)
+"""Of the keyboard, for people."""
 
 
 class Operator(Protocol):
@@ -37,6 +47,10 @@ class Operator(Protocol):
 
     def verdict(self) -> bool | None:
         """Success or failure, once it was said; None: the robot's own word counts, the episode goes on."""
+        ...
+
+    def notes(self) -> list[str]:
+        """Words for whoever looks at the episode later, said since this was last asked."""
         ...
 
     def reset(self) -> None:
@@ -53,9 +67,7 @@ class Bindings:
 
     @classmethod
     def for_spec(cls, spec: EnvSpec) -> "Bindings":
-        """w/s, a/d, q/e move the first three dimensions, g/h the last one. Raises ConfigError for discrete actions."""
-        if spec.action_kind == "discrete":
-            raise ConfigError(f"{spec.name!r} has discrete actions; keys move continuous ones")
+        """w/s, a/d, q/e move the first three dimensions, g/h the last one."""
         pairs = ["ws", "ad", "qe", "ik", "jl", "uo"]
         axes: dict[str, tuple[int, float]] = {}
         for dimension, (up, down) in zip(range(max(1, spec.action_dim - 1)), pairs, strict=False):
@@ -66,7 +78,8 @@ class Bindings:
 
 
 class KeyboardOperator:
-    """Keys of the terminal: space takes over and hands back, y and n end the episode as success or failure.
+    """Keys of the terminal: space takes over and hands back, y and n end the episode as success or failure, m marks
+    this step, t begins a note that Enter ends.
 
     The gripper (the last dimension) stays as it was set; the others rest when no key is held.
 
@@ -74,6 +87,7 @@ class KeyboardOperator:
         spec: of the robot.
         name: of the person, for the record.
         read_key: gives the keys pressed since it was last asked, without waiting; None reads this terminal.
+        say: shows a note while it is typed.
     """
 
     def __init__(
@@ -83,26 +97,36 @@ class KeyboardOperator:
         name: str,
         bindings: Bindings | None = None,
         read_key: Callable[[], str] | None = None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.name = _named(name)
+        self._motion = Motion(spec)
+        self._say = say
         self._bindings = bindings or Bindings.for_spec(spec)
         self._terminal = None if read_key else Terminal()
         self._read_key = read_key or self._terminal.read  # type: ignore[union-attr]
-        self._low = np.array([max(d.low, -1e3) for d in spec.action], np.float32)
-        self._high = np.array([min(d.high, 1e3) for d in spec.action], np.float32)
         self._latched = {spec.action_dim - 1} if spec.action_dim > 1 else set[int]()
         self.reset()
 
     def reset(self) -> None:
         self._has_control = False
         self._verdict: bool | None = None
-        self._values = np.zeros(len(self._low), np.float32)
-        self._pressed_at = np.zeros(len(self._low))
+        self._values = np.zeros(self._motion.num_axes, np.float32)
+        self._pressed_at = np.zeros(self._motion.num_axes)
+        self._typed: str | None = None
+        self._notes: list[str] = []
 
     def command(self, observation: Observation) -> Array | None:
         now = time.monotonic()
         for key in self._read_key():
-            if key == " ":
+            if self._typed is not None:
+                self._type(key)
+            elif key == "t":
+                self._typed = ""
+                self._say("\rnote: ")
+            elif key == "m":
+                self._notes.append("marked")
+            elif key == " ":
                 self._has_control = not self._has_control
             elif key in "yn":
                 self._verdict = key == "y"
@@ -115,10 +139,27 @@ class KeyboardOperator:
         for dimension in range(len(shares)):
             if dimension not in self._latched and now - self._pressed_at[dimension] > _HOLD_S:
                 shares[dimension] = 0.0
-        return _from_shares(shares, self._low, self._high)
+        return self._motion.action(shares, observation)
 
     def verdict(self) -> bool | None:
         return self._verdict
+
+    def notes(self) -> list[str]:
+        said, self._notes = self._notes, []
+        return said
+
+    def _type(self, key: str) -> None:
+        typed = self._typed or ""
+        if key in "\r\n":
+            self._notes += [typed] if typed else []
+            self._typed = None
+            self._say("\n")
+        elif key in "\b\x7f":
+            self._typed = typed[:-1]
+            self._say("\b \b" if typed else "")
+        elif len(typed) < _MAX_NOTE:
+            self._typed = typed + key
+            self._say(key)
 
     def close(self) -> None:
         """Give the terminal back."""
@@ -127,7 +168,8 @@ class KeyboardOperator:
 
 
 class GamepadOperator:
-    """A gamepad of Linux: button 0 takes over and hands back, 1 ends as success, 2 as failure, 5 closes the gripper.
+    """A gamepad of Linux: button 0 takes over and hands back, 1 ends as success, 2 as failure, 3 marks this step, 5
+    closes the gripper.
 
     Stick axes 0, 1 and 4 move the first three action dimensions.
 
@@ -138,17 +180,14 @@ class GamepadOperator:
     axes: tuple[int, ...] = (0, 1, 4)
 
     def __init__(self, spec: EnvSpec, *, name: str, device: Path = _GAMEPAD) -> None:
-        if spec.action_kind == "discrete":
-            raise ConfigError(f"{spec.name!r} has discrete actions; sticks move continuous ones")
         self.name = _named(name)
+        self._motion = Motion(spec)
         try:
             self._file = os.open(device, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             raise ResourceMissing(
                 f"no gamepad at {device} ({error.strerror}); plug one in, or use a keyboard"
             ) from error
-        self._low = np.array([max(d.low, -1e3) for d in spec.action], np.float32)
-        self._high = np.array([min(d.high, 1e3) for d in spec.action], np.float32)
         self._values: dict[int, float] = {}
         self._grips = False
         self.reset()
@@ -156,6 +195,7 @@ class GamepadOperator:
     def reset(self) -> None:
         self._has_control = False
         self._verdict: bool | None = None
+        self._notes: list[str] = []
 
     def command(self, observation: Observation) -> Array | None:
         for kind, number, value in self._events():
@@ -165,19 +205,25 @@ class GamepadOperator:
                 self._has_control = not self._has_control
             elif value and number in (1, 2):
                 self._verdict = number == 1
+            elif value and number == 3:
+                self._notes.append("marked")
             elif number == 5:
                 self._grips = bool(value)
         if not self._has_control:
             return None
-        shares = np.zeros(len(self._low), np.float32)
+        shares = np.zeros(self._motion.num_axes, np.float32)
         for dimension, axis in zip(range(max(1, len(shares) - 1)), self.axes, strict=False):
             shares[dimension] = self._values.get(axis, 0.0)
         if len(shares) > 1:
             shares[-1] = 1.0 if self._grips else -1.0
-        return _from_shares(shares, self._low, self._high)
+        return self._motion.action(shares, observation)
 
     def verdict(self) -> bool | None:
         return self._verdict
+
+    def notes(self) -> list[str]:
+        said, self._notes = self._notes, []
+        return said
 
     def close(self) -> None:
         os.close(self._file)
@@ -202,16 +248,14 @@ class Teleoperation:
     """The actor of source human: the robot rests until the operator takes over."""
 
     def __init__(self, spec: EnvSpec, *, say: Callable[[str], None] = print) -> None:
-        low = np.array([max(d.low, -1e3) for d in spec.action], np.float32)
-        high = np.array([min(d.high, 1e3) for d in spec.action], np.float32)
-        self._rest = _from_shares(np.zeros(len(low), np.float32), low, high)
+        self._motion = Motion(spec)
         self._say = say
 
     def begin(self, *, task: str, seed: int) -> None:
         self._say(f"next: {task}")
 
     def act(self, observation: Observation) -> tuple[Array, None]:
-        return self._rest, None
+        return self._motion.rest(observation), None
 
 
 class Terminal:
@@ -235,12 +279,6 @@ class Terminal:
             if self._before is not None:
                 termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
                 self._before = None
-
-
-def _from_shares(shares: Array, low: Array, high: Array) -> Array:
-    """-1..1 of each dimension's range to its units; 0 is the middle of the range."""
-    middle, half = (low + high) / 2, (high - low) / 2
-    return (middle + half * np.clip(shares, -1.0, 1.0)).astype(np.float32)
 
 
 def _named(name: str) -> str:

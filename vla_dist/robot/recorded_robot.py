@@ -88,6 +88,7 @@ class RecordedRobot:
         except VlaDistError:
             self.is_over = True
             raise
+        self._take_notes(episode)
         self._target, self._observation = None, step.observation
         self._success, self.is_over = step.success, step.is_last
         verdict = None if self._operator is None else self._operator.verdict()
@@ -138,6 +139,11 @@ class RecordedRobot:
             raise Unreachable(
                 f"the robot's driver failed with {type(error).__name__}: {error}; check the robot and its cables"
             ) from error
+
+    def _take_notes(self, episode: RecordedEpisode) -> None:
+        if self._operator is not None:
+            for text in self._operator.notes():
+                episode.note(f"step {episode.num_steps - 1}, {self._operator.name}: {text}")
 
     def _begin(self, first: Observation) -> RecordedEpisode:
         self._episode = self._recorder.begin(
