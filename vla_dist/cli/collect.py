@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def draw_status(status: CampaignStatus) -> Group:
-    """Bars by quota, a line for each robot."""
+    """Bars by quota and by robot: those of robots end at whoever has recorded most."""
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[more]}")
     )
@@ -76,12 +77,14 @@ def draw_status(status: CampaignStatus) -> Group:
         more = f"{one.leased} under way, {one.attempts} recorded" + _rejection(one)
         bars.add_task(one.quota.title, total=one.quota.episodes, completed=one.accepted, more=more)
     table = Table(box=None, pad_edge=False)
-    for heading in ("robot", "episodes", "successes", "faults", "waiting", "seen"):
-        table.add_column(heading, justify="left" if heading == "robot" else "right")
+    for heading in ("robot", "", "episodes", "successes", "faults", "waiting", "seen"):
+        table.add_column(heading, justify="right" if heading not in ("robot", "") else "left")
+    most = max((robot.counters.get("episodes", 0) for robot in status.state.robots), default=0)
     for robot in status.state.robots[:_MOST_ROBOTS]:
         seen_s = status.state.now_unix_s - robot.seen_unix_s
         table.add_row(
             robot.robot_id,
+            ProgressBar(total=max(1, most), completed=robot.counters.get("episodes", 0), width=20),
             f"{robot.counters.get('episodes', 0):.0f}",
             f"{robot.counters.get('successes', 0):.0f}",
             Text(f"{(faults := robot.counters.get('faults', 0)):.0f}", style="red" if faults else ""),
