@@ -20,6 +20,7 @@ def folder(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_new_version_is_served_by_what_a_replica_runs():
     from learner_parts.publishing import measure_publishing
 

@@ -1,5 +1,8 @@
+from dataclasses import fields
+
 import numpy as np
 import pytest
+import torch
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.learner.loader import Collator
@@ -21,7 +24,7 @@ class Chunking:
     state_dim, action_dim, context_steps, horizon, goal_dim, cameras, head = 5, 2, 4, 3, 2, (), "tanh"
 
 
-def collate(*, phrases, future_steps=2, index=0):
+def collate(*, phrases, future_steps=2, index=0, is_pinned=False):
     table = EpisodeTable(SPEC, context_steps=4, future_steps=future_steps)
     fill(table, num_episodes=4)
     collator = Collator(
@@ -31,6 +34,7 @@ def collate(*, phrases, future_steps=2, index=0):
         goals=GoalTable(embed),
         phrases=phrases,
         seed=(0,),
+        is_pinned=is_pinned,
     )
     batch = table.sample(32, timeout_s=1)
     return batch, collator(batch, index)
@@ -52,3 +56,15 @@ def test_chunks_are_as_long_as_the_members_horizon():
     assert not collated.chunk_mask.all()
     with pytest.raises(ConfigError, match="future_steps to 2"):
         collate(phrases={}, future_steps=1)
+
+
+def test_for_a_gpu_every_tensor_of_a_batch_is_pinned_by_the_loader(monkeypatch):
+    """Without a GPU no memory can be pinned, so what asks for it is watched."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.data_ptr()) or tensor)
+    _, batch = collate(phrases={})
+    assert pinned == []
+    _, batch = collate(phrases={}, is_pinned=True)
+    tensors = [value for one in fields(batch) if isinstance(value := getattr(batch, one.name), torch.Tensor)]
+    assert len(tensors) >= 10
+    assert {tensor.data_ptr() for tensor in tensors} <= set(pinned)

@@ -159,11 +159,26 @@ def make_build(
     return build
 
 
-def fit(build, tmp_path, *, num_workers, parallelism="ddp", num_cpus=1, max_failures=1):
-    return fit_to_the_end(lambda: make_trainer(build, tmp_path, num_workers, parallelism, num_cpus, max_failures))
+def fit(build, tmp_path, *, num_workers, parallelism="ddp", num_cpus=1, max_failures=1, post=None):
+    return fit_to_the_end(lambda: make_trainer(build, tmp_path, num_workers, parallelism, num_cpus, max_failures, post))
 
 
-def make_trainer(build, tmp_path, num_workers, parallelism, num_cpus, max_failures):
+def make_sink(path):
+    """Takes metrics and writes down of what."""
+
+    class Sink:
+        def __call__(self, metrics):
+            with open(path, "a") as file:
+                file.write(f"{int(metrics['updates'])}\n")
+
+        def close(self):
+            with open(path, "a") as file:
+                file.write("closed\n")
+
+    return Sink()
+
+
+def make_trainer(build, tmp_path, num_workers, parallelism, num_cpus, max_failures, post):
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -171,7 +186,7 @@ def make_trainer(build, tmp_path, num_workers, parallelism, num_cpus, max_failur
 
     return TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"build": build, "parallelism": parallelism},
+        train_loop_config={"build": build, "parallelism": parallelism, "post": post},
         scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": num_cpus}),
         run_config=RunConfig(
             name="run",
@@ -322,8 +337,13 @@ def damage_newest(storage):
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp2"])
 def test_two_ranks_keep_one_model(ray_cluster, tmp_path, parallelism):
     log = tmp_path / "log"
-    result = fit(make_build(str(log), dies_at=15), tmp_path, num_workers=2, parallelism=parallelism)
+    told = tmp_path / "told"
+    post = make_sink(str(told))
+    result = fit(make_build(str(log), dies_at=15), tmp_path, num_workers=2, parallelism=parallelism, post=post)
     assert result.metrics["updates"] == 40
+    words = told.read_text().split()
+    assert words[-1] == "closed"
+    assert words.count("40") == 1, "one rank writes the logs"
     rows = read_log(log)
     by_update = {}
     for rank, before, after, weight, mean in rows:
