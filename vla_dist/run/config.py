@@ -209,6 +209,8 @@ class ServingSettings:
     startup_timeout_s: float = 120.0
     token: str = ""
     """Bearer token that every call must carry; empty: none."""
+    tokens: str = ""
+    """File of tokens with roles ('vla-dist token create'), on a disk that replicas see; read again when it changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from vla_dist.core.protocols import Worker
 from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.replay.archive.archiver import Archiver
 from vla_dist.replay.limiter import LimiterConfig
+from vla_dist.run.access import access_of
 from vla_dist.run.board import BoardLink
 from vla_dist.run.build import (
     Place,
@@ -203,7 +204,7 @@ class RunController:
             num_cpus=shares.replica_cpus,
             num_gpus=shares.replica_gpus,
             resources=self._placement.slot(SERVING),
-            token=settings.token or None,
+            access=access_of(settings, self._place.run_dir),
             timeout_s=settings.startup_timeout_s,
             is_cancelled=is_cancelled,
         )

@@ -14,6 +14,7 @@ import ray
 
 from vla_dist.core.errors import ConfigError, ResourceMissing
 from vla_dist.run import preflight
+from vla_dist.run.access import require_access
 from vla_dist.run.build import Place, build_model_config, build_spec
 from vla_dist.run.config import RunConfig
 from vla_dist.run.config_file import load_config
@@ -58,6 +59,7 @@ def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume:
         placement = survey_cluster() if is_joined() else Placement()
         if placement.is_cluster:
             config = fit_cluster(config, run_dir, store, placement)
+        require_access(config)
         place = Place.of(config, run_dir, store, spec=spec)
         return RunController(place, placement, on_status, started_s=started_s, store_notes=store.notes).execute()
 
@@ -80,7 +82,7 @@ def fit_cluster(config: RunConfig, run_dir: Path, store: Store, placement: Place
         is_shared = not config.learner.checkpoints
         require_fit_nodes(store.urls, run_dir, folder_is_shared=is_shared)
     token = config.serving.token or os.environ.get(TOKEN_VARIABLE, "")
-    if not token and config.serving.host not in LOOPBACK:
+    if not (token or config.serving.tokens) and config.serving.host not in LOOPBACK:
         raise ConfigError(
             f"robots would reach the policy service without a token; give --serving.token, or {TOKEN_VARIABLE} in the "
             "environment of the head node (cluster files ship one)"

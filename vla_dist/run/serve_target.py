@@ -5,6 +5,7 @@ what is published under the same name later.
 """
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,37 +13,40 @@ from typing import Any
 from ray import serve
 
 from vla_dist.core.errors import ConfigError, NotFound
+from vla_dist.run.access import access_of
 from vla_dist.run.build import Place, build_services
 from vla_dist.run.config_file import load_config
 from vla_dist.run.files import CONFIG
 from vla_dist.run.serve_app import FleetReplica
 from vla_dist.run.serve_settings import TOKEN_VARIABLE
 from vla_dist.run.store import open_store
-from vla_dist.serving.authorisation import AccessConfig
 
-_ARGUMENTS = {"run"}
+_ARGUMENTS = {"run", "tokens"}
 
 
 def build(args: dict[str, Any]) -> serve.Application:
     """The application.
 
     Args:
-        args: ``run`` is the folder of a run on a file system that serving nodes share.
+        args: ``run`` is the folder of a run on a file system that serving nodes share; ``tokens``, where it is given,
+            a file of tokens with roles there.
 
     Raises:
         ConfigError: other arguments, a run whose replay lies on a socket of its own machine, or no token.
         NotFound: no run lies there.
     """
-    if set(args) != _ARGUMENTS:
+    if not {"run"} <= set(args) <= _ARGUMENTS:
         raise ConfigError(
-            f"args {sorted(args)} of the Serve config must be {sorted(_ARGUMENTS)}; see deploy/serve.yaml"
+            f"args {sorted(args)} of the Serve config must be 'run', and 'tokens' at most; see deploy/serve.yaml"
         )
     run_dir = Path(args["run"])
     if not (run_dir / CONFIG).exists():
         raise NotFound(f"{run_dir} is not the folder of a run: it has no {CONFIG}; name one that all serving nodes see")
     place = _place(run_dir)
-    token = place.config.serving.token or os.environ.get(TOKEN_VARIABLE, "")
-    if not token:
+    settings = place.config.serving
+    token = settings.token or os.environ.get(TOKEN_VARIABLE, "")
+    access = access_of(replace(settings, token=token, tokens=args.get("tokens", settings.tokens)), run_dir)
+    if access.token is access.tokens_file is None:
         raise ConfigError(f"robots would need no token; set {TOKEN_VARIABLE} in the environment of the head node")
     shares = place.config.placement
     deployment = serve.deployment(FleetReplica).options(
@@ -56,7 +60,7 @@ def build(args: dict[str, Any]) -> serve.Application:
             "resources": {"serving": 1},
         },
     )
-    return deployment.bind(partial(build_services, place), AccessConfig(token=token))
+    return deployment.bind(partial(build_services, place), access)
 
 
 def _place(run_dir: Path) -> Place:

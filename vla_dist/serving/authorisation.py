@@ -61,6 +61,8 @@ class TokenEntry:
     role: Role
     sha256: str
     robot_id: str = ""
+    expires_at: float = 0.0
+    """Unix time from which on it is refused; 0: never."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -118,16 +120,22 @@ class TokenFile:
         self._stamp = stamp
 
 
-def create_token(path: Path, *, name: str, role: Role, robot_id: str = "") -> str:
+def create_token(path: Path, *, name: str, role: Role, robot_id: str = "", days: float = 0.0) -> str:
     """Add an entry, or replace the one of that name; the token itself is only in the answer.
 
+    Args:
+        days: that it is valid for; 0: for ever.
+
     Raises:
-        ConfigError: a robot's token without its robot, or a file that holds something else.
+        ConfigError: a robot's token without its robot, a negative time, or a file that holds something else.
     """
     if role == "robot" and not robot_id:
         raise ConfigError("a robot's token names its robot: give the robot_id that the robot sends")
+    if days < 0:
+        raise ConfigError(f"a token cannot be valid for {days:g} days; give a positive number, or 0 for ever")
     token = secrets.token_urlsafe(32)
-    entry = TokenEntry(name=name, role=role, sha256=_digest(token), robot_id=robot_id)
+    expires_at = time.time() + 86_400 * days if days else 0.0
+    entry = TokenEntry(name=name, role=role, sha256=_digest(token), robot_id=robot_id, expires_at=expires_at)
     _write_entries(path, [*(e for e in list_tokens(path) if e.name != name), entry])
     return token
 
@@ -194,7 +202,7 @@ class TokenCheck:
         """Who calls.
 
         Raises:
-            Unauthorised: no token, or an unknown one.
+            Unauthorised: no token, an unknown one, or one whose time is over.
             Forbidden: a known caller without the role, or a certificate of another robot.
         """
         metadata = _texts(context.invocation_metadata() or ())
@@ -218,7 +226,17 @@ class TokenCheck:
         entry = None if self._tokens is None else self._tokens.find(token)
         if entry is None:
             raise Unauthorised("the bearer token is not this server's; check the token the robot was given")
+        if entry.expires_at and time.time() >= entry.expires_at:
+            raise Unauthorised(
+                f"the token of {entry.name} expired on {date_of(entry.expires_at)}; make another one for it with "
+                "'vla-dist token create', and give it to the robot"
+            )
         return Caller(name=entry.name, role=entry.role, robot_id=entry.robot_id)
+
+
+def date_of(moment: float) -> str:
+    """Of a Unix time, in UTC, as people read it."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment))
 
 
 def _texts(metadata: Iterable[tuple[str, Any]]) -> dict[str, str]:
