@@ -2,8 +2,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import redis
 
 from vla_dist.cli.main import main
+from vla_dist.replay.server import EmbeddedServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,6 +28,25 @@ def test_check_says_what_is_wrong_and_leaves_with_status_1(tmp_path, monkeypatch
     assert "ready to launch" in capsys.readouterr().out
     main(["cluster", "tokens"])
     assert "both tokens are there already" in capsys.readouterr().out
+    tokens = [tmp_path / name for name in (".ray/auth_token", ".vla-dist/fleet_token")]
+    old = [path.read_text() for path in tokens]
+    main(["cluster", "tokens", "--renew"])
+    assert capsys.readouterr().out.splitlines() == [f"made {path}" for path in tokens]
+    assert not set(old) & {path.read_text() for path in tokens}
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in tokens)
+
+
+def test_a_store_is_backed_up_and_restored(tmp_path, capsys):
+    with EmbeddedServer(tmp_path / "redis") as server, redis.Redis.from_url(server.url) as client:
+        client.set("key", "kept")
+        main(["cluster", "backup", str(tmp_path / "copy"), "--store", str(server.directory)])
+        assert f"MiB of {server.directory} are in {tmp_path / 'copy'}" in capsys.readouterr().out
+    main(["cluster", "restore", str(tmp_path / "copy"), "--store", str(tmp_path / "other")])
+    assert f"{tmp_path / 'other'} has what {server.directory} had on 2" in capsys.readouterr().out
+    with EmbeddedServer(tmp_path / "other") as server, redis.Redis.from_url(server.url) as client:
+        assert client.get("key") == b"kept"
+    assert exit_of("cluster", "restore", str(tmp_path / "copy"), "--store", str(tmp_path / "other")) == 1
+    assert "has data already" in capsys.readouterr().err
 
 
 def test_environment_is_what_a_shell_can_read(capsys):

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import signal
 import time
@@ -15,8 +16,11 @@ from vla_dist.replay.external import split_urls
 from vla_dist.replay.server import EmbeddedServer
 from vla_dist.replay.shards import ShardedReplayTable
 from vla_dist.run.build import Place, build_archivers, build_registry, build_table
+from vla_dist.run.files import CONFIG, write_atomically
+from vla_dist.run.head_store import STORE_FOLDER
 from vla_dist.run.presets import preset
-from vla_dist.run.store import open_store
+from vla_dist.run.reach import reach_store
+from vla_dist.run.store import STORE_VARIABLE, existing_store_url, open_store
 from vla_dist.testing.fakes import make_segment, make_spec
 
 CAMERAS = (CameraSpec(name="front", height=8, width=8),)
@@ -167,3 +171,25 @@ def test_a_killed_redis_of_a_run_comes_back_under_its_address_with_its_data(make
             time.sleep(0.05)
         assert store.notes() == ("redis died and was started again (1 so far)",)
         table.close()
+
+
+def test_a_run_on_a_cluster_is_found_by_who_logs_in_on_its_head(make_config, tmp_path, monkeypatch):
+    """It used to be looked for in its folder, where an empty replay was then begun."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(STORE_VARIABLE, raising=False)
+    run_dir, folder = tmp_path / "run", tmp_path / "home" / STORE_FOLDER
+    run_dir.mkdir()
+    write_atomically(run_dir / CONFIG, make_config(cameras=()).to_json())
+    with EmbeddedServer(tmp_path / "redis", port=0) as server:
+        url = server.tcp_url
+        folder.mkdir(parents=True)
+        addresses = {"pid": os.getpid(), "replay_url": url, "ray_url": url}
+        (folder / "addresses.json").write_text(json.dumps(addresses))
+        with reach_store(run_dir) as store:
+            assert store.redis_url == url
+        assert not (run_dir / "redis").exists()
+        # A run that begins there has a server of its own, unless it is a job of the cluster.
+        with open_store(make_config(cameras=()), tmp_path / "new") as store:
+            assert store.is_local
+        assert existing_store_url(run_dir) == url
+        assert existing_store_url(tmp_path / "new") == ""

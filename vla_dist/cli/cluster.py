@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from vla_dist.core.errors import ConfigError
-from vla_dist.run.head_store import HEAD_AWAY_S, HeadStoreConfig, ensure_store, keep_store
+from vla_dist.replay.backup import back_up, restore
+from vla_dist.run.head_store import HEAD_AWAY_S, STORE_FOLDER, HeadStoreConfig, ensure_store, keep_store
 from vla_dist.run.machine import Machine
 from vla_dist.run.node import (
-    STORE_FOLDER,
     WATCH_FOLDER,
     address_towards,
     head_command,
@@ -29,12 +29,15 @@ from vla_dist.run.node import (
 )
 from vla_dist.run.node_watch import start_watch, watch_node
 from vla_dist.run.serve_settings import node_serve_settings
+from vla_dist.serving.authorisation import date_of
 
 _USAGE = """usage: vla-dist cluster VERB [options]
 
   check FILE      a cluster file before money is spent: schema, roles against a preset, tokens, ports
   tokens          make the tokens that cluster files ship, where there are none
   environment     what Ray must find in its environment on a node, as shell exports: for images
+  backup FOLDER   the head's replay and registry as files, while they are in use
+  restore FOLDER  put them back, before the head is started
   start-head      start Redis and Ray on this machine as a cluster's head
   start-worker    join this machine to a cluster
   store           the head's two Redis servers in the foreground; start-head starts it
@@ -55,6 +58,27 @@ class CheckOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokensOptions:
     """Ray's token and the fleet's, below the home of whoever runs `ray up`. What is there is kept."""
+
+    renew: bool = False
+    """Make both anew; `ray up` takes them to the nodes, and a cluster that runs has the old ones until then."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupOptions:
+    """Copy replay and registry, from the head's store or a run's own. Everything that was acknowledged is in it."""
+
+    to: tyro.conf.Positional[Path]
+    """A new folder."""
+    store: Path = Path.home() / STORE_FOLDER / "replay"
+    """Folder of the server; of a run on one machine it is 'redis' in the run's folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreOptions:
+    """Put a backup back where no server runs and no data are."""
+
+    folder: tyro.conf.Positional[Path]
+    store: Path = Path.home() / STORE_FOLDER / "replay"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +170,18 @@ _MARKS = {"ok": "[green]ok[/]   ", "note": "[yellow]note[/] ", "wrong": "[red]wr
 
 
 def _tokens(options: TokensOptions) -> None:
-    made = write_tokens(Path.home())
+    made = write_tokens(Path.home(), renew=options.renew)
     print("\n".join(f"made {path}" for path in made) or "both tokens are there already")
+
+
+def _back_up(options: BackupOptions) -> None:
+    backup = back_up(options.store, options.to)
+    print(f"{backup.num_bytes / 2**20:,.1f} MiB of {backup.source} are in {options.to}")
+
+
+def _restore(options: RestoreOptions) -> None:
+    backup = restore(options.folder, options.store)
+    print(f"{options.store} has what {backup.source} had on {date_of(backup.taken_at)}")
 
 
 def _environment(options: EnvironmentOptions) -> None:
@@ -207,6 +241,8 @@ def _watch(options: WatchOptions) -> None:
 _VERBS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "check": (CheckOptions, _check),
     "tokens": (TokensOptions, _tokens),
+    "backup": (BackupOptions, _back_up),
+    "restore": (RestoreOptions, _restore),
     "environment": (EnvironmentOptions, _environment),
     "start-head": (StartHeadOptions, _start_head),
     "start-worker": (StartWorkerOptions, _start_worker),

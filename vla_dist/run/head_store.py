@@ -23,6 +23,8 @@ from vla_dist.core.errors import ConfigError, NotFound, ResourceMissing, WaitTim
 from vla_dist.replay.server import EmbeddedServer, half_of_memory
 from vla_dist.run.files import write_atomically
 
+STORE_FOLDER = Path(".vla-dist/store")
+"""Below the home of whoever starts the head."""
 _ADDRESSES, _WANTED, _LOG = "addresses.json", "wanted", "store.log"
 _RAY, _REPLAY = "ray", "replay"
 _LOOPBACK = "127.0.0.1"

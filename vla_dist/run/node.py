@@ -23,7 +23,6 @@ from vla_dist.run.store import STORE_VARIABLE
 RAY_TOKEN = Path(".ray/auth_token")
 FLEET_TOKEN = Path(".vla-dist/fleet_token")
 """Below the home of whoever launches a cluster, and of each of its nodes."""
-STORE_FOLDER = Path(".vla-dist/store")
 WATCH_FOLDER = Path(".vla-dist")
 _AUTOSCALER_CONFIG = Path("ray_bootstrap_config.yaml")
 """Where `ray up` leaves the cluster file for the head's autoscaler."""
@@ -32,12 +31,16 @@ _ATTEMPTS = 3
 _START_TIMEOUT_S = 300.0
 
 
-def write_tokens(home: Path) -> list[Path]:
-    """Make what is missing of the tokens that cluster files ship; returns what was made."""
+def write_tokens(home: Path, *, renew: bool = False) -> list[Path]:
+    """Make what is missing of the tokens that cluster files ship; returns what was made.
+
+    Args:
+        renew: make both anew. A cluster that runs keeps the old ones until it is launched again.
+    """
     made = []
     for name in (RAY_TOKEN, FLEET_TOKEN):
         path = home / name
-        if path.exists() and path.read_text().strip():
+        if not renew and path.exists() and path.read_text().strip():
             continue
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:

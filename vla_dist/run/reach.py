@@ -12,7 +12,7 @@ from vla_dist.replay.server import running_server_url
 from vla_dist.run.build import blobs_location
 from vla_dist.run.config_file import load_config
 from vla_dist.run.files import CONFIG, IMAGES, REDIS, find_run_dir
-from vla_dist.run.store import Store, open_store
+from vla_dist.run.store import Store, existing_store_url, open_store
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def reach_store(run_dir: Path | None) -> Iterator[Store]:
     config = load_config(run_dir / CONFIG)
     running = None if config.replay.redis_url else running_server_url(run_dir / REDIS)
     if running is None:
-        with open_store(config, run_dir) as store:
+        with open_store(config, run_dir, existing_url=existing_store_url(run_dir)) as store:
             yield store
     else:
         images = config.replay.images_redis_url or running_server_url(run_dir / IMAGES)

@@ -10,7 +10,7 @@ from vla_dist.core.errors import NotFound
 from vla_dist.run.build import Place, build_services
 from vla_dist.run.config_file import load_config
 from vla_dist.run.files import CONFIG
-from vla_dist.run.store import open_store
+from vla_dist.run.store import existing_store_url, open_store
 from vla_dist.serving.authorisation import AccessConfig
 
 
@@ -26,7 +26,7 @@ def reopen(run_dir: Path) -> Iterator[Place]:
         raise NotFound(f"{run_dir} is not the folder of a run: it has no {CONFIG}; runs lie in runs/<preset>-<time>")
     run_dir = run_dir.resolve()
     config = load_config(run_dir / CONFIG)
-    with open_store(config, run_dir) as store:
+    with open_store(config, run_dir, existing_url=existing_store_url(run_dir)) as store:
         yield Place.of(config, run_dir, store)
 
 

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vla_dist.core.errors import NotFound
 from vla_dist.replay.external import require_server, split_urls
 from vla_dist.replay.server import half_of_memory
 from vla_dist.run.config import RunConfig
 from vla_dist.run.files import IMAGES, REDIS
+from vla_dist.run.head_store import STORE_FOLDER, find_store
 from vla_dist.run.redis_keeper import RedisKeeper
 
 STORE_VARIABLE = "VLA_DIST_REDIS_URL"
@@ -50,20 +52,31 @@ class Store:
         return any(url.startswith("unix:") for url in self.urls)
 
 
+def existing_store_url(run_dir: Path) -> str:
+    """Of a run that has no server of its own, on the head of a cluster: for whoever logs in there. Else empty."""
+    if not (run_dir / REDIS).exists():
+        with contextlib.suppress(NotFound):
+            return find_store(Path.home() / STORE_FOLDER).replay_url
+    return ""
+
+
 @contextlib.contextmanager
-def open_store(config: RunConfig, run_dir: Path) -> Iterator[Store]:
+def open_store(config: RunConfig, run_dir: Path, *, existing_url: str = "") -> Iterator[Store]:
     """A store that answers, for as long as the block runs.
 
     What neither the config nor the environment names a server for is embedded, its files in ``run_dir``, and started
     again when it dies. Frames then lie on a server without a log: it saves them when it is stopped, and forgets them
     when it is killed.
 
+    Args:
+        existing_url: of a server that a run of long ago lies on, where neither names one.
+
     Raises:
         Unreachable: a given server does not answer.
         ResourceMissing: no server program is installed, or the folder is in use by another run.
     """
     replay = config.replay
-    urls = split_urls(replay.redis_url or os.environ.get(STORE_VARIABLE, ""))
+    urls = split_urls(replay.redis_url or os.environ.get(STORE_VARIABLE, "") or existing_url)
     images_urls = split_urls(replay.images_redis_url)
     for url in dict.fromkeys([*urls, *images_urls]):
         require_server(url)
