@@ -180,6 +180,19 @@ def test_warm_up_finds_broken_promises(policy: FakePolicy, words: str) -> None:
         warm_up(policy, (2,))
 
 
+def test_a_warm_up_rests_after_each_size_as_long_as_it_took() -> None:
+    rests: list[float] = []
+
+    class Slow(FakePolicy):
+        def act(self, observations, states, *, generator=None):  # type: ignore[no-untyped-def]
+            time.sleep(0.01 * len(observations))
+            return super().act(observations, states)
+
+    warm_up(Slow(SPEC), (1, 2, 4), rest=rests.append)
+    assert len(rests) == 3
+    assert all(rest >= 0.01 * size for rest, size in zip(rests, (1, 2, 4), strict=True))
+
+
 @pytest.mark.parametrize("settings", [{"references": ()}, {"references": ("demo",)}, {"max_loaded": 1}])
 def test_settings_are_checked(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError):

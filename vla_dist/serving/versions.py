@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from vla_dist.core.protocols import Policy, PolicyLoader, PolicyRegistry
 from vla_dist.core.types import Observation
 
 _log = logging.getLogger(__name__)
+_LONGEST_REST_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,11 +198,16 @@ class PolicyVersions:
                         f"({held}); let episodes end or raise max_loaded"
                     )
             policy = self._load_policy(self.registry.fetch(name, version))
-            warm_up(policy, self.config.warm_up_sizes)
+            warm_up(policy, self.config.warm_up_sizes, rest=self._leave_to_robots)
             loaded = LoadedPolicy(name, version, policy)
             with self._lock:
                 self._loaded[name, version] = loaded
             return loaded
+
+    def _leave_to_robots(self, took_s: float) -> None:
+        """As long as one size took, where robots run: they share the cores and the interpreter with a warm-up."""
+        if any(self.sessions().values()):
+            self._closing.wait(min(took_s, _LONGEST_REST_S))
 
     def _drop_unused(self) -> None:
         served = set(map(id, [*self._current.values(), *self._kept.values()]))
@@ -211,8 +217,13 @@ class PolicyVersions:
                 _log.info("version %d of %s left with its last session", loaded.version, loaded.name)
 
 
-def warm_up(policy: Policy[Any], batch_sizes: Sequence[int]) -> None:
+def warm_up(
+    policy: Policy[Any], batch_sizes: Sequence[int], *, rest: Callable[[float], object] = lambda took_s: None
+) -> None:
     """Run blank observations, so that the first robot pays for no allocation or compilation.
+
+    Args:
+        rest: called after each size with the seconds that it took.
 
     Raises:
         DataError: the chunks do not have the shape that the policy promises, or are not finite.
@@ -224,7 +235,9 @@ def warm_up(policy: Policy[Any], batch_sizes: Sequence[int]) -> None:
     )
     expected = (policy.horizon, spec.action_dim)
     for size in batch_sizes:
+        started = time.monotonic()
         chunks, states = policy.act([blank] * size, [policy.initial_state() for _ in range(size)])
+        took_s = time.monotonic() - started
         kinds = {(chunk.shape, str(chunk.dtype)) for chunk in chunks}
         if len(chunks) != size or len(states) != size or kinds != {(expected, "float32")}:
             raise DataError(
@@ -233,6 +246,7 @@ def warm_up(policy: Policy[Any], batch_sizes: Sequence[int]) -> None:
             )
         if not all(np.isfinite(chunk).all() for chunk in chunks):
             raise DataError("a blank observation gave actions that are not finite; the weights are broken")
+        rest(took_s)
 
 
 def _name(reference: str) -> str:
