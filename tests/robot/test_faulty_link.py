@@ -15,8 +15,9 @@ from vla_dist.robot.client import PolicyClient
 from vla_dist.robot.control_loop import ControlConfig, ControlLoop
 from vla_dist.robot.dead_man import DeadMan
 from vla_dist.robot.reconnect_config import ReconnectConfig
-from vla_dist.testing.fakes import FakeEnv, make_spec
+from vla_dist.testing.fakes import FakeEnv, FakePolicy, make_spec
 from vla_dist.testing.link import Link
+from vla_dist.testing.message_link import MessageLink
 from vla_dist.testing.serving import REFERENCE
 
 HZ = 50.0
@@ -141,6 +142,51 @@ def test_a_slow_link_is_no_reason_to_execute_late_answers(make_site: Any) -> Non
     env, _ = drive(site, wait_then((0.8, lambda link: setattr(link, "delay_s", 0.4))))
     assert max(env.ages_s) < STALE_S
     assert len(env.fallbacks) > 20, "answers that took 0.8 s were executed"
+
+
+def test_messages_that_come_twice_and_late_change_no_action(make_site: Any) -> None:
+    site, spec = make_site(), make_spec()
+    policy, env = FakePolicy(spec, bias=float(np.float32(0.05))), FakeEnv(spec)
+    state, step = policy.initial_state(), env.reset(seed=0, task="go")
+    with MessageLink(f"127.0.0.1:{site.port}") as link, PolicyClient(link.address) as client:
+        link.duplicate_share, link.most_delay_s = 0.5, 0.02
+        with client.open_session(spec, policy=REFERENCE, robot_id="r") as session:
+            while not step.is_last:
+                chunk = session.act(step.observation, deadline_s=20.0)
+                (expected,), (state,) = policy.act([step.observation], [state])
+                assert np.array_equal(chunk.actions, expected)
+                step = env.step(chunk.actions[0])
+            metrics = session.metrics()
+    assert link.num_doubled > 5
+    assert metrics["failures"] == metrics["reconnects"] == metrics["late_answers"] == 0
+
+
+def test_messages_that_never_come_cost_fallbacks_and_no_more(make_site: Any) -> None:
+    site = make_site(load=lambda artifact: EchoPolicy())
+    env = TimedEnv()
+    reconnect = ReconnectConfig(stall_s=0.3, attempt_s=0.3)
+    with (
+        MessageLink(f"127.0.0.1:{site.port}") as link,
+        PolicyClient(link.address, reconnect=reconnect) as client,
+    ):
+
+        def trouble() -> None:
+            time.sleep(0.5)
+            link.drop_share, link.duplicate_share, link.most_delay_s = 0.3, 0.2, 0.02
+            time.sleep(1.5)
+            link.drop_share = link.duplicate_share = link.most_delay_s = 0.0
+
+        thread = threading.Thread(target=trouble)
+        config = ControlConfig(policy=REFERENCE, robot_id="r", control_hz=HZ)
+        loop = ControlLoop(env, client, config, dead_man=StandStill(SPEC))
+        thread.start()
+        report = loop.run_episode(seed=0, task="go")
+        thread.join()
+    assert link.num_dropped > 3
+    assert max(env.ages_s) < STALE_S, "a stale action was executed"
+    assert env.fallbacks, "messages were lost and the robot did not stop"
+    assert len(env.ages_s) > 30, "it never came back"
+    assert not report.lost
 
 
 @pytest.mark.chaos

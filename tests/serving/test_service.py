@@ -208,6 +208,26 @@ async def test_actions_that_are_not_finite_are_not_sent(registry: InMemoryRegist
         service.shut_down()
 
 
+async def test_calls_without_a_session_have_a_rate_too(registry: InMemoryRegistry) -> None:
+    service = build_service(registry, config=ServiceConfig(max_unary_calls_per_s=3.0))
+    once = {"policy_version": 0, "spec_digest": SPEC.digest, "history": [], "history_start": 0, "observation_id": 0}
+    try:
+        session = await open_session(service)
+        for _ in range(2):
+            await service.check(reference=REFERENCE, spec=SPEC)
+        await service.act_once(reference=REFERENCE, observation=observe(1), deadline_s=5.0, **once)
+        refused = []
+        for _ in range(20):  # a slow machine lets one more through now and then
+            try:
+                await service.act_once(reference=REFERENCE, observation=observe(1), deadline_s=5.0, **once)
+            except ResourceMissing as error:
+                refused.append(str(error))
+        assert "more than 3 calls a second without a session" in refused[0]
+        await act(service, session, 1)
+    finally:
+        service.shut_down()
+
+
 def test_policies_lists_versions_and_what_is_loaded(service: PolicyService, registry: InMemoryRegistry) -> None:
     registry.publish(fake_artifact(SPEC))
     (policy,) = service.policies()

@@ -46,13 +46,15 @@ class PendingAnswers:
         return was
 
     def settle(self, observation_id: int, answer: Answer) -> tuple[types_pb2.Observation | None, bool]:
-        """The observation that was answered, None where it is unknown or was answered before; and whether the answer
-        is the awaited one."""
+        """The observation that was answered, None where it is unknown or was answered before, as by what comes twice;
+        and whether the answer is the awaited one."""
         sent = self._sent.pop(observation_id, None)
+        if sent is None:
+            return None, False
         is_awaited = observation_id == self._awaited
         if is_awaited:
             self._answers[observation_id] = answer
-        return (None if sent is None else sent.message), is_awaited
+        return sent.message, is_awaited
 
     def has(self, observation_id: int) -> bool:
         return observation_id in self._answers

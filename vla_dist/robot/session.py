@@ -365,8 +365,7 @@ class Session:
         if message is not None and kind == "chunk":
             # The server's memory moved on with it, even where the chunk came too late to be executed.
             self._memory.add(message, response.state if response.HasField("state") else None)
-        if not is_awaited and kind == "chunk":
-            self._counts.late_answers += 1
+            self._counts.late_answers += not is_awaited
 
     def _take_grant(self, grant: SessionGrant) -> None:
         self._require_same(grant)

@@ -88,12 +88,14 @@ class PolicyService:
         self._carried = CarriedMemory(StateSeal(key), state_every_s=config.state_every_s)
         self._assignment = assignment or ChannelAssignment(versions, None)
         self._shadow_log = shadow_log or EventLog(None)
+        self._unary_calls = RateLimit(config.max_unary_calls_per_s)
         self._sessions = SessionTable(config, on_idle=lambda session: versions.release(session.loaded))
 
     async def check(
         self, *, reference: str, spec: EnvSpec, policy_version: int = 0, robot_id: str = "", service_id: str = ""
     ) -> SessionGrant:
         """What ``open`` would grant, without a session. Raises as ``open`` does."""
+        self._require_unary_rate()
         self._require_mine(service_id)
         loaded, channel = await self._choose(reference, spec, policy_version, robot_id)
         try:
@@ -222,6 +224,7 @@ class PolicyService:
         plan: PlanInProgress | None = None,
     ) -> ActionChunk:
         """One answer without a session: the caller brings all memory. Raises as ``open`` and ``act`` do."""
+        self._require_unary_rate()
         self._require_deadline(deadline_s)
         started = time.monotonic()
         loaded = await self._acquire(reference, policy_version)
@@ -345,6 +348,13 @@ class PolicyService:
                 f"version {loaded.version} of {loaded.name} returned actions that are not finite; roll it back"
             )
         return actions, state
+
+    def _require_unary_rate(self) -> None:
+        if not self._unary_calls.take():
+            raise ResourceMissing(
+                f"more than {self.config.max_unary_calls_per_s:g} calls a second without a session; drive robots by "
+                "Control"
+            )
 
     def _chunk(self, loaded: LoadedPolicy, actions: Array, observation_id: int) -> ActionChunk:
         return ActionChunk(

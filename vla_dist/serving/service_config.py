@@ -19,6 +19,8 @@ class ServiceConfig:
     """Of one session; what comes faster is refused and not computed."""
     max_opens_per_s: float = 200.0
     """Sessions begun a second, all robots together."""
+    max_unary_calls_per_s: float = 500.0
+    """Handshakes and answers without a session, all callers together; such an answer computes a whole history."""
     state_every_s: float = 2.0
     """Control time between two states that an episodic policy's robots are given to keep."""
     limits: SessionLimits = field(default_factory=SessionLimits)
@@ -32,11 +34,11 @@ class ServiceConfig:
             raise ConfigError(f"max_sessions {self.max_sessions} must be at least 1")
         if self.fallback not in FALLBACKS:
             raise ConfigError(f"fallback {self.fallback!r} must be one of {', '.join(FALLBACKS)}")
-        rates = self.max_observations_per_s, self.max_opens_per_s, self.state_every_s
+        rates = self.max_observations_per_s, self.max_opens_per_s, self.max_unary_calls_per_s, self.state_every_s
         if self.max_sessions_per_robot < 1 or min(rates) <= 0:
             raise ConfigError(
                 f"max_sessions_per_robot {self.max_sessions_per_robot} must be at least 1, and "
-                f"max_observations_per_s, max_opens_per_s, state_every_s {rates} positive"
+                f"max_observations_per_s, max_opens_per_s, max_unary_calls_per_s, state_every_s {rates} positive"
             )
         if self.grace_ms < 0:
             raise ConfigError(f"grace_ms {self.grace_ms} must not be negative")

@@ -99,3 +99,37 @@ def _checked(error: grpc.RpcError, allowed: frozenset[grpc.StatusCode], method: 
     assert code in allowed, (method, code, details, raw[:200])
     assert code is not grpc.StatusCode.DEADLINE_EXCEEDED or "Deadline Exceeded" not in details, (method, raw[:200])
     return code
+
+
+def codes_of_a_stranger(address: str, *, timeout_s: float = 20.0) -> set[grpc.StatusCode]:
+    """Of a call and of a stream without a token, with bytes that no parser takes: an answer about the token shows that
+    none was asked."""
+    same = {"request_serializer": lambda raw: raw, "response_deserializer": lambda raw: raw}
+    codes = set()
+    with grpc.insecure_channel(address) as channel:
+        for call in (
+            lambda: channel.unary_unary(f"{SERVICE}/Act", **same)(b"\xff" * 50, timeout=timeout_s),
+            lambda: list(channel.stream_stream(f"{SERVICE}/Control", **same)(iter([b"\xff" * 50]), timeout=timeout_s)),
+        ):
+            try:
+                call()
+                codes.add(grpc.StatusCode.OK)
+            except grpc.RpcError as error:
+                codes.add(error.code())  # type: ignore[attr-defined]
+    return codes
+
+
+def codes_of_reflection(address: str, *, token: str = "", timeout_s: float = 20.0) -> set[grpc.StatusCode]:
+    """What a server answers that is asked to describe itself."""
+    same = {"request_serializer": lambda raw: raw, "response_deserializer": lambda raw: raw}
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    codes = set()
+    with grpc.insecure_channel(address) as channel:
+        for version in ("v1", "v1alpha"):
+            reflect = channel.stream_stream(f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo", **same)
+            try:
+                list(reflect(iter([b""]), timeout=timeout_s, metadata=metadata))
+                codes.add(grpc.StatusCode.OK)
+            except grpc.RpcError as error:
+                codes.add(error.code())  # type: ignore[attr-defined]
+    return codes
