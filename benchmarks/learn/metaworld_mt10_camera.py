@@ -93,7 +93,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
     for label, found in result["measures"].items():
         bar, _, row = label.partition(": ")
         if row in list(ROWS)[:7]:
-            groups.setdefault(row.replace(", ", "\n"), {})[bar] = found
+            groups.setdefault(row.replace(", ", "\n").replace(" ", "\n"), {})[bar] = found
     draw_bars(path, groups, title="MT10 and the shared scene, from a camera, in words")
 
 

@@ -35,10 +35,10 @@ def draw_bars(
         for place, (_, found) in zip(places, there, strict=True):
             seeds = list(found.get("by_seed", {}).values())
             axes.plot([place] * len(seeds), seeds, ".", color="black", ms=4, alpha=0.6)
-    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_xticks(range(len(groups)), list(groups), fontsize=9 if len(groups) < 5 else 8)
     axes.set(ylim=(-0.02, 1.05), ylabel=label, title=title)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(4, len(names)))
+    figure.legend(fontsize=8, loc="outside lower center", ncols=min(5, len(names)))
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
