@@ -12,6 +12,8 @@ from vla_dist.core.errors import ConfigError, DataError, ReplayWait
 from vla_dist.core.specs import CameraSpec
 from vla_dist.core.types import Segment
 from vla_dist.replay import image_uploads
+from vla_dist.replay.audit.inspection import survey
+from vla_dist.replay.audit.monitoring import ReplayMonitor
 from vla_dist.replay.config import BufferConfig, Prioritised, Recency, TableConfig
 from vla_dist.replay.keys import episode_digest
 from vla_dist.replay.limiter import LimiterConfig
@@ -392,6 +394,8 @@ def test_a_full_server_makes_writers_wait_and_readers_go_on(make_server, make_ta
         fill()
     stored = table.stats().num_episodes
     assert 2 <= stored < 12
+    assert survey(table).memory_refusals > 0
+    assert ReplayMonitor(table).look().memory_refusals > 0
 
     def limit_memory(num_bytes):
         with redis.Redis(

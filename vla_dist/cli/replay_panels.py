@@ -39,7 +39,7 @@ def print_survey(console: Console, survey: BufferSurvey) -> None:
         f"{survey.steps_evicted:,} steps of {survey.episodes_evicted:,} episodes gone, {survey.episodes_broken:,} "
         f"evicted before they were whole, {survey.episodes_discarded:,} discarded as damaged"
     )
-    say(_memory_words(survey.memory_bytes, survey.memory_limit_bytes, survey.image_memory_bytes))
+    say(_memory_words(survey))
     say(_archive_words(survey))
     console.print(_group_table(survey))
     console.print(_limits(survey.tables, [{}] * len(survey.tables)))
@@ -120,7 +120,7 @@ def draw_frame(frame: MonitorFrame) -> Panel:
     grid.add_row(
         "memory",
         memory,
-        _memory_words(frame.memory_bytes, frame.memory_limit_bytes, frame.image_memory_bytes).removeprefix("memory "),
+        _memory_words(frame).removeprefix("memory "),
     )
     archive = f"{frame.archive_backlog:,} episodes behind" if frame.archiving else "off"
     grid.add_row("archive", Text(archive, style="yellow" if frame.archive_backlog else ""), "")
@@ -240,9 +240,15 @@ def _archive_words(survey: BufferSurvey) -> str:
     return f"archive: {survey.episodes_unarchived:,} stored episodes are not archived yet"
 
 
-def _memory_words(used: int, limit: int, images: int) -> str:
-    text = f"memory {_bytes(used)}" + (f" of {_bytes(limit)}" if limit else "")
-    return text + (f", and {_bytes(images)} on the server of the images" if images else "")
+def _memory_words(seen: BufferSurvey | MonitorFrame) -> str:
+    text = f"memory {_bytes(seen.memory_bytes)}"
+    if seen.memory_limit_bytes:
+        text += f" of {_bytes(seen.memory_limit_bytes)}"
+    if seen.image_memory_bytes:
+        text += f", and {_bytes(seen.image_memory_bytes)} on the server of the images"
+    if seen.memory_refusals:
+        text += f"; {seen.memory_refusals:,} writes were refused for lack of it and had to wait"
+    return text
 
 
 def _bytes(number: float) -> str:

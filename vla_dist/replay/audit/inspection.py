@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from vla_dist.core.types import SOURCES, Array
+from vla_dist.replay.audit.server_memory import MEMORY_QUESTION, ServerMemory
 from vla_dist.replay.audit.snapshot import read_at_once
 from vla_dist.replay.config import TableConfig
 from vla_dist.replay.episodes import Entry
@@ -96,6 +97,8 @@ class BufferSurvey:
     """0: none."""
     image_memory_bytes: int
     """Of the server of the images; 0 where there is none of their own."""
+    memory_refusals: int
+    """Of both since they started, see ``ServerMemory``."""
     archiving: bool
     episodes_archived: int
     """Ever."""
@@ -130,7 +133,7 @@ def survey(table: RedisReplayTable, on_progress: Progress = no_progress) -> Buff
             ("HGETALL", keys.by),
             ("HLEN", f"{keys.prefix}episodes"),
             ("LLEN", f"{keys.prefix}evicted"),
-            ("INFO", "memory"),
+            MEMORY_QUESTION,
             ("TIME",),
         ],
         timeout_s=_PATIENCE_S,
@@ -143,8 +146,7 @@ def survey(table: RedisReplayTable, on_progress: Progress = no_progress) -> Buff
         if len(entries) % 1000 == 0:
             on_progress(len(entries), state.complete)
     columns = EpisodeColumns.of(entries)
-    used, limit = memory_of(memory)
-    apart = table.images_link is not table.link
+    server, images = ServerMemory.of(memory), images_memory(table)
     return BufferSurvey(
         name=full_name(table),
         segment_steps=table.config.num_steps,
@@ -160,11 +162,10 @@ def survey(table: RedisReplayTable, on_progress: Progress = no_progress) -> Buff
         episodes_discarded=state.discarded,
         episodes_intervened=int(columns.intervened.sum()),
         duplicates=state.duplicates,
-        memory_bytes=used,
-        memory_limit_bytes=limit,
-        image_memory_bytes=memory_of(table.images_link.call([("INFO", "memory")], timeout_s=_PATIENCE_S)[0])[0]
-        if apart
-        else 0,
+        memory_bytes=server.used_bytes,
+        memory_limit_bytes=server.limit_bytes,
+        image_memory_bytes=images.used_bytes if images else 0,
+        memory_refusals=server.num_refused + (images.num_refused if images else 0),
         archiving=state.archiving,
         episodes_archived=state.archived,
         episodes_unarchived=int((columns.completions > state.archived).sum()) if state.archiving else 0,
@@ -309,7 +310,8 @@ def num_shards_in(packed: bytes) -> int:
     return max(1, int(unpack_counters(packed)[0]["shards"]))
 
 
-def memory_of(info: bytes) -> tuple[int, int]:
-    """Used memory and its limit (0: none), in bytes, from the answer to ``INFO memory``."""
-    fields = dict(line.split(":", 1) for line in info.decode().split("\r\n") if ":" in line)
-    return int(fields["used_memory"]), int(fields["maxmemory"])
+def images_memory(table: RedisReplayTable) -> ServerMemory | None:
+    """Of the server of the images; None where there is none of their own. Raises Unreachable."""
+    if table.images_link is table.link:
+        return None
+    return ServerMemory.of(table.images_link.call([MEMORY_QUESTION], timeout_s=_PATIENCE_S)[0])

@@ -13,10 +13,11 @@ from vla_dist.replay.audit.inspection import (
     EpisodeGroup,
     TableSurvey,
     full_name,
-    memory_of,
+    images_memory,
     num_shards_in,
     survey_table,
 )
+from vla_dist.replay.audit.server_memory import MEMORY_QUESTION, ServerMemory
 from vla_dist.replay.following import IndexFollower
 from vla_dist.replay.link import Deadline
 from vla_dist.replay.samplers import UniformDraw
@@ -49,6 +50,8 @@ class MonitorFrame:
     memory_limit_bytes: int
     """0: none."""
     image_memory_bytes: int
+    memory_refusals: int
+    """Of the servers since they started, see ``ServerMemory``."""
     archiving: bool
     archive_backlog: int
     """Episodes that became whole since the last one archived; 0 while archiving is off."""
@@ -87,7 +90,7 @@ class ReplayMonitor:
                 ("GET", keys.state),
                 ("HLEN", f"{keys.prefix}episodes"),
                 ("LLEN", f"{keys.prefix}evicted"),
-                ("INFO", "memory"),
+                MEMORY_QUESTION,
                 ("TIME",),
             ],
             Deadline(_PATIENCE_S),
@@ -96,10 +99,7 @@ class ReplayMonitor:
         now_s = int(now[0]) + int(now[1]) / 1e6
         rates, table_rates = self._rates(now_s, state)
         columns, versions, tasks = self._columns()
-        memory, limit = memory_of(info)
-        images = 0
-        if table.images_link is not table.link:
-            images = memory_of(table.images_link.call([("INFO", "memory")], timeout_s=_PATIENCE_S)[0])[0]
+        memory, images = ServerMemory.of(info), images_memory(table)
         ages = now_s - columns.completed_at_s
         oldest = int(columns.completions[0]) if len(ages) else 0
         by_task = columns.grouped(columns.tasks, lambda number: tasks[number])
@@ -117,9 +117,10 @@ class ReplayMonitor:
                 for number, config in enumerate(table.config.tables)
             ),
             table_rates=table_rates,
-            memory_bytes=memory,
-            memory_limit_bytes=limit,
-            image_memory_bytes=images,
+            memory_bytes=memory.used_bytes,
+            memory_limit_bytes=memory.limit_bytes,
+            image_memory_bytes=images.used_bytes if images else 0,
+            memory_refusals=memory.num_refused + (images.num_refused if images else 0),
             archiving=state.archiving,
             archive_backlog=state.completions - state.archived if state.archiving else 0,
             by_task=tuple(sorted(by_task, key=lambda group: -group.steps)),
