@@ -1,6 +1,7 @@
 """Images on a server of their own: no crash of a writer or of that server leaves more than what can be put right."""
 
 import os
+import re
 import signal
 import time
 
@@ -11,7 +12,9 @@ import redis
 from vla_dist.core.errors import ReplayWait, Unreachable
 from vla_dist.core.specs import CameraSpec
 from vla_dist.data.image_codec import ImageEncoding
+from vla_dist.replay import arrivals
 from vla_dist.replay.config import BufferConfig, Fifo, TableConfig
+from vla_dist.replay.keys import episode_digest
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.queue import EpisodeQueue
 from vla_dist.replay.server import EmbeddedServer
@@ -112,6 +115,44 @@ def test_eviction_takes_the_images_along_whoever_caused_it(make_apart, make_clie
     assert {name.split(":")[1] for name in names} == stored
     assert len(names) == 5 * 3 * 2
     assert sweep_images(table).removed == 0
+
+
+def test_one_append_of_many_batches_removes_the_images_of_each_episode_once(
+    make_apart, make_episode, image_keys, apart, monkeypatch
+):
+    monkeypatch.setattr(arrivals, "_MOST_SEGMENTS", 4)
+    table = make_apart(capacity_steps=50)
+    episodes = [make_images(make_episode, f"e{number}", 10) for number in range(20)]
+
+    def num_unlinks():
+        (info,) = table.images_link.call([("INFO", "commandstats")], timeout_s=5.0)
+        found = re.search(rb"cmdstat_unlink:calls=(\d+)", info)
+        return int(found[1]) if found else 0
+
+    before = num_unlinks()
+    table.append_all([segment for segments in episodes for segment in segments], timeout_s=10.0)
+    assert num_unlinks() - before == 15
+    assert len(image_keys(table, apart)) == 5 * 3 * 2
+    # Only the next commit takes what the last ones removed off the list.
+    table.append_all(make_images(make_episode, "last", 10), timeout_s=5.0)
+    assert num_unlinks() - before == 16
+    assert len(image_keys(table, apart)) == 5 * 3 * 2
+
+
+def test_an_episode_that_leaves_twice_during_one_append_takes_its_images_along(
+    make_apart, make_episode, image_keys, apart, monkeypatch
+):
+    monkeypatch.setattr(arrivals, "_MOST_SEGMENTS", 4)
+    table = make_apart(capacity_steps=50, remembered_episodes=1)
+    names = ("again", *"abcdef", "again", *"ghijkl")
+    table.append_all(
+        [segment for name in names for segment in make_images(make_episode, name, 10)],
+        timeout_s=10.0,
+    )
+    table.append_all(make_images(make_episode, "last", 10), timeout_s=5.0)
+    stored = {entry["digest"] for entry in table.reader.entries(timeout_s=5.0)}
+    assert stored == {episode_digest(name) for name in ("i", "j", "k", "l", "last")}
+    assert {name.split(":")[1] for name in image_keys(table, apart)} == stored
 
 
 def test_images_leave_with_episodes_that_were_used_up_or_discarded(make_apart, make_episode, image_keys, apart):

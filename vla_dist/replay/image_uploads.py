@@ -57,12 +57,14 @@ class ImageUploads:
         if again:
             self._images.call(again, timeout_s=timeout_s)
 
-    def settlement(self, answered: Sequence[tuple[Arrival, str]], images_gone: bytes) -> Settlement:
+    def settlement(self, answered: Sequence[tuple[Arrival, str]], images_gone: bytes, taken: set[bytes]) -> Settlement:
         """Images outlive their expiry once their row is committed, and leave with it.
 
         Args:
             answered: arrivals with their letters, see ``take_in`` in functions.lua.
             images_gone: the commit's word on what was evicted.
+            taken: entries of it that earlier settlements of the same stream deal with, which are on the list until the
+                server is told; this one's are added.
         """
         if self._gone is None:
             return Settlement([], [], [])
@@ -74,7 +76,11 @@ class ImageUploads:
                 unlink.append(("UNLINK", *names))
             elif letter in "od":
                 kept += [(arrival.digest, name) for name in names]
-        gone = ImagesGone.split(images_gone)
+        # An episode that was forgotten and begun again may leave again.
+        begun = {arrival.digest.encode() for arrival, letter in answered if letter == "o"}
+        taken -= {entry for entry in taken if ImagesGone.digest(entry) in begun}
+        gone = [entry for entry in ImagesGone.split(images_gone) if entry not in taken]
+        taken |= set(gone)
         persist: list[Command] = [("PERSIST", name) for _, name in kept]
         return Settlement([*persist, *unlink, *self._gone.unlink(gone)], kept, gone)
 

@@ -56,7 +56,7 @@ class ImagesGone:
         """For the server of the images: removes those of these entries."""
         commands: list[Command] = []
         for entry in gone:
-            digest, (num,) = entry[:16].decode(), struct.unpack("<I", entry[16:])
+            digest, (num,) = self.digest(entry).decode(), struct.unpack("<I", entry[16:])
             names = [self._keys.image(digest, i, camera) for i in range(num) for camera in range(self._num_cameras)]
             commands += [("UNLINK", *names[at : at + _PAGE]) for at in range(0, len(names), _PAGE)]
         return commands
@@ -71,6 +71,11 @@ class ImagesGone:
         while gone := self._link.call([self.command], timeout_s=timeout_s)[0]:
             removed += self.remove(gone, timeout_s=timeout_s)
         return removed
+
+    @staticmethod
+    def digest(entry: bytes) -> bytes:
+        """Of the episode that left."""
+        return entry[:16]
 
     @staticmethod
     def split(packed: bytes) -> list[bytes]:

@@ -108,7 +108,7 @@ class SegmentWriter:
             # Sent before that answer, a batch could be stored before what comes first, and wait once more.
             if previous is not None and previous.stopped:
                 return
-            rows.send(request, partial(self._hear, batch, deadline, None))
+            rows.send(request, partial(self._hear, batch, deadline))
             previous = batch
         rows.receive()
 
@@ -121,6 +121,7 @@ class SegmentWriter:
         frames: Conversation,
     ) -> None:
         """Each batch is committed while the images of the next are on their way; ends where some are there already."""
+        taken: set[bytes] = set()
         committed: ArrivalBatch | None = None
         staged: ArrivalBatch | None = None
         for batch in itertools.chain(batches, [None]):
@@ -135,7 +136,7 @@ class SegmentWriter:
                 rows.receive()
                 if not staged.staged or (committed is not None and committed.stopped):
                     return
-                rows.send(request, partial(self._hear, staged, deadline, frames))
+                rows.send(request, partial(self._hear_with_images, staged, images, taken, deadline, frames))
                 committed = staged
             staged = batch
         rows.receive()
@@ -144,15 +145,23 @@ class SegmentWriter:
         # None stands for an image that was there: perhaps of an earlier attempt, perhaps of another segment.
         batch.staged = all(self._done(replies))
 
-    def _hear(
-        self, batch: ArrivalBatch, deadline: Deadline, frames: Conversation | None, replies: Sequence[Any]
-    ) -> None:
+    def _hear(self, batch: ArrivalBatch, deadline: Deadline, replies: Sequence[Any]) -> None:
         """The answer to a commit in the stream."""
+        answered, _ = self._judge(batch, replies, deadline)
+        _assign(answered, lost=frozenset())
+
+    def _hear_with_images(
+        self,
+        batch: ArrivalBatch,
+        images: ImageUploads,
+        taken: set[bytes],
+        deadline: Deadline,
+        frames: Conversation,
+        replies: Sequence[Any],
+    ) -> None:
+        """The same, and what is to be done about the images then; ``taken`` as in ``ImageUploads.settlement``."""
         answered, images_gone = self._judge(batch, replies, deadline)
-        if self._images is None or frames is None:
-            _assign(answered, lost=frozenset())
-            return
-        images, settlement = self._images, self._images.settlement(answered, images_gone)
+        settlement = images.settlement(answered, images_gone, taken)
 
         def settled(replies: Sequence[Any]) -> None:
             # Those without an expiry may be there or not: that is looked at with patience.
@@ -179,7 +188,7 @@ class SegmentWriter:
             else:
                 lost: Set[str] = frozenset()
                 if self._images is not None:
-                    settlement = self._images.settlement(answered, images_gone)
+                    settlement = self._images.settlement(answered, images_gone, set())
                     lost = self._images.settle(settlement, timeout_s=deadline.left_s)
                 if lost:
                     batch.staged, batch.wait_reason = False, "the server of the images forgot them"
