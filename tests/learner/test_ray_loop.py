@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
+from vla_dist.core.errors import Unreachable
 from vla_dist.learner.checkpoint import read_checkpoint
 from vla_dist.registry.blobs import RedisBlobs
 from vla_dist.registry.store import RedisPolicyRegistry
@@ -195,6 +196,30 @@ def make_trainer(build, tmp_path, num_workers, parallelism, num_cpus, max_failur
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
+
+
+class Stalled:
+    """A learner that finds its replay away a few times."""
+
+    def __init__(self, stalls):
+        self.stalls = stalls
+
+    def step(self):
+        if self.stalls:
+            self.stalls -= 1
+            raise Unreachable("away")
+        return {"updates": 1.0}
+
+
+def test_a_replay_that_is_away_for_long_is_waited_for_and_one_that_stays_away_is_told(monkeypatch, caplog):
+    from vla_dist.learner import ray_loop
+
+    monkeypatch.setattr(ray_loop, "_PAUSE_S", 0.0)
+    # As many seconds as a server takes to load a large log are no reason to give up.
+    assert ray_loop._step(Stalled(30), 600.0) == {"updates": 1.0}
+    assert "the learner waits: away" in caplog.text
+    with pytest.raises(Unreachable):
+        ray_loop._step(Stalled(30), 0.0)
 
 
 def read_log(path):

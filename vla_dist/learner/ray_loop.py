@@ -35,6 +35,9 @@ from vla_dist.learner.parallel import Parallelism, make_parallel
 
 _LOG = logging.getLogger(__name__)
 
+_PATIENCE_S = 600.0
+_PAUSE_S = 1.0
+
 BuildLearner = Callable[[Rank], Learner]
 
 
@@ -42,10 +45,10 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     """Train to the end, or from the last reported checkpoint to the end.
 
     Args:
-        config: ``build`` makes this rank's learner; ``max_stalls`` (default 10) is how often in a row a step may find
-            the replay or the registry away before the rank gives up and Ray Train's FailureConfig decides;
-            ``stall_pause_s`` (default 1) is waited after each; ``post`` takes rank 0's metrics of each step, and is
-            closed; ``parallelism`` (default ddp) is how several ranks share the model.
+        config: ``build`` makes this rank's learner; ``patience_s`` (default 600) is how long steps may find no data, or
+            the replay or the registry away, before the rank gives up and Ray Train's FailureConfig decides; ``post``
+            takes rank 0's metrics of each step, and is closed; ``parallelism`` (default ddp) is how several ranks share
+            the model.
     """
     build: BuildLearner | None = config.get("build")
     if build is None:
@@ -59,7 +62,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
             # A run whose training was over when it was stopped makes no update any more.
             post(learner.progress)
         while not learner.done:
-            metrics = _step(learner, int(config.get("max_stalls", 10)), float(config.get("stall_pause_s", 1.0)))
+            metrics = _step(learner, float(config.get("patience_s", _PATIENCE_S)))
             if post is not None:
                 post(metrics)
             if learner.config.is_checkpoint(learner.updates):
@@ -121,13 +124,16 @@ def _read(filesystem: FileSystem, path: str) -> Checkpoint:
         raise IntegrityError(f"checkpoint {path} cannot be fetched ({error})") from error
 
 
-def _step(learner: Learner, max_stalls: int, pause_s: float) -> Metrics:
-    for _ in range(max_stalls):
+def _step(learner: Learner, patience_s: float) -> Metrics:
+    end = time.monotonic() + patience_s
+    while True:
         try:
             return learner.step()
-        except (WaitTimeout, Unreachable):
-            time.sleep(pause_s)
-    return learner.step()
+        except (WaitTimeout, Unreachable) as error:
+            if time.monotonic() > end:
+                raise
+            _LOG.warning("the learner waits: %s", error)
+            time.sleep(_PAUSE_S)
 
 
 def _report(learner: Learner, metrics: Metrics) -> None:
