@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -180,17 +181,19 @@ def test_warm_up_finds_broken_promises(policy: FakePolicy, words: str) -> None:
         warm_up(policy, (2,))
 
 
-def test_a_warm_up_rests_after_each_size_as_long_as_it_took() -> None:
-    rests: list[float] = []
-
-    class Slow(FakePolicy):
-        def act(self, observations, states, *, generator=None):  # type: ignore[no-untyped-def]
-            time.sleep(0.01 * len(observations))
-            return super().act(observations, states)
-
-    warm_up(Slow(SPEC), (1, 2, 4), rest=rests.append)
-    assert len(rests) == 3
-    assert all(rest >= 0.01 * size for rest, size in zip(rests, (1, 2, 4), strict=True))
+def test_only_a_version_of_another_kind_is_warmed_up_at_every_size(
+    registry: InMemoryRegistry, loader: WatchedLoader, versions: PolicyVersions
+) -> None:
+    """Every batch of a warm-up takes time from robots that run."""
+    assert loader.batches == [1, 2]
+    versions.keep("twin", "demo", registry.publish(fake_artifact(SPEC, bias=2.0)))
+    assert loader.batches == [1, 2, 1]
+    versions.keep("other", "demo", registry.publish(fake_artifact(SPEC, horizon=3)))
+    assert loader.batches == [1, 2, 1, 1, 2]
+    other = fake_artifact(SPEC, bias=3.0)
+    manifest = replace(other.manifest, config={"model": {"width": 8}})
+    versions.keep("wider", "demo", registry.publish(replace(other, manifest=manifest)))
+    assert loader.batches == [1, 2, 1, 1, 2, 1, 2]
 
 
 @pytest.mark.parametrize("settings", [{"references": ()}, {"references": ("demo",)}, {"max_loaded": 1}])

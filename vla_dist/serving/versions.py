@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,9 @@ import numpy as np
 
 from vla_dist.core.errors import ConfigError, DataError, NotFound, ResourceMissing, VlaDistError
 from vla_dist.core.protocols import Policy, PolicyLoader, PolicyRegistry
-from vla_dist.core.types import Observation
+from vla_dist.core.types import Observation, PolicyManifest
 
 _log = logging.getLogger(__name__)
-_LONGEST_REST_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +23,8 @@ class VersionsConfig:
     references: tuple[str, ...]
     """``name@channel`` each; robots may ask for these only."""
     warm_up_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Batch sizes to run before a version gets its first robot: the batcher's buckets."""
+    """Batch sizes to run before a version gets its first robot: the batcher's buckets. Where a version of the same
+    architecture and settings is in memory already, the first of them alone: this process has run the others."""
     max_loaded: int = 6
     """Versions in memory at once, canary and shadow among them; a newer one waits until an old one's last episode
     ends."""
@@ -54,6 +54,7 @@ class LoadedPolicy:
     name: str
     version: int
     policy: Policy[Any]
+    manifest: PolicyManifest
     num_sessions: int = 0
 
 
@@ -197,17 +198,22 @@ class PolicyVersions:
                         f"version {version} of {name} waits: {len(self._loaded)} versions are loaded, the most allowed "
                         f"({held}); let episodes end or raise max_loaded"
                     )
-            policy = self._load_policy(self.registry.fetch(name, version))
-            warm_up(policy, self.config.warm_up_sizes, rest=self._leave_to_robots)
-            loaded = LoadedPolicy(name, version, policy)
+            artifact = self.registry.fetch(name, version)
+            policy = self._load_policy(artifact)
+            warm_up(policy, self.config.warm_up_sizes[: 1 if self._has_twin(artifact.manifest) else None])
+            loaded = LoadedPolicy(name, version, policy, artifact.manifest)
             with self._lock:
                 self._loaded[name, version] = loaded
             return loaded
 
-    def _leave_to_robots(self, took_s: float) -> None:
-        """As long as one size took, where robots run: they share the cores and the interpreter with a warm-up."""
-        if any(self.sessions().values()):
-            self._closing.wait(min(took_s, _LONGEST_REST_S))
+    def _has_twin(self, manifest: PolicyManifest) -> bool:
+        """Whether a loaded version differs in its weights alone. A warm-up takes the robots' cores."""
+
+        def kind(one: PolicyManifest) -> tuple[Any, ...]:
+            return one.architecture, one.config.get("model", one.config), one.spec, one.horizon
+
+        with self._lock:
+            return any(kind(loaded.manifest) == kind(manifest) for loaded in self._loaded.values())
 
     def _drop_unused(self) -> None:
         served = set(map(id, [*self._current.values(), *self._kept.values()]))
@@ -217,13 +223,8 @@ class PolicyVersions:
                 _log.info("version %d of %s left with its last session", loaded.version, loaded.name)
 
 
-def warm_up(
-    policy: Policy[Any], batch_sizes: Sequence[int], *, rest: Callable[[float], object] = lambda took_s: None
-) -> None:
+def warm_up(policy: Policy[Any], batch_sizes: Sequence[int]) -> None:
     """Run blank observations, so that the first robot pays for no allocation or compilation.
-
-    Args:
-        rest: called after each size with the seconds that it took.
 
     Raises:
         DataError: the chunks do not have the shape that the policy promises, or are not finite.
@@ -235,9 +236,7 @@ def warm_up(
     )
     expected = (policy.horizon, spec.action_dim)
     for size in batch_sizes:
-        started = time.monotonic()
         chunks, states = policy.act([blank] * size, [policy.initial_state() for _ in range(size)])
-        took_s = time.monotonic() - started
         kinds = {(chunk.shape, str(chunk.dtype)) for chunk in chunks}
         if len(chunks) != size or len(states) != size or kinds != {(expected, "float32")}:
             raise DataError(
@@ -246,7 +245,6 @@ def warm_up(
             )
         if not all(np.isfinite(chunk).all() for chunk in chunks):
             raise DataError("a blank observation gave actions that are not finite; the weights are broken")
-        rest(took_s)
 
 
 def _name(reference: str) -> str:
