@@ -13,10 +13,10 @@ from vla_dist.learner.checkpoint import (
     Checkpoint,
     CheckpointStore,
     checkpoint_name,
-    earlier_checkpoints,
     read_checkpoint,
     updates_of,
     upload_checkpoint,
+    uploaded_checkpoints,
 )
 
 
@@ -148,18 +148,17 @@ def test_a_writer_killed_half_way_spoils_nothing_and_the_next_one_cleans_up(tmp_
     with pytest.raises(IntegrityError):
         read_checkpoint(Path(cut))
     newest = str(storage / checkpoint_name(8))
-    assert earlier_checkpoints(filesystem, newest)[-1] == first
+    assert uploaded_checkpoints(filesystem, str(storage))[-1] == first
     assert read_checkpoint(Path(first)).updates == 7
     upload_checkpoint(written, filesystem, newest)
     assert sorted(str(path) for path in storage.iterdir()) == [first, newest]
 
 
-def test_earlier_uploads_are_found_latest_first_and_never_later_ones(tmp_path):
+def test_uploads_are_found_latest_first(tmp_path):
     names = {updates: checkpoint_name(updates) for updates in (5, 10, 20, 30)}
-    again = checkpoint_name(20)
-    for name in (*names.values(), again, ".writing-x", "snapshot.json"):
+    for name in (*names.values(), ".writing-x", "snapshot.json"):
         (tmp_path / name).mkdir()
-    found = earlier_checkpoints(LocalFileSystem(), str(tmp_path / names[20]))
-    assert found == [str(tmp_path / name) for name in (again, names[10], names[5])]
-    assert earlier_checkpoints(LocalFileSystem(), str(tmp_path / "nowhere" / names[20])) == []
-    assert [updates_of(f"/a/{name}") for name in (names[30], "checkpoint_x")] == [30, 0]
+    found = uploaded_checkpoints(LocalFileSystem(), str(tmp_path))
+    assert found == [str(tmp_path / names[updates]) for updates in (30, 20, 10, 5)]
+    assert uploaded_checkpoints(LocalFileSystem(), str(tmp_path / "nowhere")) == []
+    assert [updates_of(f"/a/{name}") for name in (names[30], "checkpoint_x", "")] == [30, 0, 0]

@@ -113,11 +113,10 @@ def upload_checkpoint(directory: Path, filesystem: FileSystem, path: str) -> Non
     _sync(target.parent)
 
 
-def earlier_checkpoints(filesystem: FileSystem, path: str) -> list[str]:
-    """Paths of the uploads beside ``path`` that hold as many updates or fewer, latest first."""
-    folder, _, name = path.rpartition("/")
+def uploaded_checkpoints(filesystem: FileSystem, folder: str) -> list[str]:
+    """Paths of the uploads in a folder, damaged ones too, latest first."""
     found = [info.base_name for info in filesystem.get_file_info(FileSelector(folder, allow_not_found=True))]
-    return [f"{folder}/{other}" for other in sorted(found, reverse=True) if _is_earlier(other, name)]
+    return [f"{folder}/{name}" for name in sorted(filter(is_checkpoint_name, found), reverse=True)]
 
 
 class CheckpointStore:
@@ -167,11 +166,6 @@ class CheckpointStore:
         if damaged:
             raise IntegrityError("; ".join(damaged))
         raise NotFound(f"no checkpoint under {self._root}; start without one")
-
-
-def _is_earlier(other: str, name: str) -> bool:
-    width = len(_PREFIX) + 10
-    return other.startswith(_PREFIX) and other != name and other[:width] <= name[:width]
 
 
 def _remove_unfinished(filesystem: FileSystem, folder: str) -> None:

@@ -9,12 +9,12 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
-from pyarrow.fs import FileSystem
 from ray.train.collective import broadcast_from_rank_zero
 
 from vla_dist.core.errors import ConfigError, IntegrityError, Unreachable, WaitTimeout
@@ -23,10 +23,10 @@ from vla_dist.core.types import Metrics
 from vla_dist.learner.checkpoint import (
     Checkpoint,
     checkpoint_name,
-    earlier_checkpoints,
     read_checkpoint,
     updates_of,
     upload_checkpoint,
+    uploaded_checkpoints,
     write_checkpoint,
 )
 from vla_dist.learner.config import Rank
@@ -42,7 +42,7 @@ BuildLearner = Callable[[Rank], Learner]
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
-    """Train to the end, or from the last reported checkpoint to the end.
+    """Train to the end, or from the newest whole checkpoint to the end.
 
     Args:
         config: ``build`` makes this rank's learner; ``patience_s`` (default 600) is how long steps may find no data, or
@@ -55,9 +55,12 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         raise ConfigError("train_loop_config needs 'build', a function from a Rank to its Learner")
     rank = _this_rank(config.get("parallelism", "ddp"))
     post: MetricsSink | None = config.get("post") if rank.index == 0 else None
-    learner = build(rank)
+    start = _find_start(rank)
+    learner = build(replace(rank, first_update=updates_of(start)))
+    unknown_to_ray = _unknown_to_ray(start)
     try:
-        _resume(learner, rank)
+        if start:
+            learner.resume(_read(start))
         if post is not None and learner.updates:
             # A run whose training was over when it was stopped makes no update any more.
             post(learner.progress)
@@ -67,6 +70,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
                 post(metrics)
             if learner.config.is_checkpoint(learner.updates):
                 _report(learner, metrics)
+                if unknown_to_ray and rank.index == 0:
+                    _remove(unknown_to_ray)
+                unknown_to_ray = ""
     finally:
         learner.close()
         if post is not None:
@@ -76,52 +82,73 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 def _this_rank(parallelism: Parallelism) -> Rank:
     context = ray.train.get_context()
     device = str(ray.train.torch.get_device())
-    num_ranks, newest = context.get_world_size(), ray.train.get_checkpoint()
-    first_update = 0 if newest is None else updates_of(newest.path)
+    num_ranks = context.get_world_size()
     if num_ranks == 1:
-        return Rank(device=device, first_update=first_update)
+        return Rank(device=device)
     return Rank(
         index=context.get_world_rank(),
-        first_update=first_update,
         device=device,
         parallel=make_parallel(parallelism, num_ranks=num_ranks, device=device),
         share=broadcast_from_rank_zero,
     )
 
 
-def _resume(learner: Learner, rank: Rank) -> None:
-    """From the newest whole checkpoint, the same one on every rank.
+def _find_start(rank: Rank) -> str:
+    """Path of the newest whole checkpoint, the same one on every rank; empty where there is none.
+
+    All that lie in the storage count: a rank may have died between an upload and the report of it.
 
     Raises:
         IntegrityError: there are checkpoints, and each is damaged.
     """
-    newest = ray.train.get_checkpoint()
-    if newest is None:
-        return
     choice = {"path": "", "damaged": []}
     if rank.index == 0:
-        for path in (newest.path, *earlier_checkpoints(newest.filesystem, newest.path)):
+        storage, reported = _storage(), _reported()
+        found = uploaded_checkpoints(storage.storage_filesystem, storage.experiment_fs_path)
+        for path in sorted(found, key=lambda path: (updates_of(path), path == reported), reverse=True):
             try:
-                _read(newest.filesystem, path)
+                _read(path)
             except IntegrityError as error:
                 choice["damaged"].append(str(error))
                 continue
             choice["path"] = path
             break
     choice = json.loads(rank.share(json.dumps(choice)))
-    if not choice["path"]:
+    if choice["damaged"] and not choice["path"]:
         raise IntegrityError("; ".join(choice["damaged"]))
     for damage in choice["damaged"]:
         _LOG.warning("going on from an older checkpoint: %s", damage)
-    learner.resume(_read(newest.filesystem, choice["path"]))
+    return str(choice["path"])
 
 
-def _read(filesystem: FileSystem, path: str) -> Checkpoint:
+def _unknown_to_ray(start: str) -> str:
+    """The checkpoint to start from, where it was never reported, so that Ray Train will not remove it in its time."""
+    return start if start and updates_of(start) > updates_of(_reported()) else ""
+
+
+def _reported() -> str:
+    """Path of the checkpoint that Ray Train would go on from; empty where it knows of none."""
+    newest = ray.train.get_checkpoint()
+    return "" if newest is None else str(newest.path)
+
+
+def _storage() -> Any:
+    return ray.train.get_context().get_storage()
+
+
+def _read(path: str) -> Checkpoint:
     try:
-        with ray.train.Checkpoint(path, filesystem).as_directory() as directory:
+        with ray.train.Checkpoint(path, _storage().storage_filesystem).as_directory() as directory:
             return read_checkpoint(Path(directory))
     except OSError as error:
         raise IntegrityError(f"checkpoint {path} cannot be fetched ({error})") from error
+
+
+def _remove(path: str) -> None:
+    try:
+        _storage().storage_filesystem.delete_dir(path)
+    except OSError as error:
+        _LOG.warning("checkpoint %s could not be removed: %s", path, error)
 
 
 def _step(learner: Learner, patience_s: float) -> Metrics:
@@ -153,7 +180,7 @@ def _report(learner: Learner, metrics: Metrics) -> None:
 
 
 def _upload(written: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-    storage: Any = ray.train.get_context().get_storage()
+    storage = _storage()
     path = storage.build_checkpoint_path_from_name(name)
     upload_checkpoint(Path(written.path), storage.storage_filesystem, path)
     return ray.train.Checkpoint(path, storage.storage_filesystem)
