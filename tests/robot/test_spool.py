@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -106,13 +108,24 @@ def test_a_killed_recorder_leaves_its_episode_as_a_partial_one(tmp_path: Path) -
     spool.close()
 
 
+@pytest.fixture
+def ram_path(tmp_path: Path) -> Iterator[Path]:
+    """Memory where there is some: tens of thousands of spools, whose syncs tell nothing here."""
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="vla-dist-test-", dir=shared) as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("stride", [997, pytest.param(13, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_a_file_cut_at_any_byte_gives_back_only_whole_segments(
-    tmp_path: Path, stride: int, checkpointed: bool, caplog: pytest.LogCaptureFixture
+    ram_path: Path, stride: int, checkpointed: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Both files of SQLite, cut everywhere: what is there afterwards is a part of what was put, and goes on working."""
-    original = tmp_path / "original"
+    original = ram_path / "original"
     spool = Spool(original, SMALL)
     put_episode(spool, "a")
     put_episode(spool, "b")
@@ -120,7 +133,7 @@ def test_a_file_cut_at_any_byte_gives_back_only_whole_segments(
         spool.put(segment("c", index))
     if checkpointed:
         spool._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    copy = tmp_path / "copy"
+    copy = ram_path / "copy"
     shutil.copytree(original, copy)  # as the disk is when the power fails
     spool.close()
     known = {(name, index): segment(name, index) for name in "abc" for index in range(2)}
@@ -128,7 +141,7 @@ def test_a_file_cut_at_any_byte_gives_back_only_whole_segments(
     most, said = 0, 0
     for name, data in untouched.items():
         for cut in range(0, len(data) + 1, stride):
-            folder = tmp_path / "cut"
+            folder = ram_path / "cut"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             for other, content in untouched.items():

@@ -9,7 +9,6 @@ from vla_dist.run.config import (
     FleetSettings,
     LearnerSettings,
     ReplaySettings,
-    RolloutSettings,
 )
 from vla_dist.run.config_file import load_config
 from vla_dist.run.presets import PRESETS, preset
@@ -48,7 +47,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest():
         ({"replay": ReplaySettings(image_encodings=("png",))}, "must be raw, lz4, jpeg"),
         ({"replay": ReplaySettings(image_encodings=("wrist=lz4",))}, "names a camera that the environment lacks"),
         ({"replay": ReplaySettings(min_steps=400_000)}, "may never be reached"),
-        ({"rollout": RolloutSettings(teacher="none")}, r"leaves nothing to learn from; name rollout\.archives"),
+        ({"env": EnvSettings(family="recorded")}, r"nothing to simulate: rollout\.teacher 'expert', expected 'none'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_the_reason(change, words):

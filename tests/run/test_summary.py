@@ -35,6 +35,15 @@ def summary(tmp_path):
     )
 
 
+def test_versions_that_nobody_judged_are_named_without_a_rate(summary, tmp_path):
+    summary = dataclasses.replace(summary, outcomes={}, language={})
+    summary.write()
+    assert json.loads((tmp_path / "summary.json").read_text())["versions"] == []
+    text = (tmp_path / "report.md").read_text()
+    assert "judged by nobody: v1 (0 updates), v2 (10 updates)" in text
+    assert "learning_curve" not in text
+
+
 def test_the_file_holds_what_was_seen_and_nothing_else(summary, tmp_path):
     summary.write()
     stored = json.loads((tmp_path / "summary.json").read_text())

@@ -92,6 +92,15 @@ def _option_names(kind: type, prefix: str = "--") -> Iterator[str]:
 
 def print_summary(console: Console, summary: RunSummary) -> None:
     """The tables a person reads at the end of a run."""
+    if summary.rates:
+        _print_success(console, summary)
+    else:
+        told = ", ".join(f"v{version} ({updates})" for version, updates in summary.updates_by_version.items())
+        console.print(f"versions and their updates, judged by nobody: {told}", highlight=False)
+    _print_numbers(console, summary)
+
+
+def _print_success(console: Console, summary: RunSummary) -> None:
     table = Table(title="success on unseen seeds by version and its updates, 95 % Wilson interval")
     table.add_column("task", no_wrap=True)
     versions = list(summary.rates)
@@ -114,6 +123,9 @@ def print_summary(console: Console, summary: RunSummary) -> None:
             told = "-" if mode == "zeroed" else f"{obeyed:.2f}"
             language.add_row(mode, f"{rate.mean:.2f}", f"{rate.low:.2f}-{rate.high:.2f}", told)
         console.print(language)
+
+
+def _print_numbers(console: Console, summary: RunSummary) -> None:
     console.print(
         f"{summary.steps_collected:,} steps collected, {summary.updates:,} updates, {summary.served_calls:,} served "
         f"calls ({summary.served_calls_failed} failed), p50 {summary.call_p50_ms:.0f} ms, p99 "

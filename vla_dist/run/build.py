@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vla_dist.core.errors import ConfigError
 from vla_dist.core.protocols import PolicyLoader, PolicyRegistry, ReplayTable, RobotEnv, Worker
 from vla_dist.core.specs import EnvSpec
 from vla_dist.data.image_codec import ImageEncoding
@@ -89,6 +90,10 @@ def build_env(config: RunConfig, *, instructions: Split = "training") -> RobotEn
     from vla_dist.envs.make import make_env
 
     env = config.env
+    if not env.has_simulator:
+        raise ConfigError(
+            f"a run of env.family {env.family} has no simulator; serve what it has learnt to its robots: vla-dist serve"
+        )
     return make_env(
         env.family,
         tasks=env.tasks,
@@ -102,6 +107,11 @@ def build_env(config: RunConfig, *, instructions: Split = "training") -> RobotEn
 
 
 def build_spec(config: RunConfig) -> EnvSpec:
+    """Raises what the environment's constructor raises; of family recorded, what ``recorded_spec`` does."""
+    if not config.env.has_simulator:
+        from vla_dist.run.prior_data import recorded_spec
+
+        return recorded_spec(config)
     env = build_env(config)
     try:
         return env.spec

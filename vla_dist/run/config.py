@@ -14,15 +14,19 @@ from vla_dist.replay.config import STRATA, Stratified, Stratum
 from vla_dist.replay.external import split_urls
 from vla_dist.run.roles import PlacementSettings
 
+RECORDED = "recorded"
+"""Family of robots of which only recordings are at hand."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvSettings:
     """The simulator or robot and what is asked of it."""
 
     family: str = "metaworld"
-    """metaworld, babyai, t-maze, key-to-door, or gymnasium:<id>."""
+    """metaworld, babyai, t-maze, key-to-door, gymnasium:<id>; or recorded: robots that are no simulator, whose contract
+    is that of ``rollout.archives``. Versions are trained and served then, and nobody judges them."""
     tasks: tuple[str, ...] = ()
-    """All tasks, collected, trained and evaluated."""
+    """All tasks, collected, trained and evaluated; of family recorded, empty: those of the archives."""
     language_tasks: tuple[str, ...] = ()
     """Those of ``tasks`` that share one scene, so that only the words tell them apart; empty: no language control."""
     max_episode_steps: int = 200
@@ -34,6 +38,10 @@ class EnvSettings:
     """Whether proprio holds the place of the goal; metaworld alone."""
     shows_objects: bool = True
     """Whether proprio holds the places of the objects; without them the policy has to see them; metaworld alone."""
+
+    @property
+    def has_simulator(self) -> bool:
+        return self.family != RECORDED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +269,8 @@ class RunConfig:
     placement: PlacementSettings = field(default_factory=PlacementSettings)
 
     def __post_init__(self) -> None:
-        if not self.env.tasks:
+        self._require_simulator()
+        if not self.env.tasks and self.env.has_simulator:
             raise ConfigError("env.tasks is empty; name at least one task")
         strangers = sorted(set(self.env.language_tasks) - set(self.env.tasks))
         if strangers:
@@ -289,6 +298,22 @@ class RunConfig:
         self._require_servers()
         self._require_encodings()
         self._require_strata()
+
+    def _require_simulator(self) -> None:
+        if self.env.has_simulator:
+            return
+        wanted = {
+            "rollout.teacher": (self.rollout.teacher, "none"),
+            "rollout.policy_episodes_per_task": (self.rollout.policy_episodes_per_task, 0),
+            "fleet.num_robots": (self.fleet.num_robots, 0),
+            "env.language_tasks": (self.env.language_tasks, ()),
+            "env.cameras": (self.env.cameras, ()),
+        }
+        wrong = [
+            f"{name} {got!r}, expected {expected!r}" for name, (got, expected) in wanted.items() if got != expected
+        ]
+        if wrong:
+            raise ConfigError(f"env.family {RECORDED} has nothing to simulate: {'; '.join(wrong)}")
 
     def _require_servers(self) -> None:
         shards, images = len(split_urls(self.replay.redis_url)), len(split_urls(self.replay.images_redis_url))
@@ -352,9 +377,7 @@ class RunConfig:
 
     def _require_enough_inserts(self) -> None:
         # Shortest episodes seen are some 25 steps; a quota below this can leave the learner waiting at the end.
-        if self.rollout.teacher == "none" and not self.rollout.archives:
-            raise ConfigError("rollout.teacher none leaves nothing to learn from; name rollout.archives, or a teacher")
-        if self.rollout.archives:
+        if self.rollout.archives or self.rollout.teacher == "none":
             return  # What they hold is counted when the run starts.
         replay, learner = self.replay, self.learner
         least = 10 * self.rollout.episodes_per_task * len(self.env.tasks)

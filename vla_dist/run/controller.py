@@ -40,7 +40,7 @@ from vla_dist.run.build import (
     public_settings,
 )
 from vla_dist.run.comeback import COMEBACK_S
-from vla_dist.run.evaluations import EvaluationBoard
+from vla_dist.run.evaluations import EvaluationBoard, NobodyJudges
 from vla_dist.run.files import EVALUATIONS, EVENTS, FILM
 from vla_dist.run.host import JudgeHost
 from vla_dist.run.hosts import HostedWorker
@@ -102,7 +102,7 @@ class RunController:
         self._store_notes = store_notes
         self._started_s = self._phase_started_s = started_s
         self._hosts: list[HostedWorker] = []
-        self._judged: EvaluationBoard | None = None
+        self._judged: EvaluationBoard | NobodyJudges | None = None
         self._archivers: list[Archiver] = []
         self._archive_trouble: Exception | None = None
         self._known_versions: set[int] = set()
@@ -224,9 +224,11 @@ class RunController:
         for host in self._hosts:
             host.close()
 
-    def _judges(self) -> EvaluationBoard:
+    def _judges(self) -> EvaluationBoard | NobodyJudges:
         """Started at first use: collecting is over then, and its memory and cores are free."""
-        if self._judged is None:
+        if not self._config.env.has_simulator:
+            self._judged = NobodyJudges()
+        elif self._judged is None:
             make = ray.remote(JudgeHost).options(max_restarts=-1, **self._rollout_options())
             actors = [make.remote(self._place) for _ in range(self._config.evaluation.num_workers)]
             path = self._place.run_dir / EVALUATIONS
@@ -330,6 +332,8 @@ class RunController:
 
     def _film(self) -> None:
         """A few episodes of the last version, where this machine can draw."""
+        if not self._config.env.has_simulator:
+            return
         from vla_dist.evaluation.figures import write_film
 
         tasks = (*self._config.env.tasks[:2], *self._config.env.language_tasks)

@@ -104,6 +104,22 @@ class EvaluationBoard:
         write_atomically(self._path, json.dumps(rows))
 
 
+class NobodyJudges:
+    """In place of an EvaluationBoard where there is no simulator: everything is judged at once, with no outcome."""
+
+    is_idle = True
+
+    def ask(self, version: int, suite: SuiteConfig) -> None: ...
+
+    def poll(self) -> None: ...
+
+    def outcomes(self, version: int, suite: SuiteConfig) -> list[EpisodeOutcome] | None:
+        return None
+
+    def rate(self, version: int, suite: SuiteConfig) -> SuccessRate | None:
+        return None
+
+
 def _jobs(version: int, suite: SuiteConfig) -> list[tuple[int, SuiteConfig]]:
     """One job a task; a wrong instruction needs the other tasks' words, so that suite stays whole."""
     if suite.mode == "wrong":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from vla_dist.core.errors import ConfigError
 from vla_dist.core.specs import CameraSpec
 from vla_dist.run.config import (
+    RECORDED,
     EnvSettings,
     EvaluationSettings,
     FleetSettings,
@@ -228,6 +229,22 @@ def _missions(name: str, model: ModelSettings, *, cameras: tuple[CameraSpec, ...
     return dataclasses.replace(run, preset=name, model=model, env=env, replay=replay)
 
 
+def recorded() -> RunConfig:
+    """Robots that are no simulator: what they recorded is learnt from and served back to them."""
+    return RunConfig(
+        preset="recorded",
+        env=EnvSettings(family=RECORDED),
+        # Nothing is added while it learns: neither side has to wait for the other.
+        replay=ReplaySettings(
+            min_steps=200, samples_per_insert=1.0, error_buffer_steps=1e12, image_encodings=("jpeg:95",)
+        ),
+        rollout=RolloutSettings(num_workers=1, teacher="none"),
+        model=ModelSettings(preset="mini"),
+        fleet=FleetSettings(num_robots=0),
+        min_memory_gib=3.0,
+    )
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "demo": demo,
     "demo-cameras": demo_cameras,
@@ -242,6 +259,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "rt1-tiny": rt1_tiny,
     "bcz-tiny": bcz_tiny,
     "vla-tiny": vla_tiny,
+    "recorded": recorded,
 }
 
 

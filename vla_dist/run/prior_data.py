@@ -1,5 +1,6 @@
 """Archives that a run learns from: found, compared with its contract and counted before anything starts."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from vla_dist.core.errors import ConfigError, ContractMismatch, NotFound
 from vla_dist.core.specs import EnvSpec
 from vla_dist.replay.archive.folder import ArchiveFolder
 from vla_dist.replay.archive.parquet import EVERYTHING
+from vla_dist.replay.archive.part_reader import PartReader
 from vla_dist.replay.archive.parts import wanted_row_groups
 from vla_dist.run.config import RunConfig
 from vla_dist.run.files import archive_in
@@ -18,21 +20,43 @@ def settle_archives(config: RunConfig, spec: EnvSpec) -> RunConfig:
     Raises:
         NotFound: an archive is not there, or holds nothing.
         ContractMismatch: episodes of another contract than the run's; the message lists every difference.
-        ConfigError: episodes of another T, of a task that the run does not have, or too few steps.
+        ConfigError: episodes of another T, a task that no episode has, or too few steps.
     """
     if not config.rollout.archives:
+        if config.rollout.teacher == "none":
+            raise ConfigError("rollout.teacher none leaves nothing to learn from; name rollout.archives, or a teacher")
         return config
-    places = tuple(
-        place if "://" in place else str(Path(archive_in(place)).resolve()) for place in config.rollout.archives
-    )
-    steps = sum(_count(config, place, spec) for place in places)
-    _require_enough(config, min(steps, config.replay.capacity_steps))
-    return replace(config, rollout=replace(config.rollout, archives=places))
+    places = tuple(_place(one) for one in config.rollout.archives)
+    steps = Counter[str]()
+    for place in places:
+        steps += _count(config, place, spec)
+    _require_enough(config, min(steps.total(), config.replay.capacity_steps))
+    env = config.env if config.env.tasks else replace(config.env, tasks=tuple(sorted(steps)))
+    strangers = sorted(set(env.tasks) - set(steps)) if not env.has_simulator else []
+    if strangers:
+        raise ConfigError(f"env.tasks {strangers} are in none of the archives; they hold {', '.join(sorted(steps))}")
+    return replace(config, env=env, rollout=replace(config.rollout, archives=places))
 
 
-def _count(config: RunConfig, place: str, spec: EnvSpec) -> int:
-    """Steps of one archive."""
-    steps = 0
+def recorded_spec(config: RunConfig) -> EnvSpec:
+    """The contract of the first archive. Raises NotFound, ConfigError, IntegrityError."""
+    if not config.rollout.archives:
+        raise ConfigError("env.family recorded takes its contract from rollout.archives; name one, or several")
+    folder = ArchiveFolder.at(_place(config.rollout.archives[0]))
+    names = folder.part_names()
+    if not names:
+        raise NotFound(f"archive {folder.name} holds no episode; is the path right?")
+    with PartReader(folder, names[0]) as part:
+        return part.header.spec
+
+
+def _place(archive: str) -> str:
+    return archive if "://" in archive else str(Path(archive_in(archive)).resolve())
+
+
+def _count(config: RunConfig, place: str, spec: EnvSpec) -> Counter[str]:
+    """Steps of one archive by task."""
+    steps = Counter[str]()
     folder = ArchiveFolder.at(place)
     for part, _, episodes in wanted_row_groups(folder, EVERYTHING, "raise"):
         differences = spec.differences(part.header.spec)
@@ -46,7 +70,8 @@ def _count(config: RunConfig, place: str, spec: EnvSpec) -> int:
                 f"archive {place} has segments of {part.header.num_steps} steps, the run's replay of "
                 f"{config.replay.segment_steps}; give --replay.segment-steps {part.header.num_steps}"
             )
-        steps += sum(episode.length for episode in episodes)
+        for episode in episodes:
+            steps[episode.task] += episode.length
     if not steps:
         raise NotFound(f"archive {place} holds no episode; is the path right?")
     return steps

@@ -96,24 +96,9 @@ class RunSummary:
     def to_markdown(self) -> str:
         """The report as a page."""
         versions = list(self.rates)
-        lines = [f"# {self.run_dir.name}", "", f"![learning curve]({CURVE})", "", "Success on unseen seeds:", ""]
-        lines += ["| task | " + " | ".join(f"v{v} ({self.updates_by_version.get(v)} updates)" for v in versions) + " |"]
-        lines += ["|---" * (len(versions) + 1) + "|"]
-        tasks = list(by_task(self.outcomes[versions[-1]])) if versions else []
-        tables = {v: by_task(self.outcomes[v]) for v in versions}
-        for task in tasks:
-            cells = [f"{tables[v][task].successes}/{tables[v][task].trials}" for v in versions]
-            lines.append(f"| {task} | " + " | ".join(cells) + " |")
-        cells = [f"**{r.mean:.2f}** [{r.low:.2f}, {r.high:.2f}]" for r in self.rates.values()]
-        lines += ["| **all** | " + " | ".join(cells) + " |", "", "Intervals: Wilson, 95 %.", ""]
-        if self.language:
-            lines += ["One scene, three tasks, so that only the words tell what to do:", ""]
-            lines += ["| words said | success | 95 % interval | did what was said |", "|---|---|---|---|"]
-            for mode, rate in self.language_rates.items():
-                obeyed = sum(o.obeyed for o in self.language[mode]) / rate.trials
-                told = "-" if mode == "zeroed" else f"{obeyed:.2f}"
-                lines.append(f"| {mode} | {rate.mean:.2f} | [{rate.low:.2f}, {rate.high:.2f}] | {told} |")
-            lines.append("")
+        lines = [f"# {self.run_dir.name}", ""]
+        lines += self._success_lines(versions) if versions else [self._versions_line(), ""]
+        lines += self._language_lines()
         lines += [
             f"{self.steps_collected:,} environment steps, {self.updates:,} updates, {self.served_calls:,} served calls "
             f"({self.served_calls_failed} failed), p50 {self.call_p50_ms:.1f} ms, p99 {self.call_p99_ms:.1f} ms, "
@@ -128,3 +113,32 @@ class RunSummary:
             lines += ["", f"![the served policy]({FILM})"]
         lines += [f"- {note}" for note in self.notes]
         return "\n".join(lines) + "\n"
+
+    def _versions_line(self) -> str:
+        told = ", ".join(f"v{version} ({updates} updates)" for version, updates in self.updates_by_version.items())
+        return f"Trained from recordings, judged by nobody: {told}."
+
+    def _success_lines(self, versions: Sequence[int]) -> list[str]:
+        lines = [f"![learning curve]({CURVE})", "", "Success on unseen seeds:", ""]
+        lines += ["| task | " + " | ".join(f"v{v} ({self.updates_by_version.get(v)} updates)" for v in versions) + " |"]
+        lines += ["|---" * (len(versions) + 1) + "|"]
+        tasks = list(by_task(self.outcomes[versions[-1]]))
+        tables = {v: by_task(self.outcomes[v]) for v in versions}
+        for task in tasks:
+            cells = [f"{tables[v][task].successes}/{tables[v][task].trials}" for v in versions]
+            lines.append(f"| {task} | " + " | ".join(cells) + " |")
+        cells = [f"**{r.mean:.2f}** [{r.low:.2f}, {r.high:.2f}]" for r in self.rates.values()]
+        lines += ["| **all** | " + " | ".join(cells) + " |", "", "Intervals: Wilson, 95 %.", ""]
+        return lines
+
+    def _language_lines(self) -> list[str]:
+        lines: list[str] = []
+        if self.language:
+            lines += ["One scene, three tasks, so that only the words tell what to do:", ""]
+            lines += ["| words said | success | 95 % interval | did what was said |", "|---|---|---|---|"]
+            for mode, rate in self.language_rates.items():
+                obeyed = sum(o.obeyed for o in self.language[mode]) / rate.trials
+                told = "-" if mode == "zeroed" else f"{obeyed:.2f}"
+                lines.append(f"| {mode} | {rate.mean:.2f} | [{rate.low:.2f}, {rate.high:.2f}] | {told} |")
+            lines.append("")
+        return lines

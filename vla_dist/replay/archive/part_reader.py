@@ -25,6 +25,7 @@ class ArchivedEpisode:
     """What a file tells about an episode without its steps."""
 
     episode_id: str
+    task: str
     length: int
     completed_at_s: float
     """By the clock of the server that saw it become whole."""
@@ -102,6 +103,7 @@ class PartReader:
                     found.append(
                         ArchivedEpisode(
                             episode_id=texts["episode_id"][first],
+                            task=texts["task"][first],
                             length=int(numbers["length"][first:end].sum()),
                             completed_at_s=float(times[first]),
                             first_row=first,
