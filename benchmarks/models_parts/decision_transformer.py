@@ -62,15 +62,22 @@ def make_windows(batch: int, device: str = "cpu") -> dict[str, torch.Tensor]:
 
 def measure_training(rounds: int) -> dict[str, Any]:
     found = {}
-    for name, dropout, batch in (("gym", 0.1, 64), ("gym", 0.0, 64), ("online", 0.1, 16)):
+    cases = (("gym", 0.1, 64, False), ("gym", 0.0, 64, False), ("online", 0.1, 16, False), ("online", 0.1, 16, True))
+    for name, dropout, batch, half in cases:
         own, theirs = build_pair(name, dropout=dropout)
         windows, target = make_windows(batch), torch.rand(batch, K, A) * 2 - 1
 
         def update(
-            model: torch.nn.Module, optimiser: torch.optim.Optimizer, predict: Any, target: Any = target
+            model: torch.nn.Module,
+            optimiser: torch.optim.Optimizer,
+            predict: Any,
+            target: Any = target,
+            half: bool = half,
         ) -> None:
             optimiser.zero_grad(set_to_none=True)
-            (predict(model) - target).square().mean().backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = (predict(model) - target).square().mean()
+            loss.backward()
             optimiser.step()
 
         pair = []
@@ -83,7 +90,8 @@ def measure_training(rounds: int) -> dict[str, Any]:
         # Where matrix products take nearly all of the time, no ratio of times goes far beyond that of the work.
         ours, peer = (count_flops(call) for call in pair)
         row = compare(*pair, rounds=rounds, peer=PEER)
-        found[f"{name}, dropout {dropout}, batch {batch}"] = {**row, "flops_ratio": peer / ours}
+        label = f"{name}, dropout {dropout}, batch {batch}{', both in bfloat16' if half else ''}"
+        found[label] = {**row, "flops_ratio": peer / ours}
     return found
 
 
