@@ -53,6 +53,27 @@ def test_only_matrices_decay(make_model, batch):
         torch.testing.assert_close(parameter.detach(), before[name] * factor)
 
 
+def test_parts_learn_at_a_pace_of_their_own(make_model, batch):
+    def moved(*rates):
+        model = make_model(n_layers=2)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        make_step(model, part_learning_rates=rates, weight_decay=0.0)(batch, 0)
+        return {n: float((p.detach() - before[n]).abs().max()) for n, p in model.named_parameters()}
+
+    even = moved()
+    uneven = moved("embed_state=0", "transformer=0.1", "transformer.blocks.1=0.5")
+    for name, distance in even.items():
+        inner = 0.5 if name.startswith("transformer.blocks.1.") else 0.1
+        factor = 0.0 if name.startswith("embed_state.") else inner if name.startswith("transformer.") else 1.0
+        assert uneven[name] == pytest.approx(factor * distance, rel=0.01, abs=1e-8), name
+
+
+def test_a_rate_for_a_part_that_is_not_there_is_refused(make_model):
+    for wrong, said in (("transformr=1", "did you mean 'transformer'"), ("embed=1", "nothing is trained")):
+        with pytest.raises(ConfigError, match=said):
+            make_step(make_model(), part_learning_rates=(wrong,))
+
+
 def test_the_average_follows_the_weights_and_is_what_gets_published(make_model, batch):
     model = make_model()
     first = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -150,6 +171,9 @@ def test_tensors_of_another_model_are_refused(make_model, batch):
         {"final_fraction": 2.0},
         {"num_micro_batches": 0},
         {"precision": "float16"},
+        {"part_learning_rates": ("visual",)},
+        {"part_learning_rates": ("visual=-1",)},
+        {"part_learning_rates": ("=1",)},
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings):

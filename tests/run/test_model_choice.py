@@ -50,6 +50,15 @@ def test_a_model_that_cannot_be_built_is_refused_with_the_reason(model, words):
         config_of(**model)
 
 
+def test_a_rate_for_a_part_that_the_model_has_not_is_refused_before_anything_starts():
+    run = preset("rt1-tiny")
+    spec = build_spec(run)
+    rated = replace(run, learner=replace(run.learner, part_learning_rates=("visual=0.1", "head=2")))
+    assert build_model_config(rated, spec).action_dim == spec.action_dim
+    with pytest.raises(ConfigError, match="did you mean 'visual'"):
+        build_model_config(replace(rated, learner=replace(run.learner, part_learning_rates=("visula=0.1",))), spec)
+
+
 def test_every_member_can_take_the_place_of_a_presets_model():
     for name, member in ARCHITECTURES.items():
         assert type(config_of(architecture=name, preset="tiny")) is member.config

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.learner.algorithms.algorithm import Algorithm, NoSettings
 from vla_dist.learner.parallel import OneRank, Parallel
+from vla_dist.learner.part_rates import factor_of, parse_part_rates, require_parts
 from vla_dist.learner.suspects import describe_suspects
 from vla_dist.models.batch import TrainBatch
 from vla_dist.models.member import PolicyModel, as_module
@@ -33,6 +34,8 @@ class OptimiserConfig:
     """The cosine ends here."""
     learning_rate: float = 1e-3
     """Highest rate, reached at the end of the warm-up."""
+    part_learning_rates: tuple[str, ...] = ()
+    """``part=factor`` of that rate for a part of the model, such as ``visual=0.1``; see ``part_rates``."""
     final_fraction: float = 0.0
     """The cosine ends at this part of ``learning_rate``."""
     warmup_updates: int = 0
@@ -64,6 +67,7 @@ class OptimiserConfig:
             raise ConfigError(
                 f"final_fraction {self.final_fraction} must be within 0..1, ema_decay {self.ema_decay} within [0, 1)"
             )
+        parse_part_rates(self.part_learning_rates)
         if self.num_micro_batches < 1:
             raise ConfigError(f"num_micro_batches {self.num_micro_batches} must be at least 1: the batch uncut")
         if self.precision not in get_args(Precision):
@@ -108,6 +112,9 @@ class TrainStep:
         """Args:
         algorithm: whose loss is minimised, with parameters of its own if it has any; None: the model's own loss.
         parallel: the other ranks; every rank must make the same calls in the same order. None: there are none.
+
+        Raises:
+            ConfigError: a learning rate is for a part that this model has not.
         """
         self._config = config
         self._parallel = parallel or OneRank()
@@ -118,10 +125,8 @@ class TrainStep:
         trained = {name: p for name, p in as_module(model).named_parameters() if p.requires_grad}
         own = {f"{_ALGORITHM}{name}": p for name, p in self._algorithm.named_parameters()}
         self._parameters = {**trained, **own}
-        matrices = [p for p in self._parameters.values() if p.ndim >= 2]
-        vectors = [p for p in self._parameters.values() if p.ndim < 2]
         self._optimiser = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            _groups(self._parameters, parse_part_rates(config.part_learning_rates), config.weight_decay),
             lr=config.learning_rate,
             fused=all(p.device.type in _FUSED_DEVICES for p in self._parameters.values()),
         )
@@ -138,7 +143,7 @@ class TrainStep:
         """
         rate = self._config.learning_rate_at(update)
         for group in self._optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self._loss.train()
         self._optimiser.zero_grad(set_to_none=True)
         metrics = self._backward(batch)
@@ -233,6 +238,20 @@ class TrainStep:
 
 
 _FUSED_DEVICES = ("cpu", "cuda")
+
+
+def _groups(
+    parameters: Mapping[str, nn.Parameter | Tensor], factors: Mapping[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Parameters that share a factor of the learning rate and are matrices, which decay, or not."""
+    require_parts(factors, parameters)
+    members: dict[tuple[float, bool], list[Any]] = {}
+    for name, parameter in parameters.items():
+        members.setdefault((factor_of(name, factors), parameter.ndim >= 2), []).append(parameter)
+    return [
+        {"params": some, "factor": factor, "weight_decay": weight_decay if is_matrix else 0.0}
+        for (factor, is_matrix), some in members.items()
+    ]
 
 
 def _cut(batch: TrainBatch, num: int) -> list[TrainBatch]:

@@ -262,7 +262,19 @@ def build_model_config(config: RunConfig, spec: EnvSpec) -> PolicyModelConfig:
     make_algorithm(name, learner.algorithm_changes, model=model, conditioning=conditioning)
     _build_intervention_weights(learner)
     _build_optimiser(learner)
+    if learner.part_learning_rates:
+        _require_parts(learner, member.model, model)
     return model
+
+
+def _require_parts(settings: LearnerSettings, build: Any, model: PolicyModelConfig) -> None:
+    import torch
+
+    from vla_dist.learner.part_rates import parse_part_rates, require_parts
+
+    with torch.device("meta"):
+        trained = [name for name, p in build(model).named_parameters() if p.requires_grad]
+    require_parts(parse_part_rates(settings.part_learning_rates), trained)
 
 
 def _build_optimiser(settings: LearnerSettings) -> OptimiserConfig:
@@ -272,6 +284,7 @@ def _build_optimiser(settings: LearnerSettings) -> OptimiserConfig:
     return OptimiserConfig(
         total_updates=settings.total_updates,
         learning_rate=settings.learning_rate,
+        part_learning_rates=settings.part_learning_rates,
         final_fraction=settings.final_learning_rate_fraction,
         warmup_updates=min(100, settings.total_updates // 10) if warmup is None else warmup,
         weight_decay=settings.weight_decay,

@@ -178,6 +178,9 @@ class LearnerSettings:
     """Windows an update, over all learner workers."""
     learning_rate: float = 1e-3
     """The highest, reached at the end of the warm-up; then it falls along a cosine."""
+    part_learning_rates: tuple[str, ...] = ()
+    """``part=factor`` of ``learning_rate`` for a part of the model, such as ``visual=0.1 language=0``; 0: it stays as
+    it is."""
     final_learning_rate_fraction: float = 0.0
     """Part of ``learning_rate`` that the cosine ends at."""
     warmup_updates: int | None = None
