@@ -76,6 +76,7 @@ bench: setup
 
 proto: setup
 	$(BIN)/python -m vla_dist.protocol.generate
+	$(BIN)/python tests/protocol/test_conventions.py
 
 # Exact pins of what is installed now; the local build tag of torch is dropped so that a GPU machine can use it too.
 lock:

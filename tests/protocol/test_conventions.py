@@ -1,7 +1,7 @@
 """What ``buf lint`` and ``buf breaking`` ask of the .proto files, asked of the compiled descriptors, so that it holds
 without ``buf``; and ``buf lint`` itself, where it is installed.
 
-After fields were added: ``python tests/protocol/test_conventions.py`` writes released.json anew.
+``make proto`` adds what is new to released.json: ``python tests/protocol/test_conventions.py``.
 """
 
 import json
@@ -80,7 +80,6 @@ def test_nothing_that_peers_know_changes() -> None:
         name: f"{was} became {now.get(name, 'nothing')}" for name, was in released.items() if now.get(name) != was
     }
     assert not broken, f"fields are only added; a change that cannot be made so is vla_dist.v2: {broken}"
-    assert now.keys() == released.keys(), "what is new is not in released.json yet; see the top of this file"
 
 
 @pytest.mark.skipif(shutil.which("buf") is None, reason="needs buf, for example npm install -g @bufbuild/buf")

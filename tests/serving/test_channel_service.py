@@ -192,8 +192,14 @@ def test_a_service_without_its_registry_says_where_channels_are_moved(site: Site
         channels.reports()
 
 
-def test_the_verbs_of_the_command_line_work_from_afar(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    there = ["--server", site.server.address, "--token", site.tokens["admin"]]
+def test_the_verbs_of_the_command_line_work_from_afar(
+    site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLA_DIST_FLEET_TOKEN", site.tokens["admin"])
+    there = ["--server", site.server.address]
+    with pytest.raises(SystemExit):
+        main(["promote", "demo@2", "--force", "now", *there, "--token", site.tokens["operator"]])
+    assert "needs 'admin'" in capsys.readouterr().err
     main(["promote", "demo@2", "--to", "canary", "--share", "0.5", "--min-episodes", "20", *there])
     assert "50% of the robots beside demo@1" in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -1,6 +1,7 @@
 """Whose channels a verb is about: those of a registry at hand, or of a service somewhere else."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ class ChannelPlace(RegistryPlace):
     server: str = ""
     """host:port of a running service, in place of --run and --redis-url: its channels, by gRPC."""
     token: str = ""
-    """Of the server: operator to look, admin to move."""
+    """Of the server: operator to look, admin to move. Left out: VLA_DIST_FLEET_TOKEN of the environment, which other
+    users of the machine do not see."""
     ca: Path | None = None
     """PEM file of whom to trust, where a TLS front stands before the server."""
 
@@ -35,8 +37,10 @@ def opened_channels(options: ChannelPlace) -> Iterator[ChannelMoves]:
         raise ConfigError("--server and --run or --redis-url name two places; give one of them")
     from vla_dist.robot.client import PolicyClient
     from vla_dist.robot.tls import TlsFiles
+    from vla_dist.run.serve_settings import TOKEN_VARIABLE
     from vla_dist.serving.channel_client import ChannelClient
 
+    token = options.token or os.environ.get(TOKEN_VARIABLE) or None
     tls = None if options.ca is None else TlsFiles(ca=options.ca)
-    with PolicyClient(options.server, token=options.token or None, tls=tls) as client:
+    with PolicyClient(options.server, token=token, tls=tls) as client:
         yield ChannelClient(client.channel, address=options.server, metadata=client.call_metadata)
