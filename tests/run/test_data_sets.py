@@ -13,7 +13,7 @@ from PIL import Image
 
 from vla_dist.cli.data import main as data_main
 from vla_dist.collection.ledger import Entry
-from vla_dist.core.errors import ConfigError, ContractMismatch, NotFound, ReplayWait, ResourceMissing
+from vla_dist.core.errors import ConfigError, ContractMismatch, DataError, NotFound, ReplayWait, ResourceMissing
 from vla_dist.core.specs import CameraSpec
 from vla_dist.data.formats.episode import Episode
 from vla_dist.data.formats.lerobot_writer import write_lerobot
@@ -142,6 +142,8 @@ def test_the_command_line_goes_there_and_back(
 ) -> None:
     archive, again = tmp_path / "archive", tmp_path / "again"
     data_main(["import", str(lerobot), "--to", str(archive), "--segment-steps", "5", "--outcome", "success"])
+    with pytest.raises(DataError, match="no episode to write; is the filter too narrow"):
+        data_main(["import", str(lerobot), "--to", str(tmp_path / "none"), "--task", "sing", "--segment-steps", "5"])
     data_main(["export", str(archive), "--to", str(again)])
     data_main(["validate", str(again)])
     data_main(["list", str(archive), "--json"])

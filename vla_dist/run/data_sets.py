@@ -118,7 +118,7 @@ def write_archive(
         Episodes written.
 
     Raises:
-        DataError: an episode that does not fit, named; what was written before it stays.
+        DataError: no episode at all, or one that does not fit, named; what was written before it stays.
     """
     folder = ArchiveFolder.at(place)
     folder.create()
@@ -133,7 +133,7 @@ def write_archive(
     encodings = {camera.name: encoding for camera in spec.cameras}
     codec = SegmentCodec(spec, segment_steps, {name: ImageEncoding.parse(one) for name, one in encodings.items()})
     incarnation = f"{time.strftime('%Y%m%dT%H%M%S')}000000-import"
-    written = 0
+    seen = written = 0
     writer: PartWriter | None = None
 
     def finish() -> None:
@@ -147,6 +147,7 @@ def write_archive(
 
     try:
         for episode in episodes:
+            seen += 1
             entry = {
                 "episode_id": episode.episode_id,
                 "digest": episode_digest(episode.episode_id),
@@ -173,6 +174,8 @@ def write_archive(
                 finish()
     finally:
         finish()
+    if not seen:
+        raise DataError("there is no episode to write; is the filter too narrow?")
     return written
 
 
