@@ -44,6 +44,7 @@ test-cluster: setup
 	$(BIN)/python -m pip install --quiet "boto3>=1.40,<2" "kubernetes-validate>=1.31,<2"
 	@test -x $(MOTO)/bin/moto_server || { $(PYTHON) -m venv $(MOTO) && \
 		$(MOTO)/bin/python -m pip install --quiet "moto[server,ec2,iam]==5.2.5" boto3==1.44.5; }
+	$(BIN)/python -m pytest tests/run/test_cluster_file.py  # With the schemas of Kubernetes, which are there now.
 	PATH="$(CURDIR)/$(BIN):$$PATH" VLA_DIST_LAB_REQUIRED=1 $(BIN)/python -m pytest -m "cluster and not chaos" -s tests/cluster
 
 # The libraries of other formats beside what is installed here, in an environment of their own.
@@ -73,6 +74,7 @@ bench: setup
 	$(BIN)/vla-dist bench fleet
 	$(BIN)/vla-dist bench learner
 	$(BIN)/vla-dist bench models
+	$(BIN)/vla-dist bench scale
 
 proto: setup
 	$(BIN)/python -m vla_dist.protocol.generate

@@ -35,6 +35,10 @@ class Fleet:
         for robot in self._robots:
             _say(robot, tabletop_spec().to_json())
 
+    @property
+    def pids(self) -> list[int]:
+        return [robot.pid for robot in self._robots]
+
     def start(self, address: str, num_robots: int, **order: float) -> list:
         """Give the order, wait until each has a session, and let them go."""
         order = {"hz": 0.0, "deadline_s": 5.0, "episode_steps": 0, "seconds": 5.0, **order}

@@ -1,6 +1,7 @@
 """``vla-dist bench``: the benchmarks of the source checkout, each beside a peer or a limit in the same run."""
 
 import difflib
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -25,5 +26,7 @@ def main(arguments: Sequence[str]) -> None:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"no benchmark {name!r}; {hint}The benchmarks are {', '.join(names)}")
+    # What a benchmark starts, Ray's processes among it, finds its parts, too.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_FOLDER), os.environ.get("PYTHONPATH", ""))))
     sys.argv = [f"vla-dist bench {name}", *rest]
     runpy.run_path(str(_FOLDER / f"{name}.py"), run_name="__main__")
