@@ -145,8 +145,10 @@ def test_the_page_says_whether_one_process_and_the_whole_system_agree(tmp_path):
     found = differences(alone, {**hosted, "measures": apart})["DT, 1,000 episodes"]
     assert found["mean"] == pytest.approx(-0.5)
     assert found["low"] < -0.5 < found["high"] < 0.0
-    assert found["largest"] == pytest.approx(0.5)
+    assert (found["seeds_low"], found["seeds_high"]) == pytest.approx((-0.5, -0.5))
     assert "**differ**" in agreement([alone, {**hosted, "measures": apart}])
+    wild = {**hosted["measures"], "DT, 1,000 episodes": measure({0: (95, 100), 1: (60, 100)})}
+    assert "agree over seeds, **differ** over episodes" in agreement([alone, {**hosted, "measures": wild}])
 
 
 def test_a_quick_run_does_not_get_onto_the_page(tmp_path):
