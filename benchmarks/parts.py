@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def measure(name: str, seconds: float) -> dict[str, object]:
-    from vla_dist.run.build import Place
+    from vla_dist.run.composition.place import Place
     from vla_dist.run.presets import preset
     from vla_dist.run.store import open_store
 
@@ -56,7 +56,8 @@ def measure(name: str, seconds: float) -> dict[str, object]:
 
 def _rollout(place, seconds: float) -> float:
     from vla_dist.replay.limiter import LimiterConfig
-    from vla_dist.run.build import build_rollout_worker, build_table
+    from vla_dist.run.composition.rollouts import build_rollout_worker
+    from vla_dist.run.composition.stores import build_table
 
     (worker,) = build_rollout_worker(place, 0)
     table = build_table(place)
@@ -76,7 +77,8 @@ def _rollout(place, seconds: float) -> float:
 
 def _replay(place, seconds: float) -> dict[str, float]:
     from vla_dist.replay.limiter import LimiterConfig
-    from vla_dist.run.build import build_model_config, build_table
+    from vla_dist.run.composition.learning import build_model_config
+    from vla_dist.run.composition.stores import build_table
     from vla_dist.testing.fakes import make_segment
 
     model = build_model_config(place.config, place.spec)
@@ -108,7 +110,7 @@ def _replay(place, seconds: float) -> dict[str, float]:
 
 def _learner(place, device: str, seconds: float) -> float:
     from vla_dist.learner.config import Rank
-    from vla_dist.run.build import build_learner
+    from vla_dist.run.composition.learning import build_learner
 
     config = place.config
     endless = dataclasses.replace(config.learner, total_updates=10**9, publish_updates=(0, 10**9), updates_per_step=5)
@@ -128,7 +130,9 @@ def _learner(place, device: str, seconds: float) -> float:
 
 def _replica(place, seconds: float) -> float:
     """Calls a second of batches of robots, as the batcher makes them."""
-    from vla_dist.run.build import build_env, build_policy_loader, build_registry
+    from vla_dist.run.composition.learning import build_policy_loader
+    from vla_dist.run.composition.place import build_env
+    from vla_dist.run.composition.stores import build_registry
 
     registry = build_registry(place)
     name = place.config.preset

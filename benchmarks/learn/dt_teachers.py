@@ -29,7 +29,8 @@ from learn.settings import Settings
 from vla_dist.core.types import PolicyArtifact, Segment
 from vla_dist.models.actions import ActionCodec
 from vla_dist.replay.archive.export import export_episodes
-from vla_dist.run.build import Place, build_table
+from vla_dist.run.composition.place import Place
+from vla_dist.run.composition.stores import build_table
 from vla_dist.run.config import EnvSettings, ModelSettings, ReplaySettings, RolloutSettings, RunConfig
 from vla_dist.run.launch import ray_runtime
 from vla_dist.run.study import best_episodes, open_study

@@ -18,8 +18,10 @@ from learn_parts.seeds import for_comparison, run_seeds, suite_of, trained_for
 from learn.settings import Settings
 from vla_dist.core.specs import EnvSpec
 from vla_dist.evaluation.suite import EpisodeOutcome, Evaluator, SuiteConfig
-from vla_dist.run.build import build_env, build_model_config, build_spec, phrase_source
+from vla_dist.run.composition.learning import build_model_config
+from vla_dist.run.composition.place import build_env, build_spec
 from vla_dist.run.config import ModelSettings, RunConfig
+from vla_dist.run.phrases import phrase_source
 from vla_dist.run.presets import SHARED_SCENE_TASKS, preset
 from vla_dist.run.study import Study, Trained, open_study
 from vla_dist.run.study_parts import Parts, Say

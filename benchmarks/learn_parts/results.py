@@ -11,7 +11,7 @@ from learn.settings import Settings
 
 from vla_dist.evaluation.statistics import paired_difference, success_rate
 from vla_dist.evaluation.suite import EpisodeOutcome
-from vla_dist.run.build import git_revision
+from vla_dist.run.composition.place import git_revision
 
 Counts = tuple[int, int]
 """Successes and trials."""

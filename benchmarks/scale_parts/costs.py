@@ -31,7 +31,7 @@ def measure(preset: str, folder: Path, *, seconds: float) -> tuple[Costs, dict[s
 
 def open_place(preset: str, folder: Path, stack: ExitStack, **learner: Any):
     """Of a run that never ends by itself, with a replay of its own."""
-    from vla_dist.run.build import Place
+    from vla_dist.run.composition.place import Place
     from vla_dist.run.presets import preset as named
     from vla_dist.run.store import open_store
 
@@ -63,7 +63,9 @@ def _pipeline(preset: str, folder: Path, seconds: float) -> tuple[dict[str, floa
     from vla_dist.learner.config import Rank
     from vla_dist.models.zoo import architecture
     from vla_dist.replay.limiter import LimiterConfig
-    from vla_dist.run.build import build_learner, build_model_config, build_rollout_worker, build_table
+    from vla_dist.run.composition.learning import build_learner, build_model_config
+    from vla_dist.run.composition.rollouts import build_rollout_worker
+    from vla_dist.run.composition.stores import build_table
     from vla_dist.testing.fakes import make_segment
 
     with ExitStack() as stack:

@@ -18,7 +18,8 @@ def run_pipeline(preset: str, folder: Path, *, rollouts: int, ranks: int, second
     other work, too, that is what the simulation must be given.
     """
     from vla_dist.run.board import BoardLink
-    from vla_dist.run.build import build_rollout_worker, build_table
+    from vla_dist.run.composition.rollouts import build_rollout_worker
+    from vla_dist.run.composition.stores import build_table
     from vla_dist.run.hosts import HostedWorker
     from vla_dist.run.placement import Placement
     from vla_dist.run.training import Training

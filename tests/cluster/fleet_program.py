@@ -16,7 +16,7 @@ from vla_dist.robot.fleet_client import FleetClient
 from vla_dist.robot.simulated_robot import SimulatedRobot, SimulatedRobotConfig
 from vla_dist.robot.spool import Spool
 from vla_dist.robot.uploader import SpoolUploader
-from vla_dist.run.build import build_env
+from vla_dist.run.composition.place import build_env
 from vla_dist.run.presets import preset
 
 _LANE = 900

@@ -19,7 +19,7 @@ from vla_dist.envs.instructions import WORDED_TASKS, instruction_for, phrases
 from vla_dist.envs.layout_split import SplitLayouts, is_evaluation_layout
 from vla_dist.envs.make import make_env, make_expert
 from vla_dist.evaluation.suite import SuiteConfig
-from vla_dist.run.build import build_env
+from vla_dist.run.composition.place import build_env
 from vla_dist.run.phrases import phrase_source, training_phrases
 from vla_dist.run.presets import PRESETS, preset
 from vla_dist.testing.env_contract import check_env

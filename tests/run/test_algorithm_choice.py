@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from vla_dist.core.errors import ConfigError
-from vla_dist.run.build import build_model_config, build_policy_loader
+from vla_dist.run.composition.learning import build_model_config, build_policy_loader
 from vla_dist.run.config import RunConfig
 from vla_dist.run.presets import preset
 from vla_dist.testing.fakes import make_spec

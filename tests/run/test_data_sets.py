@@ -25,7 +25,7 @@ from vla_dist.replay.config import BufferConfig, TableConfig
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.replay.server import EmbeddedServer
 from vla_dist.replay.table import RedisReplayTable
-from vla_dist.run.build import build_spec
+from vla_dist.run.composition.place import build_spec
 from vla_dist.run.config import FleetSettings, RolloutSettings
 from vla_dist.run.data_sets import check_data_set, open_data_set, write_archive
 from vla_dist.run.episode_view import write_view

@@ -8,7 +8,8 @@ from vla_dist.core.errors import ConfigError
 from vla_dist.core.specs import CameraSpec
 from vla_dist.models.member import own_settings
 from vla_dist.models.zoo import ARCHITECTURES
-from vla_dist.run.build import build_model_config, build_spec
+from vla_dist.run.composition.learning import build_model_config
+from vla_dist.run.composition.place import build_spec
 from vla_dist.run.config import ModelSettings
 from vla_dist.run.presets import PRESETS, preset
 from vla_dist.testing.fakes import make_spec

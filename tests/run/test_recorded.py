@@ -13,15 +13,10 @@ from vla_dist.core.types import Observation
 from vla_dist.data.formats.lerobot_writer import write_lerobot
 from vla_dist.learner.config import Rank
 from vla_dist.robot.client import PolicyClient
-from vla_dist.run.build import (
-    Place,
-    build_env,
-    build_learner,
-    build_policy_loader,
-    build_registry,
-    build_rollout_worker,
-    build_spec,
-)
+from vla_dist.run.composition.learning import build_learner, build_policy_loader
+from vla_dist.run.composition.place import Place, build_env, build_spec
+from vla_dist.run.composition.rollouts import build_rollout_worker
+from vla_dist.run.composition.stores import build_registry
 from vla_dist.run.config import RunConfig
 from vla_dist.run.presets import preset
 from vla_dist.run.prior_data import settle_archives

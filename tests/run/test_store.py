@@ -15,7 +15,8 @@ from vla_dist.replay.archive.archiver import read_archive
 from vla_dist.replay.external import split_urls
 from vla_dist.replay.server import EmbeddedServer
 from vla_dist.replay.shards import ShardedReplayTable
-from vla_dist.run.build import Place, build_archivers, build_registry, build_table
+from vla_dist.run.composition.place import Place
+from vla_dist.run.composition.stores import build_archivers, build_registry, build_table
 from vla_dist.run.files import CONFIG, write_atomically
 from vla_dist.run.head_store import STORE_FOLDER
 from vla_dist.run.presets import preset

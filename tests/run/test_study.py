@@ -11,7 +11,7 @@ import pytest
 from vla_dist.core.errors import ConfigError
 from vla_dist.evaluation.pairing import compare_outcomes
 from vla_dist.evaluation.suite import SuiteConfig
-from vla_dist.run.build import build_table
+from vla_dist.run.composition.stores import build_table
 from vla_dist.run.config import LearnerSettings
 from vla_dist.run.host import WorkerHost
 from vla_dist.run.presets import preset

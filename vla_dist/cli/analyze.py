@@ -19,7 +19,8 @@ from vla_dist.models.analysis.figure import draw_costs
 from vla_dist.models.analysis.subjects import Subject, subject
 from vla_dist.models.analysis.verdict import Verdict, judge
 from vla_dist.models.zoo import ARCHITECTURES, architecture
-from vla_dist.run.build import build_model_config, build_spec
+from vla_dist.run.composition.learning import build_model_config
+from vla_dist.run.composition.place import build_spec
 from vla_dist.run.presets import PRESETS, preset
 
 

@@ -13,7 +13,8 @@ from vla_dist.learner.checkpoint import read_checkpoint
 from vla_dist.models.auto import build_model, load_tensors
 from vla_dist.models.interpretation.episode import EpisodeWindows, explain_episode
 from vla_dist.models.member import as_module
-from vla_dist.run.build import Place, build_registry, build_table
+from vla_dist.run.composition.place import Place
+from vla_dist.run.composition.stores import build_registry, build_table
 from vla_dist.run.files import CONFIG
 from vla_dist.run.reopen import reopen
 

@@ -17,9 +17,9 @@ from rich.text import Text
 
 from vla_dist.collection.campaign import load_campaign
 from vla_dist.collection.ledger import QuotaState
-from vla_dist.run.build import build_campaign_spec
 from vla_dist.run.collect import CampaignRun, CampaignStatus
 from vla_dist.run.collection_report import CONTACT_SHEET, REPORT, write_report
+from vla_dist.run.composition.campaigns import build_campaign_spec
 
 _LINE_EVERY_S = 5.0
 _MOST_ROBOTS = 20

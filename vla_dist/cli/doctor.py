@@ -73,7 +73,7 @@ def _check_server(options: DoctorOptions, console: Console) -> int:
 
 
 def _loader(run_dir: Path) -> Callable[[str, int], Policy[Any]]:
-    from vla_dist.run.build import build_policy_loader
+    from vla_dist.run.composition.learning import build_policy_loader
     from vla_dist.run.config_file import load_config
     from vla_dist.run.files import CONFIG
     from vla_dist.run.reach import reach_registry

@@ -13,7 +13,8 @@ from rich.table import Table
 from vla_dist.core.errors import ConfigError
 from vla_dist.evaluation.pairing import PairedComparison, compare_outcomes
 from vla_dist.evaluation.suite import EpisodeOutcome, InstructionMode, SuiteConfig, by_task, overall
-from vla_dist.run.build import build_judge, build_registry
+from vla_dist.run.composition.rollouts import build_judge
+from vla_dist.run.composition.stores import build_registry
 from vla_dist.run.config import RunConfig
 from vla_dist.run.reopen import reopen
 

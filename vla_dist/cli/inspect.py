@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from vla_dist.run.build import build_registry, build_table
+from vla_dist.run.composition.stores import build_registry, build_table
 from vla_dist.run.files import SUMMARY, find_run_dir
 from vla_dist.run.reopen import reopen
 

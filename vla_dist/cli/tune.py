@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vla_dist.core.errors import ConfigError
-from vla_dist.run.build import Place
+from vla_dist.run.composition.place import Place
 from vla_dist.run.config import RunConfig
 from vla_dist.run.config_file import load_config
 from vla_dist.run.files import CONFIG, find_run_dir, new_run_dir

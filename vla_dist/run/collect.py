@@ -25,7 +25,7 @@ from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Source
 from vla_dist.replay.archive.archiver import Archiver
 from vla_dist.replay.archive.folder import ArchiveFolder
-from vla_dist.run.build import build_campaign_ingest, build_campaign_table
+from vla_dist.run.composition.campaigns import build_campaign_ingest, build_campaign_table
 from vla_dist.run.files import AUDIT, QUARANTINE, REDIS, SPOOLS, write_atomically
 from vla_dist.run.fleet_simulation import FleetSimulation, SimulatedFleet
 from vla_dist.run.redis_keeper import RedisKeeper

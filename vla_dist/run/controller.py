@@ -29,17 +29,11 @@ from vla_dist.replay.archive.archiver import Archiver
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.run.access import access_of
 from vla_dist.run.board import BoardLink
-from vla_dist.run.build import (
-    Place,
-    build_archivers,
-    build_registry,
-    build_robots,
-    build_rollout_worker,
-    build_services,
-    build_table,
-    public_settings,
-)
 from vla_dist.run.comeback import COMEBACK_S
+from vla_dist.run.composition.place import Place, public_settings
+from vla_dist.run.composition.rollouts import build_robots, build_rollout_worker
+from vla_dist.run.composition.services import build_services
+from vla_dist.run.composition.stores import build_archivers, build_registry, build_table
 from vla_dist.run.evaluations import EvaluationBoard, NobodyJudges
 from vla_dist.run.files import EVALUATIONS, EVENTS, FILM
 from vla_dist.run.host import JudgeHost

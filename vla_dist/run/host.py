@@ -16,7 +16,8 @@ from vla_dist.core.types import Array
 from vla_dist.envs.instructions import Split
 from vla_dist.evaluation.suite import EpisodeOutcome, SuiteConfig
 from vla_dist.run.board import BoardLink
-from vla_dist.run.build import Place, build_judge
+from vla_dist.run.composition.place import Place
+from vla_dist.run.composition.rollouts import build_judge
 from vla_dist.run.priority import make_way
 
 _log = logging.getLogger(__name__)

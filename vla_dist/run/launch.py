@@ -15,7 +15,8 @@ import ray
 from vla_dist.core.errors import ConfigError, ResourceMissing
 from vla_dist.run import preflight
 from vla_dist.run.access import require_access
-from vla_dist.run.build import Place, build_model_config, build_spec
+from vla_dist.run.composition.learning import build_model_config
+from vla_dist.run.composition.place import Place, build_spec
 from vla_dist.run.config import RunConfig
 from vla_dist.run.config_file import load_config
 from vla_dist.run.controller import RunController

@@ -9,7 +9,7 @@ from vla_dist.registry.blobs import open_blobs
 from vla_dist.registry.store import RedisPolicyRegistry
 from vla_dist.replay.external import require_server
 from vla_dist.replay.server import running_server_url
-from vla_dist.run.build import blobs_location
+from vla_dist.run.composition.stores import blobs_location
 from vla_dist.run.config_file import load_config
 from vla_dist.run.files import CONFIG, IMAGES, REDIS, find_run_dir
 from vla_dist.run.store import Store, existing_store_url, open_store

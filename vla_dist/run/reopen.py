@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from vla_dist.core.errors import NotFound
-from vla_dist.run.build import Place, build_services
+from vla_dist.run.composition.place import Place
+from vla_dist.run.composition.services import build_services
 from vla_dist.run.config_file import load_config
 from vla_dist.run.files import CONFIG
 from vla_dist.run.store import existing_store_url, open_store

@@ -14,7 +14,8 @@ from ray import serve
 
 from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.run.access import access_of
-from vla_dist.run.build import Place, build_services
+from vla_dist.run.composition.place import Place
+from vla_dist.run.composition.services import build_services
 from vla_dist.run.config_file import load_config
 from vla_dist.run.files import CONFIG
 from vla_dist.run.serve_app import FleetReplica

@@ -3,7 +3,7 @@
 A run trains while it collects, so no two runs learn from the same episodes. A study collects first and then trains each
 learner on exactly those, or on a part of them, and judges all on the same seeds, which no training episode can have.
 
-Its parts (``study_parts.py``) are a run's, built by ``build.py``: ``HostedParts`` places them as a run does, rollout
+Its parts (``study_parts.py``) are a run's, built by ``composition``: ``HostedParts`` places them as a run does, rollout
 workers and judges as Ray actors and the learner under Ray Train; ``LocalParts`` steps them in this process.
 """
 
@@ -22,13 +22,9 @@ from vla_dist.core.types import PolicyArtifact, Segment
 from vla_dist.envs.instructions import Split
 from vla_dist.evaluation.suite import EpisodeOutcome, Evaluator, SuiteConfig
 from vla_dist.replay.limiter import LimiterConfig
-from vla_dist.run.build import (
-    Place,
-    build_env,
-    build_policy_loader,
-    build_registry,
-    build_table,
-)
+from vla_dist.run.composition.learning import build_policy_loader
+from vla_dist.run.composition.place import Place, build_env
+from vla_dist.run.composition.stores import build_registry, build_table
 from vla_dist.run.config import RunConfig
 from vla_dist.run.phrases import phrase_source
 from vla_dist.run.store import open_store

@@ -16,7 +16,9 @@ from vla_dist.core.types import Metrics
 from vla_dist.envs.instructions import Split
 from vla_dist.evaluation.suite import EpisodeOutcome, SuiteConfig
 from vla_dist.run.board import BoardEntry, BoardLink
-from vla_dist.run.build import Place, build_judge, build_learner, build_rollout_worker
+from vla_dist.run.composition.learning import build_learner
+from vla_dist.run.composition.place import Place
+from vla_dist.run.composition.rollouts import build_judge, build_rollout_worker
 from vla_dist.run.evaluations import EvaluationBoard
 from vla_dist.run.files import write_atomically
 from vla_dist.run.host import JudgeHost, WorkerHost

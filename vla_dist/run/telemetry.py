@@ -10,7 +10,7 @@ from vla_dist.core.types import TableStats
 from vla_dist.evaluation.statistics import SuccessRate
 from vla_dist.robot.latency import LatencyHistogram
 from vla_dist.run.board import BoardLink
-from vla_dist.run.build import Place
+from vla_dist.run.composition.place import Place
 from vla_dist.run.status import RunStatus
 
 _STATS_EVERY_S = 1.0

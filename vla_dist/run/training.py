@@ -13,7 +13,8 @@ from ray.train.torch import TorchTrainer
 
 from vla_dist.core.errors import WorkerFailed
 from vla_dist.core.protocols import MetricsSink
-from vla_dist.run.build import Place, build_learner
+from vla_dist.run.composition.learning import build_learner
+from vla_dist.run.composition.place import Place
 from vla_dist.run.files import CHECKPOINTS
 from vla_dist.run.orphans import free_orphaned_reservations, kill_train_controllers
 from vla_dist.run.placement import Placement

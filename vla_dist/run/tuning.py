@@ -22,7 +22,9 @@ from ray.tune.search import BasicVariantGenerator
 from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.core.types import PolicyArtifact, PolicyManifest
 from vla_dist.replay.limiter import LimiterConfig
-from vla_dist.run.build import Place, build_env, build_learner, build_policy_loader, build_table
+from vla_dist.run.composition.learning import build_learner, build_policy_loader
+from vla_dist.run.composition.place import Place, build_env
+from vla_dist.run.composition.stores import build_table
 from vla_dist.run.config import RunConfig
 from vla_dist.run.config_file import require_setting, with_setting
 from vla_dist.run.phrases import phrase_source
