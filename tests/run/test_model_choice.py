@@ -68,7 +68,8 @@ def test_every_member_can_take_the_place_of_a_presets_model():
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("demo")])
 def test_every_preset_names_a_model_that_fits_its_environment(name):
     config = preset(name)
-    model = build_model_config(config, build_spec(config))
+    # Without a simulator the contract is what robots recorded, whatever that is.
+    model = build_model_config(config, build_spec(config) if config.env.has_simulator else make_spec())
     assert model.horizon >= 1
     assert set(model.cameras or ()) <= {camera.name for camera in config.env.cameras}
 
