@@ -1,7 +1,7 @@
 import pytest
 
 from vla_dist.core.errors import ConfigError
-from vla_dist.run.config_file import with_setting
+from vla_dist.run.config_file import with_values
 from vla_dist.run.presets import preset
 from vla_dist.run.tuning import needs_whole_runs, parse_space, with_settings
 
@@ -9,13 +9,13 @@ CONFIG = preset("babyai")
 
 
 def test_one_setting_is_changed_and_unknown_ones_are_named():
-    changed = with_setting(CONFIG, "learner.learning_rate", 0.5)
+    changed = with_values(CONFIG, {"learner.learning_rate": 0.5})
     assert changed.learner.learning_rate == 0.5
     assert changed.model == CONFIG.model
     with pytest.raises(ConfigError, match=r"did you mean learner\.learning_rate"):
-        with_setting(CONFIG, "learner.learning_rat", 1.0)
+        with_values(CONFIG, {"learner.learning_rat": 1.0})
     with pytest.raises(ConfigError, match="no setting 'learner'"):
-        with_setting(CONFIG, "learner", 1.0)
+        with_values(CONFIG, {"learner": 1.0})
 
 
 def test_a_space_is_read_word_by_word():
@@ -81,3 +81,10 @@ def test_a_point_is_a_config_that_ends_with_a_version():
     assert changed.rollout.noise_scales == (0.0, 0.4)
     assert changed.learner.publish_updates == (0, 100, 150)
     assert changed.replay.segment_steps == 16
+
+
+def test_settings_that_work_only_together_are_searched_together():
+    few, less = "rollout.episodes_per_task=20", "replay.min_steps=150"
+    with pytest.raises(ConfigError, match="may never be reached"):
+        parse_space([few], preset("babyai"))
+    assert set(parse_space([few, less], preset("babyai"))) == {"rollout.episodes_per_task", "replay.min_steps"}

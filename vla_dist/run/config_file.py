@@ -5,7 +5,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,19 @@ def require_setting(config: RunConfig, path: str) -> None:
         raise ConfigError(f"no setting {path!r}; {hint}'vla-dist run PRESET --help' lists them")
 
 
-def with_setting(config: RunConfig, path: str, value: Any) -> RunConfig:
-    """The config with one field changed, for example ``learner.learning_rate``.
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The config with some fields changed at once, for example ``{"learner.learning_rate": 1e-4}``.
 
     Raises:
-        ConfigError: no such field, with the nearest one; or a value that cannot work.
+        ConfigError: no such field, with the nearest one; or values that cannot work together.
     """
-    require_setting(config, path)
     fields = json.loads(config.to_json())
-    branch, (*parents, name) = fields, path.split(".")
-    for parent in parents:
-        branch = branch[parent]
-    branch[name] = value
+    for path, value in values.items():
+        require_setting(config, path)
+        branch, (*parents, name) = fields, path.split(".")
+        for parent in parents:
+            branch = branch[parent]
+        branch[name] = value
     return _build(RunConfig, fields)
 
 

@@ -26,7 +26,7 @@ from vla_dist.run.composition.learning import build_learner, build_policy_loader
 from vla_dist.run.composition.place import Place, build_env
 from vla_dist.run.composition.stores import build_table
 from vla_dist.run.config import RunConfig
-from vla_dist.run.config_file import require_setting, with_setting
+from vla_dist.run.config_file import require_setting, with_values
 from vla_dist.run.phrases import phrase_source
 
 _ON_ONE_REPLAY = ("learner.", "model.")
@@ -60,6 +60,7 @@ def parse_space(words: Sequence[str], config: RunConfig) -> dict[str, Any]:
         ConfigError: naming the word, where it is of another form or its setting cannot be searched.
     """
     space: dict[str, Any] = {}
+    tried: dict[str, list[Any]] = {}
     for word in words:
         path, separator, text = word.partition("=")
         if not separator or not text:
@@ -70,15 +71,18 @@ def parse_space(words: Sequence[str], config: RunConfig) -> dict[str, Any]:
         kind, _, bounds = text.partition(":")
         if kind in _RANGES:
             low, high = _bounds(word, kind, bounds)
-            tried: list[Any] = [low, high]
+            tried[path] = [low, high]
             space[path] = _domain(kind, low, high)
         else:
-            tried = _choices(word, text)
-            space[path] = tune.choice(tried)
-        for value in tried:
-            with_settings(config, {path: value})
+            tried[path] = _choices(word, text)
+            space[path] = tune.choice(tried[path])
     if not space:
         raise ConfigError("nothing to search: give --over SETTING=a,b,c")
+    # With those beside it: what does not work alone may work together.
+    beside = {path: values[0] for path, values in tried.items()}
+    for path, values in tried.items():
+        for value in values:
+            with_settings(config, beside | {path: value})
     return space
 
 
@@ -212,12 +216,8 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
         ConfigError: settings that do not go together.
     """
     fewer = int(settings.get("learner.total_updates", config.learner.total_updates))
-    kept = (updates for updates in config.learner.publish_updates if updates < fewer)
-    learner = replace(config.learner, total_updates=fewer, publish_updates=(*kept, fewer))
-    changed = replace(config, learner=learner)
-    for path, value in settings.items():
-        changed = with_setting(changed, path, value)
-    return changed
+    kept = [updates for updates in config.learner.publish_updates if updates < fewer]
+    return with_values(config, {"learner.publish_updates": [*kept, fewer], **settings})
 
 
 def _trained_alone(config: RunConfig) -> RunConfig:
