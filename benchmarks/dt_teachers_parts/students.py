@@ -18,7 +18,7 @@ from vla_dist.envs.gymnasium_env import GymnasiumEnv
 from vla_dist.models.actions import ActionCodec
 from vla_dist.models.auto import build_model
 from vla_dist.models.zoo import architecture
-from vla_dist.rllib.archive_data import learnt_module, train_from_archive
+from vla_dist.rllib.archive_data import learnt_module, stop_training, train_from_archive
 
 Act = Callable[[Sequence[Observation], Sequence[Any]], tuple[Sequence[Array], Sequence[Any]]]
 """(E) observations and states to (E) actions (A,) in the robot's units and new states."""
@@ -73,7 +73,7 @@ def train_by_rllib(config: Any, archive: str, *, updates: int, batch_size: int, 
             algorithm.train()
         return learnt_module(algorithm)
     finally:
-        algorithm.stop()
+        stop_training(algorithm)
 
 
 def act_of_module(module: Any, codec: ActionCodec) -> Act:

@@ -10,7 +10,7 @@ from vla_dist.core.errors import ConfigError, ContractMismatch, NotFound
 from vla_dist.core.specs import Dimension, EnvSpec
 from vla_dist.data.formats.episode import Episode
 from vla_dist.replay.archive.parquet import EpisodeFilter
-from vla_dist.rllib.archive_data import learnt_module, train_from_archive
+from vla_dist.rllib.archive_data import learnt_module, stop_training, train_from_archive
 from vla_dist.rllib.archived_episodes import EpisodeConversion, list_episodes, read_references
 from vla_dist.run.data_sets import write_archive
 from vla_dist.testing.fakes import make_spec
@@ -120,7 +120,6 @@ def _mean_action(algorithm, goals):
 @pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.timeout(400)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 def test_bc_and_marwil_learn_from_an_archive(ray_session, tmp_path):
     """Of two kinds of episodes, of which one does the opposite and earns nothing, BC learns the mean, MARWIL the good.
 
@@ -140,7 +139,21 @@ def test_bc_and_marwil_learn_from_an_archive(ray_session, tmp_path):
                 algorithm.train()
             learnt[name] = np.diff(_mean_action(algorithm, goals))[0]
         finally:
-            algorithm.stop()
+            stop_training(algorithm)
         assert np.isfinite(before).all()
     assert learnt["marwil"] > 0.3, "0.9 is what the good episodes did"
     assert abs(learnt["bc"]) < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+def test_a_process_that_learnt_from_an_archive_does_not_hang_at_its_end(ray_session, archive):
+    """Ray's reader of the data, if still open then, starts another Ray and waits for ever; so it is closed before."""
+    algorithm = train_from_archive(BCConfig().training(train_batch_size_per_learner=8), archive).build_algo()
+    algorithm.train()
+    reading = algorithm.offline_data.batch_iterators
+    assert reading.gi_frame is not None
+    stop_training(algorithm)
+    assert reading.gi_frame is None
+    assert algorithm.offline_data.batch_iterators is None

@@ -4,12 +4,14 @@
     algorithm = config.build_algo()
     algorithm.train()
     module = learnt_module(algorithm)
+    stop_training(algorithm)
 
 What travels through Ray's data pipeline is where each episode lies; the episodes are read where they are mapped to
 batches, with the checks of any other reading.
 """
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -101,6 +103,18 @@ def learnt_module(algorithm: Algorithm) -> RLModule:
     return cast(RLModule, next(iter(answers)).get())
 
 
+def stop_training(algorithm: Algorithm) -> None:
+    """End an algorithm that learnt from an archive, while Ray runs.
+
+    Its own ``stop`` leaves the reading of the data open. It is closed through Ray when the process ends, after Ray did,
+    and then starts another Ray and waits for ever.
+    """
+    data = algorithm.offline_data
+    if isinstance(data, ArchiveData):
+        data.close()
+    algorithm.stop()
+
+
 def _own_module(learner: Any, given: Any = None) -> RLModule:
     return learner.module[DEFAULT_MODULE_ID].unwrapped()
 
@@ -111,6 +125,12 @@ class ArchiveData(OfflineData):
     def __init__(self, config: AlgorithmConfig) -> None:
         super().__init__(config)
         self.data_read_batch_size = _settings(config)["episodes_per_read"]
+
+    def close(self) -> None:
+        """End what is being read."""
+        reading, self.batch_iterators = self.batch_iterators, None
+        if isinstance(reading, Generator):
+            reading.close()
 
 
 class ArchivePreLearner(OfflinePreLearner):
