@@ -13,7 +13,7 @@ def act(name: str) -> np.ndarray:
     return np.eye(len(ACTIONS), dtype=np.float32)[ACTIONS.index(name)]
 
 
-@pytest.mark.parametrize("task", [*TASKS, "GoToSeq"])
+@pytest.mark.parametrize("task", [*TASKS, "GoToSeq", "GoToSeqS5R2"])
 def test_bot_solves_the_task_well_within_its_limit(task: str) -> None:
     env = BabyAIEnv((task,))
     expert = BabyAIExpert(env)
@@ -28,6 +28,30 @@ def test_bot_solves_the_task_well_within_its_limit(task: str) -> None:
         assert step.success
         assert step.reward > 0
         assert count <= TASK_STEPS[task] / 2
+
+
+def test_the_due_skill_follows_the_words_in_their_order() -> None:
+    """Where the bot goes is what the oracle says, one part of the sentence after another."""
+    env = BabyAIEnv(("GoToSeqS5R2", "PickupLoc"))
+    expert, orders = BabyAIExpert(env), {}
+    with pytest.raises(RuntimeError, match="call reset"):
+        _ = env.skill
+    for seed in range(12):
+        step = env.reset(seed=seed, task="GoToSeqS5R2")
+        expert.reset(task="GoToSeqS5R2", seed=seed)
+        said = [env.skill]
+        while not step.is_last:
+            step = env.step(expert.act(step.observation))
+            said += [env.skill] if env.skill != said[-1] else []
+        orders[step.observation.instruction] = said
+    assert orders["go to the purple key"] == ["go to purple key"]
+    assert orders["go to the yellow box and go to the yellow door"] == ["go to yellow box", "go to yellow door"]
+    assert orders["go to the red door after you go to the green door"] == ["go to green door", "go to red door"]
+    later = "go to a key and go to the ball after you go to the red ball and go to a key"
+    assert orders[later] == ["go to red ball", "go to key", "go to ball"]
+    env.reset(seed=0, task="PickupLoc")
+    with pytest.raises(ConfigError, match="more than to go somewhere"):
+        _ = env.skill
 
 
 def test_bot_recovers_when_other_actions_are_executed() -> None:

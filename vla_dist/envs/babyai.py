@@ -24,6 +24,7 @@ import minigrid  # noqa: F401  registers the levels
 import numpy as np
 from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
 from minigrid.envs.babyai.core import roomgrid_level
+from minigrid.envs.babyai.core.verifier import AfterInstr, AndInstr, BeforeInstr, GoToInstr
 from minigrid.utils.baby_ai_bot import BabyAIBot, DisappearedBoxError
 
 from vla_dist.core.errors import ConfigError, NotFound
@@ -49,6 +50,7 @@ TASK_STEPS: Mapping[str, int] = MappingProxyType(
         "Pickup": 384,
         "Synth": 384,
         "GoToSeq": 512,
+        "GoToSeqS5R2": 128,
         "SynthSeq": 512,
         "BossLevel": 640,
     }
@@ -172,6 +174,21 @@ class BabyAIEnv:
         """The running level, for an expert that may look into it."""
         return self._level
 
+    @property
+    def skill(self) -> str:
+        """The part of the mission that is due, such as ``go to red ball``: what an oracle above a controller says.
+
+        Raises:
+            ConfigError: what is due is not to go somewhere.
+            RuntimeError: nothing was reset yet.
+        """
+        if self._level is None:
+            raise RuntimeError("no mission before the first reset; call reset")
+        due = _due(self._level.instrs)
+        if not isinstance(due, GoToInstr):
+            raise ConfigError(f"{self._level.mission!r} asks for more than to go somewhere; use a GoTo level")
+        return " ".join(filter(None, ("go to", due.desc.color, due.desc.type)))
+
     def give_up(self, reason: str) -> None:
         """End the episode as a failure with its next step, which carries ``info["gave_up"] = reason``."""
         self._gave_up = reason
@@ -188,6 +205,15 @@ class BabyAIEnv:
             previous_action=action,
             previous_reward=reward,
         )
+
+
+def _due(instruction: Any) -> Any:
+    """The innermost part that comes next. Parts joined by "and" may be done in any order; the bot takes the first."""
+    if isinstance(instruction, AfterInstr):
+        return _due(instruction.instr_a if instruction.b_done == "success" else instruction.instr_b)
+    if isinstance(instruction, (AndInstr, BeforeInstr)):
+        return _due(instruction.instr_b if instruction.a_done == "success" else instruction.instr_a)
+    return instruction
 
 
 class BabyAIExpert:

@@ -1,0 +1,75 @@
+"""Go to this, then to that: ``hierarchy`` on missions of BabyAI's GoToSeq, told in a sentence of up to four parts.
+
+The level is BabyAI's own smallest form of it, four rooms of 3 x 3 cells with four objects: the large one needs more
+demonstrations than two cores collect. A skill is to go to one kind of thing, of one colour or any. The robot sees the
+7 x 7 cells before it, so it also has to look for what is in another room.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from learn_parts.levels import MODELS, draw_levels, run_levels
+from learn_parts.seeds import for_comparison
+
+from learn.settings import Settings
+from vla_dist.run.config import RunConfig
+from vla_dist.run.presets import preset
+
+_TASK = "GoToSeqS5R2"
+_COLOURS = ("", "red", "green", "blue", "purple", "yellow", "grey")
+SKILLS = tuple(
+    " ".join(filter(None, ("go to", colour, kind))) for kind in ("ball", "box", "key", "door") for colour in _COLOURS
+)
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    quick = settings.quick
+    protocol = {
+        "task": _TASK,
+        "layouts": "split",
+        "demonstrations": 60 if quick else 2_000,
+        "noise": [0.0, 0.1],
+        "updates": 12 if quick else 4_000,
+        "batch": 64,
+        **MODELS,
+        "skills": f"{len(SKILLS)}: go to a ball, box, key or door of one colour or any",
+        "max_episode_steps": 32 if quick else 128,
+        "evaluation_episodes_per_task": 8 if quick else 200,
+    }
+
+    return run_levels(
+        settings,
+        name="hierarchy-gotoseq",
+        title="Hierarchy: BabyAI's GoToSeq",
+        question="At equal parameters and demonstrations, does a planner above a controller follow sentences of "
+        "several parts further than one policy?",
+        protocol=protocol,
+        skills=SKILLS,
+        config=lambda seed: _config(seed, protocol),
+    )
+
+
+def figure(result: dict[str, Any], path: Path) -> None:
+    draw_levels(result, path, what=_TASK, title="BabyAI GoToSeq: flat and hierarchical")
+
+
+def _config(seed: int, protocol: dict[str, Any]) -> RunConfig:
+    config = for_comparison(preset("babyai"), seed=seed)
+    return dataclasses.replace(
+        config,
+        preset="hierarchy-gotoseq",
+        env=dataclasses.replace(
+            config.env, tasks=(_TASK,), max_episode_steps=protocol["max_episode_steps"], layouts="split"
+        ),
+        rollout=dataclasses.replace(
+            config.rollout,
+            num_workers=2,
+            episodes_per_task=protocol["demonstrations"],
+            noise_scales=tuple(protocol["noise"]),
+            policy_episodes_per_task=0,
+        ),
+        replay=dataclasses.replace(config.replay, min_steps=50),
+        learner=dataclasses.replace(config.learner, batch_size=protocol["batch"]),
+        evaluation=dataclasses.replace(config.evaluation, num_envs=32),
+    )
