@@ -2,7 +2,8 @@
 
 Zheng et al. 2022. Both sides have the same noisy demonstrations, model, updates and batch. One learns from them alone.
 The other's versions act meanwhile, ask for the upper quantile of what they reached lately, and half of each batch comes
-from what they did, told its own return in hindsight. Both are judged on the same episodes.
+from what they did, told its own return in hindsight. Both are judged on the same episodes. Through the whole system
+the versions act as they do for robots: the rollout workers ask Ray Serve for each action.
 """
 
 import dataclasses
@@ -52,7 +53,7 @@ def run(settings: Settings) -> dict[str, Any]:
     seeds = run_seeds(settings, "online-dt", protocol, _config(0, protocol), run_seed)
     measures = {label: measure({s: one[label] for s, one in seeds.items()}) for label in ("offline", "online")}
     measures[_UPLIFT] = paired({seed: one["pairs"] for seed, one in seeds.items()})
-    return answer(
+    found = answer(
         settings,
         name="online-dt",
         title="Online Decision Transformer",
@@ -63,6 +64,9 @@ def run(settings: Settings) -> dict[str, Any]:
         targets=[target("lower end of the uplift's interval", measures[_UPLIFT]["low"], 0.0)],
         notes=["The uplift is of the same evaluation episodes, pair by pair."],
     )
+    if not settings.in_process:
+        found["path"] = "rollout workers that act through Ray Serve, Redis, Ray Train, judges"
+    return found
 
 
 def figure(result: dict[str, Any], path: Path) -> None:

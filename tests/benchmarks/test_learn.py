@@ -81,7 +81,6 @@ def test_quick_key_to_door_runs_through_ray(tmp_path):
 @pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.timeout(300)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 def test_quick_dt_teachers_runs_with_rllib(tmp_path):
     result = run_quick("dt_teachers", tmp_path)
     check(result, "dt_teachers")

@@ -11,6 +11,7 @@ import pytest
 from vla_dist.core.errors import ConfigError
 from vla_dist.evaluation.pairing import compare_outcomes
 from vla_dist.evaluation.suite import SuiteConfig
+from vla_dist.run import study_parts
 from vla_dist.run.composition.stores import build_table
 from vla_dist.run.config import LearnerSettings
 from vla_dist.run.host import WorkerHost
@@ -177,3 +178,43 @@ def test_hosts_and_one_process_collect_the_same_and_learn_alike(tmp_path):
     # Two trainings of one kind: they differ by what draws and initialisation make of it, not by the way they went.
     assert abs(difference.mean) < 0.2, difference
     assert json.loads(next((tmp_path / "hosts").glob("evaluations-*.json")).read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(400)
+def test_versions_that_collect_act_through_the_policy_service(tmp_path, monkeypatch):
+    from vla_dist.run.launch import cpus_wanted, ray_runtime
+
+    config = config_of(episodes=60, updates=60)
+    config = dataclasses.replace(
+        config,
+        rollout=dataclasses.replace(config.rollout, policy_episodes_per_task=60),
+        learner=dataclasses.replace(config.learner, publish_updates=(0, 30, 60), updates_per_step=5),
+        # The teacher's 1,500 steps pay for 650 of the 960 windows: the learner waits for what its versions do.
+        replay=dataclasses.replace(config.replay, samples_per_insert=0.4, error_buffer_steps=50.0),
+        # Nobody drives robots here; without any, a config is refused whose teacher alone cannot pay for all windows.
+        fleet=dataclasses.replace(config.fleet, num_robots=1),
+    )
+    served = []
+
+    def serve(place, placement, is_cancelled, **settings):
+        served.append(settings)
+        return serve_place(place, placement, is_cancelled, **settings)
+
+    serve_place = study_parts.serve_place
+    monkeypatch.setattr(study_parts, "serve_place", serve)
+    with (
+        ray_runtime(num_cpus=cpus_wanted(config)),
+        open_study(config, tmp_path / "study", HostedParts("board-of-a-test")) as study,
+    ):
+        trained = study.interact("online", config)
+        versions = [
+            segment.policy_version
+            for episode in study.episodes(trained.place)
+            for segment in episode
+            if "-policy-" in segment.episode_id
+        ]
+    assert [one["explores"] for one in served] == [True]
+    assert versions
+    assert min(versions) >= 1

@@ -1,15 +1,20 @@
-"""Who chooses the action in a rollout: a scripted expert with noise, chance, or the newest version of a policy."""
+"""Who chooses the action in a rollout: a scripted expert with noise, chance, or the newest version of a policy, loaded
+here or asked of the policy service.
+"""
 
+import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
-from vla_dist.core.errors import ConfigError, WaitTimeout
+from vla_dist.core.errors import ConfigError, DeadlineExceeded, NotFound, Unreachable, WaitTimeout
 from vla_dist.core.protocols import Expert, Policy, PolicyLoader, PolicyRegistry
 from vla_dist.core.specs import EnvSpec
-from vla_dist.core.types import Array, Observation, Source
+from vla_dist.core.types import ActionChunk, Array, Observation, Source
 
 _FIRST_VERSION_TIMEOUT_S = 10.0
+_CHUNK_DEADLINE_S, _GIVE_UP_S = 10.0, 60.0
 
 
 class Behaviour(Protocol):
@@ -128,3 +133,68 @@ class FollowedPolicy:
             (chunk,), (self._state,) = self._policy.act([observation], [self._state], generator=self._generator)
             self._queue = list(chunk)
         return self._queue.pop(0), None
+
+
+class ServedEpisode(Protocol):
+    """What ``ServedPolicy`` needs of a session with a policy service."""
+
+    @property
+    def policy_version(self) -> int:
+        """The same from the first step to the last."""
+        ...
+
+    def act(self, observation: Observation, *, deadline_s: float) -> ActionChunk:
+        """Raises DeadlineExceeded where no chunk came in time, and Unreachable where the service stays away."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ServedPolicy:
+    """A policy that a service executes: what is collected has gone through the same door as a robot's episode.
+
+    A simulator waits, so a late chunk is asked for again. Where none comes, ``act`` raises Unreachable, and the episode
+    is run again from its beginning.
+    """
+
+    source: Source = "policy"
+
+    def __init__(self, open_session: Callable[[str], ServedEpisode]) -> None:
+        """Args:
+        open_session: with the task's name.
+        """
+        self._open_session = open_session
+        self._session: ServedEpisode | None = None
+        self.policy_version = 0
+
+    def begin(self, *, task: str, seed: int) -> None:
+        """What is drawn in the episode is drawn by the service.
+
+        Raises:
+            Unreachable: nobody serves, or not this policy yet, as where the service is just starting.
+        """
+        del seed
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        try:
+            self._session = self._open_session(task)
+        except NotFound as error:
+            raise Unreachable(f"the service does not serve it yet: {error}") from error
+        self.policy_version = self._session.policy_version
+        self._queue: list[Array] = []
+
+    def act(self, observation: Observation) -> tuple[Array, Array | None]:
+        if not self._queue:
+            self._queue = list(self._ask(observation).actions)
+        return self._queue.pop(0), None
+
+    def _ask(self, observation: Observation) -> ActionChunk:
+        assert self._session is not None, "begin() comes first"
+        end = time.monotonic() + _GIVE_UP_S
+        while True:
+            try:
+                return self._session.act(observation, deadline_s=_CHUNK_DEADLINE_S)
+            except DeadlineExceeded as error:
+                if time.monotonic() > end:
+                    raise Unreachable(f"no chunk for {_GIVE_UP_S:.0f} s; the episode is run again") from error

@@ -27,12 +27,10 @@ from vla_dist.core.protocols import Worker
 from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.replay.archive.archiver import Archiver
 from vla_dist.replay.limiter import LimiterConfig
-from vla_dist.run.access import access_of
 from vla_dist.run.board import BoardLink
 from vla_dist.run.comeback import COMEBACK_S
 from vla_dist.run.composition.place import Place, public_settings
 from vla_dist.run.composition.rollouts import build_robots, build_rollout_worker
-from vla_dist.run.composition.services import build_services
 from vla_dist.run.composition.stores import build_archivers, build_registry, build_table
 from vla_dist.run.evaluations import EvaluationBoard, NobodyJudges
 from vla_dist.run.files import EVALUATIONS, EVENTS, FILM
@@ -41,10 +39,10 @@ from vla_dist.run.hosts import HostedWorker
 from vla_dist.run.memory import MemoryWatch
 from vla_dist.run.metrics_log import MetricsLog
 from vla_dist.run.placement import Placement
-from vla_dist.run.roles import ROLLOUT, SERVING
+from vla_dist.run.roles import ROLLOUT
 from vla_dist.run.run_gauges import RunGauges
-from vla_dist.run.serve_app import ServingHandle, start_serving
-from vla_dist.run.serving_start import ServingStart
+from vla_dist.run.serve_app import ServingHandle
+from vla_dist.run.serving_start import ServingStart, serve_place
 from vla_dist.run.status import RunStatus
 from vla_dist.run.summary import RunSummary
 from vla_dist.run.telemetry import Telemetry
@@ -121,7 +119,9 @@ class RunController:
             self._training = stack.enter_context(contextlib.closing(Training(self._place, self._placement, log)))
             self._enter("collecting")
             # Serve takes as long to start as the learner to publish version 1: both at once.
-            starting = stack.enter_context(contextlib.closing(ServingStart(self._start_serving)))
+            starting = stack.enter_context(
+                contextlib.closing(ServingStart(partial(serve_place, self._place, self._placement)))
+            )
             patience_s = max(_FIRST_VERSION_TIMEOUT_S, self._config.serving.startup_timeout_s)
             self._tick_until(lambda: starting.is_done, timeout_s=patience_s, what="the policy service")
             self._start_fleet(board, starting.result())
@@ -186,22 +186,6 @@ class RunController:
     def _rollout_options(self) -> Mapping[str, Any]:
         """Of whoever steps a simulator."""
         return self._placement.options(ROLLOUT, cpus=self._config.placement.rollout_cpus)
-
-    def _start_serving(self, is_cancelled: Callable[[], bool]) -> ServingHandle:
-        settings, shares = self._config.serving, self._config.placement
-        return start_serving(
-            partial(build_services, self._place),
-            host=settings.host or ("0.0.0.0" if self._placement.is_cluster else "127.0.0.1"),
-            public_host=self._placement.gateway_ip,
-            port=settings.port,
-            num_replicas=settings.num_replicas,
-            num_cpus=shares.replica_cpus,
-            num_gpus=shares.replica_gpus,
-            resources=self._placement.slot(SERVING),
-            access=access_of(settings, self._place.run_dir),
-            timeout_s=settings.startup_timeout_s,
-            is_cancelled=is_cancelled,
-        )
 
     def _start_fleet(self, board: BoardLink, serving: ServingHandle) -> None:
         if self._config.fleet.num_robots:

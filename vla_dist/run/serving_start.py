@@ -2,9 +2,15 @@
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from vla_dist.core.errors import WaitTimeout
-from vla_dist.run.serve_app import ServingHandle
+from vla_dist.run.access import access_of
+from vla_dist.run.composition.place import Place
+from vla_dist.run.composition.services import build_services
+from vla_dist.run.placement import Placement
+from vla_dist.run.roles import SERVING
+from vla_dist.run.serve_app import ServingHandle, start_serving
 
 _JOIN_TIMEOUT_S = 60.0
 
@@ -50,3 +56,33 @@ class ServingStart:
             self._handle = self._start(self._cancelled.is_set)
         except BaseException as error:  # noqa: BLE001  result() hands it to the run controller
             self._error = error
+
+
+def serve_place(
+    place: Place,
+    placement: Placement,
+    is_cancelled: Callable[[], bool],
+    *,
+    port: int | None = None,
+    explores: bool = False,
+) -> ServingHandle:
+    """The policy service of a run, as its config wants it. Raises what ``start_serving`` raises.
+
+    Args:
+        port: in place of the config's.
+        explores: see ``build_services``.
+    """
+    settings, shares = place.config.serving, place.config.placement
+    return start_serving(
+        partial(build_services, place, explores=explores),
+        host=settings.host or ("0.0.0.0" if placement.is_cluster else "127.0.0.1"),
+        public_host=placement.gateway_ip,
+        port=settings.port if port is None else port,
+        num_replicas=settings.num_replicas,
+        num_cpus=shares.replica_cpus,
+        num_gpus=shares.replica_gpus,
+        resources=placement.slot(SERVING),
+        access=access_of(settings, place.run_dir),
+        timeout_s=settings.startup_timeout_s,
+        is_cancelled=is_cancelled,
+    )

@@ -25,6 +25,8 @@ from vla_dist.run.host import JudgeHost, WorkerHost
 from vla_dist.run.hosts import HostedWorker
 from vla_dist.run.placement import Placement
 from vla_dist.run.roles import ROLLOUT
+from vla_dist.run.serve_app import free_ports
+from vla_dist.run.serving_start import ServingStart, serve_place
 from vla_dist.run.training import Training
 
 _TICK_S = 0.5
@@ -144,11 +146,19 @@ class HostedParts:
         self._train(place, say, ())
 
     def interact(self, place: Place, say: Say) -> None:
-        with self._rollouts(place) as hosts:
-            self._train(place, say, hosts)
+        # The teacher's episodes come first, before there is a version: workers are told where it will be served.
+        (port,) = free_ports(1)
+        start = partial(serve_place, place, self._placement, port=port, explores=True)
+        with (
+            self._rollouts(place, served_at=f"127.0.0.1:{port}") as hosts,
+            contextlib.closing(ServingStart(start)) as serving,
+        ):
+            self._train(place, say, hosts, serving)
 
-    def _train(self, place: Place, say: Say, hosts: Sequence[HostedWorker]) -> None:
-        """Watching those who collect meanwhile."""
+    def _train(
+        self, place: Place, say: Say, hosts: Sequence[HostedWorker], serving: ServingStart | None = None
+    ) -> None:
+        """Watching those who collect meanwhile, and what they ask."""
         training = Training(place, self._placement, BoardEntry(self._board, "learner"))
         with contextlib.closing(training):
             end = time.monotonic() + _MAX_TRAIN_S
@@ -156,6 +166,8 @@ class HostedParts:
                 _require_time(end, "the learner")
                 for host in hosts:
                     host.poll()
+                if serving is not None and serving.is_done:
+                    serving.result()  # raises what its start raised
                 _say_progress(say, self._board.read().get("learner", {}), place)
                 time.sleep(_TICK_S)
             training.raise_if_failed()
@@ -180,11 +192,11 @@ class HostedParts:
                 ray.kill(judge)
 
     @contextlib.contextmanager
-    def _rollouts(self, place: Place) -> Iterator[list[HostedWorker]]:
+    def _rollouts(self, place: Place, *, served_at: str = "") -> Iterator[list[HostedWorker]]:
         hosts = [
             HostedWorker(
                 f"rollout-{index}",
-                partial(build_rollout_worker, place, index),
+                partial(build_rollout_worker, place, index, served_at=served_at),
                 self._board,
                 max_seconds=_MAX_COLLECT_S,
                 options=self._rollout_options(place),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vla_dist.core.protocols import ReplayTable, Worker
+from vla_dist.core.specs import EnvSpec
 from vla_dist.run.composition.learning import build_policy_loader
 from vla_dist.run.composition.place import Place, build_env
 from vla_dist.run.composition.stores import build_registry, build_table
@@ -18,15 +19,20 @@ if TYPE_CHECKING:
     from vla_dist.envs.instructions import Split
     from vla_dist.evaluation.suite import VersionJudge
     from vla_dist.robot.simulated_robot import SimulatedRobot
+    from vla_dist.rollout.behaviour import Behaviour
     from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
 
 _ROBOT_LANE = 512
 """First seed lane of robots: rollout workers own those below."""
 
 
-def build_rollout_worker(place: Place, worker_index: int, *, opened: ExitStack | None = None) -> list[Worker]:
+def build_rollout_worker(
+    place: Place, worker_index: int, *, opened: ExitStack | None = None, served_at: str = ""
+) -> list[Worker]:
     """Args:
     opened: takes what a process that goes on must close afterwards; None: it stays open.
+    served_at: address of the policy service that executes the run's own versions, there already or soon; empty: the
+        workers load them from the registry.
     """
     from vla_dist.rollout.worker import RolloutConfig
 
@@ -50,7 +56,7 @@ def build_rollout_worker(place: Place, worker_index: int, *, opened: ExitStack |
     if config.rollout.teacher != "none":
         workers.append(_build_teacher_rollout(place, rollout, table, worker_index))
     if config.rollout.policy_episodes_per_task:
-        workers.append(_build_policy_rollout(place, rollout, table, worker_index))
+        workers.append(_build_policy_rollout(place, rollout, table, worker_index, served_at))
     return workers
 
 
@@ -77,8 +83,9 @@ def _build_teacher_rollout(
     return RolloutWorker(env, teacher, table, rollout, worker_index=worker_index)
 
 
-def _build_policy_rollout(place: Place, expert: RolloutConfig, table: ReplayTable, worker_index: int) -> RolloutWorker:
-    from vla_dist.rollout.behaviour import FollowedPolicy
+def _build_policy_rollout(
+    place: Place, expert: RolloutConfig, table: ReplayTable, worker_index: int, served_at: str
+) -> RolloutWorker:
     from vla_dist.rollout.worker import RolloutWorker
 
     rollout = replace(
@@ -88,9 +95,30 @@ def _build_policy_rollout(place: Place, expert: RolloutConfig, table: ReplayTabl
         seed=place.config.seed + 1,
         seeds=(),
     )
+    env = build_env(place.config)
+    if served_at:
+        behaviour = _build_served_policy(place, env.spec, worker_index, served_at)
+    else:
+        behaviour = _build_followed_policy(place)
+    return RolloutWorker(env, behaviour, table, rollout, worker_index=worker_index)
+
+
+def _build_followed_policy(place: Place) -> Behaviour:
+    from vla_dist.rollout.behaviour import FollowedPolicy
+
     load = build_policy_loader(place.config, explores=True)
-    behaviour = FollowedPolicy(build_registry(place), place.config.reference, load)
-    return RolloutWorker(build_env(place.config), behaviour, table, rollout, worker_index=worker_index)
+    return FollowedPolicy(build_registry(place), place.config.reference, load)
+
+
+def _build_served_policy(place: Place, spec: EnvSpec, worker_index: int, address: str) -> Behaviour:
+    from vla_dist.robot.client import PolicyClient
+    from vla_dist.rollout.behaviour import ServedPolicy
+
+    client = PolicyClient(address, token=place.config.serving.token or None)
+    robot_id = f"rollout-{worker_index}"
+    return ServedPolicy(
+        lambda task: client.open_session(spec, policy=place.config.reference, robot_id=robot_id, task=task)
+    )
 
 
 def build_robots(place: Place, address: str) -> list[SimulatedRobot]:

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from vla_dist.serving.service import PolicyService
 
 
-def build_services(place: Place) -> tuple[PolicyService, FleetIngest]:
-    """What one serving replica runs; its versions are started. Blocking: until there is a first version."""
+def build_services(place: Place, *, explores: bool = False) -> tuple[PolicyService, FleetIngest]:
+    """What one serving replica runs; its versions are started. Blocking: until there is a first version.
+
+    Args:
+        explores: asks for what the learner wants to see tried, not for the best.
+    """
     from vla_dist.registry.canaries import RedisCanaries
     from vla_dist.registry.promotion import Promotion
     from vla_dist.serving.assignment import ChannelAssignment
@@ -31,7 +35,8 @@ def build_services(place: Place) -> tuple[PolicyService, FleetIngest]:
     batcher = DeadlineBatcher(BatcherConfig())
     registry = build_registry(place)
     registry.follow(config.reference, after=0, timeout_s=config.serving.startup_timeout_s)
-    versions = PolicyVersions(registry, build_policy_loader(config), VersionsConfig(references=(config.reference,)))
+    load = build_policy_loader(config, explores=explores)
+    versions = PolicyVersions(registry, load, VersionsConfig(references=(config.reference,)))
     versions.start()
     canaries = RedisCanaries(place.redis_url)
     ingest = FleetIngest(
