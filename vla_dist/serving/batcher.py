@@ -18,10 +18,9 @@ from typing import Any, Literal
 from vla_dist.core.errors import ConfigError, DeadlineExceeded, ResourceMissing, Unreachable
 from vla_dist.core.protocols import Policy
 from vla_dist.core.types import Array, Metrics, Observation
+from vla_dist.serving.expectation import Expectation
 
 _log = logging.getLogger(__name__)
-_ADAPTATION = 0.1
-"""Weight of the newest measurement in what is expected next."""
 _MOST_RESERVED = 0.5
 """Of a request's time that may be kept for the way: one that just came is computed however slow everything was."""
 
@@ -57,14 +56,14 @@ class _Request:
     order: int
     """Arrival breaks ties, and keeps the heap from comparing arrays."""
     deadline: float = field(compare=False)
-    """By ``time.monotonic``, to be computed until; the answer still has to reach the robot."""
+    """By ``time.monotonic``: when the answer is of no use any more."""
     policy: Policy[Any] = field(compare=False)
     observation: Observation = field(compare=False)
     state: Any = field(compare=False)
     loop: asyncio.AbstractEventLoop = field(compare=False)
     answer: "asyncio.Future[Answer]" = field(compare=False)
     deadline_s: float = field(compare=False)
-    """From arrival to when the answer is of no use any more."""
+    """From arrival to the deadline."""
     answered_at: float = field(default=0.0, compare=False)
     abandoned: bool = field(default=False, compare=False)
     """Nobody waits any more: skip it."""
@@ -75,8 +74,8 @@ class DeadlineBatcher:
 
     A request that cannot be answered in time any more is answered DeadlineExceeded and not computed. Were it computed,
     an overloaded server would always be at the most urgent one, finish it a little too late, and help nobody: so what
-    computing and the event loop took lately is reserved. Requests of different policies (two versions side by side)
-    never share a batch; rows of a batch do not depend on each other.
+    computing and the event loop may take is reserved (docs/decisions/0029). Requests of different policies (two
+    versions side by side) never share a batch; rows of a batch do not depend on each other.
     """
 
     def __init__(self, config: BatcherConfig) -> None:
@@ -88,10 +87,10 @@ class DeadlineBatcher:
         self._num_batches = 0
         self._num_rows = 0
         self._compute_s = 0.0
-        self._expected_s = 0.0
-        """What computing a batch takes."""
-        self._lag_s = 0.0
-        """What the event loop takes to notice something: an answer to send, and as long before, what arrived."""
+        self._computing = Expectation()
+        """Of one batch."""
+        self._noticing = Expectation()
+        """Of the event loop: an answer to send, and as long before, what arrived."""
         self._thread = threading.Thread(target=self._compute_until_closed, name="policy-batcher", daemon=True)
         self._thread.start()
 
@@ -110,7 +109,7 @@ class DeadlineBatcher:
             Unreachable: the batcher is closed.
         """
         loop = asyncio.get_running_loop()
-        deadline = time.monotonic() + deadline_s - min(2 * self._lag_s, _MOST_RESERVED * deadline_s)
+        deadline = time.monotonic() + deadline_s
         request = _Request(
             deadline if self.config.order == "deadline" else 0.0,
             next(self._orders),
@@ -138,7 +137,7 @@ class DeadlineBatcher:
         finally:
             request.abandoned = True
             if request.answered_at:
-                self._lag_s += _ADAPTATION * (time.monotonic() - request.answered_at - self._lag_s)
+                self._noticing.measure(time.monotonic() - request.answered_at)
 
     @property
     def is_alive(self) -> bool:
@@ -179,11 +178,12 @@ class DeadlineBatcher:
                 self._num_rows += len(batch)
                 took_s = time.monotonic() - started
                 self._compute_s += took_s
-                self._expected_s += _ADAPTATION * (took_s - self._expected_s)
+                self._computing.measure(took_s)
 
     def _take_batch(self) -> tuple[list[_Request], list[_Request]]:
         """The most urgent request, up to a full bucket of others for the same policy, and those that are too late."""
         now = time.monotonic()
+        reserve_s = self._computing.most_s + self._noticing.mean_s + self._noticing.most_s
         batch: list[_Request] = []
         late: list[_Request] = []
         others: list[_Request] = []
@@ -191,7 +191,7 @@ class DeadlineBatcher:
             request = heapq.heappop(self._queue)
             if request.abandoned:
                 continue
-            if request.deadline - min(self._expected_s, _MOST_RESERVED * request.deadline_s) <= now:
+            if request.deadline - min(reserve_s, _MOST_RESERVED * request.deadline_s) <= now:
                 late.append(request)
             elif batch and request.policy is not batch[0].policy:
                 others.append(request)
