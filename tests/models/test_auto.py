@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -38,7 +40,28 @@ class WithPlainTensor(nn.Module):
         self.plain = torch.arange(3.0)
 
 
-def test_what_no_artifact_holds_is_computed():
-    for kind, name in ((WithTable, "table"), (WithPlainTensor, "plain")):
-        model = auto._without_weights(SimpleNamespace(model=kind), None)
-        assert getattr(model, name).tolist() == [0, 1, 2]
+class WithSharedWeights(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.one, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.other.weight = self.one.weight
+
+
+@pytest.mark.parametrize("kind", [WithTable, WithPlainTensor, WithSharedWeights])
+def test_a_model_that_assigned_weights_would_leave_incomplete_is_computed(kind):
+    assert auto._skeleton(SimpleNamespace(model=kind), None) is None
+    assert auto._skeleton(SimpleNamespace(model=lambda config: nn.Linear(2, 2)), None) is not None
+
+
+def test_versions_of_one_model_share_no_tensor():
+    spec = make_spec()
+    model = DecisionTransformer(PRESETS["mini"](spec, goal_dim=0))
+    artifact = make_artifact(model, name="p", spec=spec, conditioning=ReturnConditioning())
+    first, second = build_model(artifact)[0], build_model(artifact)[0]
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.zero_()
+    for name, value in second.state_dict().items():
+        assert value.device.type == "cpu"
+        assert torch.equal(value, model.state_dict()[name])
+        assert np.array_equal(artifact.tensors[name], model.state_dict()[name].numpy())

@@ -1,5 +1,8 @@
 """Policies from artifacts and artifacts from models, whatever the architecture."""
 
+import copy
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, cast
@@ -63,8 +66,9 @@ def build_model(
     goal_dim = cast(PolicyModelConfig, config).goal_dim
     if table is not None and table.shape != (len(instructions), goal_dim):
         raise DataError(f"{GOAL_EMBEDDINGS} has shape {table.shape}, expected ({len(instructions)}, {goal_dim})")
-    model = _without_weights(member, config)
-    load_tensors(model, weights)
+    skeleton = _kept_skeleton(member.name, json.dumps(manifest.config["model"], sort_keys=True))
+    model: Any = member.model(config) if skeleton is None else copy.deepcopy(skeleton)
+    load_tensors(model, weights, assign=skeleton is not None)
     cast(torch.nn.Module, model).to(device)
     goals = None
     if goal_dim:
@@ -139,8 +143,13 @@ def make_artifact(
     return PolicyArtifact(manifest=manifest, tensors=tensors)
 
 
-def load_tensors(model: torch.nn.Module, tensors: Mapping[str, Array]) -> None:
+def load_tensors(model: torch.nn.Module, tensors: Mapping[str, Array], *, assign: bool = False) -> None:
     """Fill every parameter and buffer of the model, by name.
+
+    Args:
+        model: whose values are overwritten.
+        tensors: copied; never shared with the model.
+        assign: put new tensors in place of the model's own, which may be on the meta device then and are left alone.
 
     Raises:
         DataError: naming each tensor that is missing, unknown, of another shape or type, or not finite.
@@ -159,19 +168,34 @@ def load_tensors(model: torch.nn.Module, tensors: Mapping[str, Array]) -> None:
     if wrong:
         shown = "; ".join(sorted(wrong)[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
         raise DataError(f"the tensors do not fit the model: {shown}. They belong to another config or were damaged")
-    model.load_state_dict({name: torch.from_numpy(np.array(tensors[name])) for name in expected})
+    given = {name: torch.from_numpy(np.array(tensors[name])).to(value.dtype) for name, value in expected.items()}
+    model.load_state_dict(given, assign=assign)
 
 
-def _without_weights(member: Architecture, config: Any) -> Any:
-    """A model whose weights are about to be loaded: drawing random ones first would take longer than loading them."""
+@functools.lru_cache(maxsize=16)
+def _kept_skeleton(name: str, settings: str) -> torch.nn.Module | None:
+    """As ``_skeleton``, made once for each architecture and its settings (JSON): to be copied, never filled.
+
+    A server builds version after version of one model while robots wait for the same interpreter.
+    """
+    member = architecture(name)
+    return _skeleton(member, member.config(**json.loads(settings)))
+
+
+def _skeleton(member: Architecture, config: Any) -> torch.nn.Module | None:
+    """A model without weights: drawing random ones to replace them at once would take longer than loading them.
+
+    None where it holds tensors that no artifact has, which must be computed, or where parameters share their storage,
+    which replacing them would end.
+    """
     with torch.device("meta"):
-        model = member.model(config)
+        model: Any = member.model(config)
     loaded = model.state_dict().keys()
     others = {name for name, _ in model.named_buffers()} - loaded
     if others or any(isinstance(value, torch.Tensor) for part in model.modules() for value in vars(part).values()):
-        # Tensors that no artifact holds must be computed.
-        return member.model(config)
-    return model.to_empty(device="cpu")
+        return None
+    num_names = sum(1 for _ in model.named_parameters(remove_duplicate=False))
+    return model if num_names == sum(1 for _ in model.parameters()) else None
 
 
 def _known_settings(member: Architecture, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from vla_dist.run.composition.place import Place
 from vla_dist.run.composition.services import build_services
 from vla_dist.run.config_file import load_config
 from vla_dist.run.files import CONFIG
+from vla_dist.run.priority import answer_promptly
 from vla_dist.run.store import existing_store_url, open_store
 from vla_dist.serving.authorisation import AccessConfig
 
@@ -45,6 +46,7 @@ def serve_single(place: Place, *, host: str, port: int, access: AccessConfig, on
     from vla_dist.serving.event_log import EventLog
     from vla_dist.serving.server import SingleServer
 
+    answer_promptly()
     tokens = access.token_check()
     service, ingest = build_services(place)
     audit = EventLog(access.audit)

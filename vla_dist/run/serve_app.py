@@ -29,6 +29,7 @@ from ray import serve
 
 from vla_dist.core.errors import ConfigError, ResourceMissing, WaitTimeout, WorkerFailed
 from vla_dist.protocol.v1 import channels_pb2, fleet_pb2, policy_pb2
+from vla_dist.run.priority import answer_promptly
 from vla_dist.run.serve_settings import FOLDER_VARIABLE, PORTS_CLAIMED, is_node_folder, serve_settings
 from vla_dist.serving.authorisation import AccessConfig
 from vla_dist.serving.channel_servicer import ChannelServicer
@@ -88,6 +89,7 @@ class FleetReplica(PolicyServicer, FleetServicer, ChannelServicer):
     """What Serve runs in each replica: all services, and a health check that has a broken one replaced."""
 
     def __init__(self, build: BuildServices, access: AccessConfig) -> None:
+        answer_promptly()
         service, ingest = build()
         tokens, audit = access.token_check(), EventLog(access.audit)
         self.door, self.door_audit = tokens, audit
