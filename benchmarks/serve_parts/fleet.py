@@ -52,13 +52,13 @@ class Fleet:
             _say(robot, "go")
         return chosen
 
-    def finish(self, running: list, *, timeout_s: float) -> dict:
-        """What all of them saw together."""
-        return summarised([json.loads(_hear(robot, timeout_s)) for robot in running])
+    def answers(self, running: list, *, timeout_s: float) -> list[dict]:
+        """What each of them saw, when it has ended."""
+        return [json.loads(_hear(robot, timeout_s)) for robot in running]
 
     def run(self, address: str, num_robots: int, **order: float) -> dict:
         running = self.start(address, num_robots, **order)
-        return self.finish(running, timeout_s=order.get("seconds", 5.0) + 90)
+        return summarised(self.answers(running, timeout_s=order.get("seconds", 5.0) + 90))
 
     def __enter__(self) -> "Fleet":
         return self

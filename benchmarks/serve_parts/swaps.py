@@ -2,29 +2,31 @@
 
 import time
 
-from serve_parts.fleet import Fleet
+from serve_parts.fleet import Fleet, summarised
 from serve_parts.workload import NAME, make_artifact, registry_of
 
+ORDER = {"hz": 10.0, "deadline_s": 5.0, "episode_steps": 15}
 
-def swap_under_load(fleet: Fleet, address: str, redis_url: str, *, num_swaps: int, num_robots: int) -> dict:
+
+def swap_under_load(
+    fleet: Fleet, address: str, redis_url: str, *, num_swaps: int, num_robots: int, num_turns: int = 4
+) -> dict:
+    """Without and with swaps by turns, equally long: what else the machine does meets both alike."""
     from vla_dist.robot.client import PolicyClient
 
-    registry = registry_of(redis_url)
     artifacts = [make_artifact(seed) for seed in range(4)]
-    order = {"hz": 10.0, "deadline_s": 5.0, "episode_steps": 15}
+    quiet: list[dict] = []
+    swapped: list[dict] = []
+    done = 0
     with PolicyClient(address) as client:
-        # Once without a swap that counts, once to know how long one takes.
-        before = fleet.run(address, num_robots, seconds=10.0, **order)
-        running = fleet.start(address, num_robots, seconds=1.2 * num_swaps, **order)
-        started, done = time.monotonic(), 0
-        while done < num_swaps and time.monotonic() - started < 1.15 * num_swaps:
-            version = registry.publish(artifacts[done % len(artifacts)], channel="stable")
-            deadline = time.monotonic() + 15
-            while (NAME, version) not in client.health().loaded and time.monotonic() < deadline:
-                time.sleep(0.1)
-            done += (NAME, version) in client.health().loaded
-            time.sleep(max(0.0, started + 1.1 * done - time.monotonic()))
-        during = fleet.finish(running, timeout_s=1.2 * num_swaps + 90)
+        for turn in range(num_turns):
+            wanted = num_swaps * (turn + 1) // num_turns - done
+            seconds = 1.2 * wanted
+            quiet += fleet.answers(fleet.start(address, num_robots, seconds=seconds, **ORDER), timeout_s=seconds + 90)
+            running = fleet.start(address, num_robots, seconds=seconds, **ORDER)
+            done += _swap(client, redis_url, artifacts, wanted)
+            swapped += fleet.answers(running, timeout_s=seconds + 90)
+    before, during = summarised(quiet), summarised(swapped)
     return {
         "count": done,
         "failed_calls": during["failed_calls"] + during["misses"],
@@ -35,3 +37,17 @@ def swap_under_load(fleet: Fleet, address: str, redis_url: str, *, num_swaps: in
         "before": before,
         "during": during,
     }
+
+
+def _swap(client, redis_url: str, artifacts: list, wanted: int) -> int:
+    """Publish a version about every second and wait until it is served; how many were."""
+    registry = registry_of(redis_url)
+    started, done = time.monotonic(), 0
+    while done < wanted and time.monotonic() - started < 1.15 * wanted:
+        version = registry.publish(artifacts[done % len(artifacts)], channel="stable")
+        deadline = time.monotonic() + 15
+        while (NAME, version) not in client.health().loaded and time.monotonic() < deadline:
+            time.sleep(0.1)
+        done += (NAME, version) in client.health().loaded
+        time.sleep(max(0.0, started + 1.1 * done - time.monotonic()))
+    return done
