@@ -48,7 +48,7 @@ def main() -> None:
         with Fleet(max(options.robots)) as fleet:
             answer = measure(fleet, store.url, options)
         answer["memory_per_session"] = bytes_per_session(store.url)
-        answer["edf_vs_fifo"] = edf_against_fifo(store.url, seconds=4.0, load=1.3)
+        answer["edf_vs_fifo"] = edf_against_fifo(store.url)
     print(json.dumps(answer, indent=2))
     if options.json:
         options.json.write_text(json.dumps(answer, indent=2))

@@ -14,35 +14,56 @@ DEADLINES_S = (0.05, 0.2, 0.8)
 ORDERS: dict[str, Literal["deadline", "arrival"]] = {"edf": "deadline", "fifo": "arrival"}
 
 
-def edf_against_fifo(redis_url: str, *, seconds: float, load: float, turns: int = 6) -> dict:
-    """Misses of both orders under ``load`` times what the batcher can answer; the same arrivals for both.
+BURST_S = 0.4
+"""Half of it more comes than can be computed, half of it little: robots of one controller tick together."""
+
+
+def edf_against_fifo(redis_url: str, *, seconds: float = 4.0, turns: int = 6) -> dict:
+    """Misses of both orders, the same arrivals for both.
 
     Both refuse what would be too late: all that differs is the order. Each turn has arrivals of its own and a capacity
-    measured just before; ``excess_rate`` is what no order could have answered.
+    measured just before. ``excess_rate`` is what no order could have answered: under lasting overload the orders
+    differ in whom they fail, in bursts that the deadlines could outlast also in how many.
     """
     from vla_dist.models.auto import build_policy
 
     registry = registry_of(redis_url)
     policy = build_policy(registry.fetch(NAME, registry.resolve(REFERENCE)))
+    lasting = _by_turns(policy, seconds, turns, high=1.3, low=1.3)
+    return {**lasting, "bursts": _by_turns(policy, seconds, turns, high=1.6, low=0.2)}
+
+
+def _by_turns(policy, seconds: float, turns: int, *, high: float, low: float) -> dict:
     found: dict[str, list[dict]] = {name: [] for name in ORDERS}
     capacities = []
     for turn in range(turns):
         capacities.append(asyncio.run(_capacity(policy)))
-        names = list(ORDERS) if turn % 2 else list(ORDERS)[::-1]
-        for name in names:
-            one = asyncio.run(_offer(policy, ORDERS[name], load * capacities[-1], seconds, seed=turn))
+        arrivals = _arrivals(np.random.default_rng(turn), high * capacities[-1], low * capacities[-1], seconds)
+        for name in list(ORDERS) if turn % 2 else list(ORDERS)[::-1]:
+            one = asyncio.run(_offer(policy, ORDERS[name], arrivals, seed=turn))
             found[name].append(one)
-            print(f"{name} {load:g} x {capacities[-1]:.0f}/s: {one}", file=sys.stderr, flush=True)
+            print(f"{name} {high:g} / {low:g} x {capacities[-1]:.0f}/s: {one}", file=sys.stderr, flush=True)
     edf, fifo = ([one["miss_rate"] for one in found[name]] for name in ("edf", "fifo"))
+    load = (high + low) / 2
     return {
-        "load": load,
+        "load": {"half_the_time": high, "the_other_half": low, "period_s": BURST_S, "mean": load},
         "capacity_per_s": capacities,
-        "excess_rate": 1 - 1 / load,
+        "excess_rate": max(0.0, 1 - 1 / load),
         "edf_miss_rate": float(np.mean(edf)),
         "fifo_miss_rate": float(np.mean(fifo)),
         "misses_ratio": float(np.mean(edf) / max(1e-9, np.mean(fifo))),
         "turns": found,
     }
+
+
+def _arrivals(rng: np.random.Generator, high_per_s: float, low_per_s: float, seconds: float) -> np.ndarray:
+    """Poisson, at one rate and the other by turns: times in s, rising."""
+    halves = [
+        begins + BURST_S / 2 * np.sort(rng.random(rng.poisson(per_s * BURST_S / 2)))
+        for period in range(round(seconds / BURST_S))
+        for begins, per_s in ((period * BURST_S, high_per_s), ((period + 0.5) * BURST_S, low_per_s))
+    ]
+    return np.concatenate(halves)
 
 
 def _observation(policy):
@@ -74,13 +95,11 @@ async def _capacity(policy, seconds: float = 2.0) -> float:
     return count / (time.monotonic() - started)
 
 
-async def _offer(policy, order: Literal["deadline", "arrival"], per_s: float, seconds: float, *, seed: int) -> dict:
+async def _offer(policy, order: Literal["deadline", "arrival"], arrivals: np.ndarray, *, seed: int) -> dict:
     from vla_dist.core.errors import VlaDistError
 
     batcher = _batcher(order)
-    rng = np.random.default_rng(seed)
-    arrivals = np.cumsum(rng.exponential(1 / per_s, int(per_s * seconds)))
-    deadlines = rng.choice(DEADLINES_S, len(arrivals))
+    deadlines = np.random.default_rng(1000 + seed).choice(DEADLINES_S, len(arrivals))
     observation, state = _observation(policy), policy.initial_state()
 
     async def ask(deadline_s: float) -> bool:

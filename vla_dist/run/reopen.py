@@ -46,11 +46,11 @@ def serve_single(place: Place, *, host: str, port: int, access: AccessConfig, on
     from vla_dist.serving.event_log import EventLog
     from vla_dist.serving.server import SingleServer
 
-    answer_promptly()
     tokens = access.token_check()
     service, ingest = build_services(place)
     audit = EventLog(access.audit)
     with SingleServer(service, ingest=ingest, host=host, port=port, tokens=tokens, audit=audit) as server:
+        answer_promptly()
         on_ready(server.address)
         _wait_for_ctrl_c()
 

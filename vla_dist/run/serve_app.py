@@ -89,7 +89,6 @@ class FleetReplica(PolicyServicer, FleetServicer, ChannelServicer):
     """What Serve runs in each replica: all services, and a health check that has a broken one replaced."""
 
     def __init__(self, build: BuildServices, access: AccessConfig) -> None:
-        answer_promptly()
         service, ingest = build()
         tokens, audit = access.token_check(), EventLog(access.audit)
         self.door, self.door_audit = tokens, audit
@@ -97,6 +96,7 @@ class FleetReplica(PolicyServicer, FleetServicer, ChannelServicer):
         FleetServicer.__init__(self, ingest, tokens, audit=audit)
         ChannelServicer.__init__(self, service.moves, tokens, audit=audit)
         self._served = service
+        answer_promptly()
 
     def check_health(self) -> None:
         """Called by Serve every few seconds; raising has the replica replaced."""
@@ -352,7 +352,8 @@ def _wait_until_running(timeout_s: float, is_cancelled: Callable[[], bool]) -> N
         if status == "RUNNING":
             return
         if status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise WorkerFailed(f"the policy service could not be built ({status}): {message}")
+            reasons = [one.message for one in application.deployments.values() if one.message] if application else []
+            raise WorkerFailed(f"the policy service could not be built ({status}): {' '.join([message, *reasons])}")
         if is_cancelled():
             raise WaitTimeout("the start of the policy service was cancelled")
         if time.monotonic() > deadline:
