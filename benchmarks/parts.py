@@ -8,13 +8,18 @@ Nothing else may run beside it. With a GPU the learner is measured on it, too.
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+
+import psutil
 
 _INSERTED_TOGETHER = 32
 _ROBOTS = 8
@@ -129,24 +134,55 @@ def _learner(place, device: str, seconds: float) -> float:
 
 
 def _replica(place, seconds: float) -> float:
-    """Calls a second of batches of robots, as the batcher makes them."""
-    from vla_dist.run.composition.learning import build_policy_loader
+    """Answers for each second of a core that the service takes: decoded, batched, computed and sent over gRPC."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    server = context.Process(target=_serve, args=(place, there), daemon=True)
+    server.start()
+    try:
+        if not here.poll(120):
+            raise TimeoutError("the policy service said no address within 120 s")
+        address, process = here.recv_bytes().decode(), psutil.Process(server.pid)
+        with ThreadPoolExecutor(_ROBOTS) as robots:
+            for spent_s in (1.0, seconds):  # Once to warm it up.
+                before = sum(process.cpu_times()[:2])
+                calls = sum(robots.map(partial(_ask, place, address, spent_s), range(_ROBOTS)))
+        return calls / (sum(process.cpu_times()[:2]) - before)
+    finally:
+        server.terminate()
+        server.join(10)
+
+
+def _serve(place, pipe) -> None:
+    from vla_dist.run.composition.services import build_services
+    from vla_dist.run.priority import answer_promptly
+    from vla_dist.serving.server import SingleServer
+
+    service, ingest = build_services(place)
+    with SingleServer(service, ingest=ingest) as server:
+        answer_promptly()
+        pipe.send_bytes(server.address.encode())
+        while True:
+            time.sleep(60)
+
+
+def _ask(place, address: str, seconds: float, robot: int) -> int:
+    """How often one robot was answered, asking again at once."""
+    from vla_dist.robot.client import PolicyClient
     from vla_dist.run.composition.place import build_env
-    from vla_dist.run.composition.stores import build_registry
 
-    registry = build_registry(place)
-    name = place.config.preset
-    policy = build_policy_loader(place.config)(registry.fetch(name, registry.resolve(f"{name}@stable")))
     env = build_env(place.config)
-    first = env.reset(seed=0, task=place.config.env.tasks[0]).observation
+    observation = env.reset(seed=robot, task=place.config.env.tasks[0]).observation
     env.close()
-    states = [policy.initial_state() for _ in range(_ROBOTS)]
-
-    def act() -> None:
-        nonlocal states
-        _, states = policy.act([first] * _ROBOTS, states)
-
-    return _ROBOTS / _repeat(act, seconds)
+    reference, calls = f"{place.config.preset}@stable", 0
+    with PolicyClient(address) as client:
+        session = client.open_session(place.spec, policy=reference, robot_id=f"robot-{robot}")
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            session.act(observation, deadline_s=10.0)
+            calls += 1
+        session.close()
+    return calls
 
 
 def _repeat(action: Callable[[], object], seconds: float) -> float:
