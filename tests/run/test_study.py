@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from vla_dist.core.errors import ConfigError
+from vla_dist.core.errors import ConfigError, Unreachable
 from vla_dist.evaluation.pairing import compare_outcomes
 from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run import study_parts
@@ -155,6 +155,40 @@ def test_what_drew_in_a_thread_of_this_process_is_closed_there(fails):
         assert len(worker.closed) == 1
         assert worker.stepped <= set(worker.closed)
     assert threading.get_ident() not in workers[0].closed
+
+
+class Unlucky:
+    """A learner whose store is away now and then."""
+
+    def __init__(self, away):
+        self.away, self.updates = away, 0
+
+    @property
+    def done(self):
+        return self.updates == 2
+
+    def step(self):
+        if self.away > 0:
+            self.away -= 1
+            raise Unreachable("Redis does not answer (timed out)")
+        self.updates += 1
+        return {"updates": float(self.updates)}
+
+    def close(self):
+        pass
+
+
+def test_a_store_that_was_late_for_once_does_not_end_a_training_in_this_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_parts, "_TICK_S", 0.0)
+    with open_study(config_of(), tmp_path / "study", LocalParts()) as study:
+        learner = Unlucky(away=3)
+        monkeypatch.setattr(study_parts, "build_learner", lambda place, rank, *, opened: learner)
+        LocalParts().train(study.place, lambda line: None)
+        assert (learner.updates, learner.away) == (2, 0)
+        monkeypatch.setattr(study_parts, "_PATIENCE_S", -1.0)
+        learner = Unlucky(away=1)
+        with pytest.raises(Unreachable):
+            LocalParts().train(study.place, lambda line: None)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import ray
 
-from vla_dist.core.errors import ReplayWait, WaitTimeout
+from vla_dist.core.errors import ReplayWait, Unreachable, WaitTimeout
 from vla_dist.core.types import Metrics
 from vla_dist.envs.instructions import Split
 from vla_dist.evaluation.suite import EpisodeOutcome, SuiteConfig
@@ -31,6 +31,8 @@ from vla_dist.run.training import Training
 
 _TICK_S = 0.5
 _STOP_S = 60.0
+_PATIENCE_S = 180.0
+"""With a store that does not answer."""
 _MAX_COLLECT_S, _MAX_TRAIN_S, _MAX_JUDGE_S = 4 * 3600.0, 24 * 3600.0, 4 * 3600.0
 
 Say = Callable[[str], None]
@@ -93,10 +95,12 @@ class LocalParts:
 
     @staticmethod
     def _train(place: Place, say: Say, *, may_wait: Callable[[], bool]) -> None:
-        """Raises ReplayWait where the replay is short of data and ``may_wait`` says that none will come."""
+        """Raises ReplayWait where the replay is short of data and ``may_wait`` says that none will come, and
+        Unreachable where the store stays away.
+        """
         from vla_dist.learner.config import Rank
 
-        end = time.monotonic() + _MAX_TRAIN_S
+        end, trouble_since = time.monotonic() + _MAX_TRAIN_S, None
         with contextlib.ExitStack() as opened:
             learner = build_learner(place, Rank(), opened=opened)
             opened.callback(learner.close)
@@ -104,9 +108,16 @@ class LocalParts:
                 _require_time(end, "the learner")
                 try:
                     _say_progress(say, learner.step(), place)
+                    trouble_since = None
                 except ReplayWait:
                     if not may_wait():
                         raise
+                except Unreachable:
+                    # Nothing done is lost, and on a busy machine a server may be late.
+                    trouble_since = trouble_since or time.monotonic()
+                    if time.monotonic() - trouble_since > _PATIENCE_S:
+                        raise
+                    time.sleep(_TICK_S)
 
     def judge(
         self, place: Place, version: int, suites: Sequence[SuiteConfig], instructions: Split
