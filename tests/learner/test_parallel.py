@@ -4,17 +4,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import rank_program
 import torch
 from safetensors.torch import load_file
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.learner.parallel import OneRank, make_parallel
-
-sys.path.insert(0, str(Path(__file__).parent))
-import rank_program
 
 KINDS = ("ddp", "fsdp2")
 
