@@ -25,10 +25,11 @@ def build_services(redis_url: str, *, device: str = "cpu", admission=None):
 
     registry = RedisPolicyRegistry(redis_url, RedisBlobs(redis_url))
     config = VersionsConfig(references=(REFERENCE,), warm_up_sizes=BUCKETS)
-    versions = PolicyVersions(registry, partial(build_policy, device=device), config)
+    batcher = DeadlineBatcher(BatcherConfig(bucket_sizes=BUCKETS))
+    load = partial(build_policy, device=device)
+    versions = PolicyVersions(registry, load, config, wait_until_idle=batcher.wait_until_idle)
     versions.start()
     table = RedisReplayTable(redis_url, tabletop_spec(), BufferConfig(name=NAME))
-    batcher = DeadlineBatcher(BatcherConfig(bucket_sizes=BUCKETS))
     return PolicyService(versions, batcher, admission or ServiceConfig()), FleetIngest(
         table, tabletop_spec(), IngestConfig()
     )

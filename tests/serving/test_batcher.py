@@ -151,6 +151,23 @@ async def test_the_event_loop_stays_free(batcher: DeadlineBatcher) -> None:
     await busy
 
 
+async def test_other_work_waits_until_no_robot_does(batcher: DeadlineBatcher) -> None:
+    policy = GatedPolicy()
+    assert batcher.wait_until_idle(0.0)
+    running = await start(batcher, policy, 0, 9.0)
+    queued = await start(batcher, policy, 1, 9.0)
+    assert not batcher.wait_until_idle(0.05)
+    other_work = asyncio.ensure_future(asyncio.to_thread(batcher.wait_until_idle, 9.0))
+    policy.gate.release()
+    await running
+    await asyncio.sleep(0.02)
+    assert not other_work.done(), "one robot still waits"
+    policy.gate.release()
+    await queued
+    assert await other_work
+    assert batcher.wait_until_idle(1.0)
+
+
 async def test_the_queue_is_bounded(batcher: DeadlineBatcher) -> None:
     policy = GatedPolicy()
     tasks = [await start(batcher, policy, i, 9.0) for i in range(5)]

@@ -90,6 +90,22 @@ def test_a_version_is_warm_before_its_first_robot(versions: PolicyVersions, load
     assert loader.batches == [1, 2]
 
 
+def test_no_part_of_making_a_version_ready_begins_while_a_robot_waits(
+    registry: InMemoryRegistry, loader: WatchedLoader
+) -> None:
+    done_before: list[tuple[int, int]] = []
+
+    def wait_until_idle(timeout_s: float) -> bool:
+        done_before.append((len(loader.loads), len(loader.batches)))
+        return True
+
+    versions = PolicyVersions(registry, loader, VERSIONS, wait_until_idle=wait_until_idle)
+    versions.start()
+    versions.close()
+    assert done_before == [(0, 0), (1, 0)]
+    assert (len(loader.loads), len(loader.batches)) == (1, 2)
+
+
 def test_a_session_can_ask_for_the_version_it_began_with(
     versions: PolicyVersions, registry: InMemoryRegistry, loader: WatchedLoader
 ) -> None:

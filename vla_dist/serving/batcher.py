@@ -3,6 +3,7 @@
 who                consumes            waits for                 unblocked by
 submit (loop)      -                   its answer or deadline    the compute thread, or the clock
 compute thread     the queue           a request                 submit, close
+wait_until_idle    -                   no request                the compute thread, or the clock
 """
 
 import asyncio
@@ -84,6 +85,7 @@ class DeadlineBatcher:
         self._orders = itertools.count()
         self._changed = threading.Condition()
         self._closed = False
+        self._is_computing = False
         self._num_batches = 0
         self._num_rows = 0
         self._compute_s = 0.0
@@ -129,7 +131,7 @@ class DeadlineBatcher:
                     f"{len(self._queue)} observations wait already, the most allowed; add replicas or slow the robots"
                 )
             heapq.heappush(self._queue, request)
-            self._changed.notify()
+            self._changed.notify_all()
         try:
             return await asyncio.wait_for(request.answer, deadline_s)
         except asyncio.TimeoutError as error:
@@ -142,6 +144,11 @@ class DeadlineBatcher:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    def wait_until_idle(self, timeout_s: float) -> bool:
+        """Whether no robot waits for an answer. For threads whose own work would make one wait longer: it blocks."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queue and not self._is_computing, timeout_s)
 
     def metrics(self) -> Metrics:
         """Counts since the start."""
@@ -158,7 +165,7 @@ class DeadlineBatcher:
         with self._changed:
             self._closed = True
             waiting, self._queue = self._queue, []
-            self._changed.notify()
+            self._changed.notify_all()
         _deliver([(r, Unreachable("the policy service shut down before it answered; reconnect")) for r in waiting])
         self._thread.join(timeout_s)
 
@@ -170,6 +177,7 @@ class DeadlineBatcher:
                 if self._closed:
                     return
                 batch, late = self._take_batch()
+                self._is_computing = bool(batch)
             _deliver([(request, _late(request.deadline_s)) for request in late])
             if batch:
                 started = time.monotonic()
@@ -179,6 +187,9 @@ class DeadlineBatcher:
                 took_s = time.monotonic() - started
                 self._compute_s += took_s
                 self._computing.measure(took_s)
+            with self._changed:
+                self._is_computing = False
+                self._changed.notify_all()
 
     def _take_batch(self) -> tuple[list[_Request], list[_Request]]:
         """The most urgent request, up to a full bucket of others for the same policy, and those that are too late."""

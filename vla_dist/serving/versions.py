@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from vla_dist.core.protocols import Policy, PolicyLoader, PolicyRegistry
 from vla_dist.core.types import Observation, PolicyManifest
 
 _log = logging.getLogger(__name__)
+_LONGEST_WAY_GIVEN_S = 0.1
+"""A server that always computes gets its new version, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +68,23 @@ class PolicyVersions:
     the old one stays, ``problems`` says why, and it is tried again.
     """
 
-    def __init__(self, registry: PolicyRegistry, load: PolicyLoader, config: VersionsConfig) -> None:
+    def __init__(
+        self,
+        registry: PolicyRegistry,
+        load: PolicyLoader,
+        config: VersionsConfig,
+        *,
+        wait_until_idle: Callable[[float], bool] = lambda timeout_s: True,
+    ) -> None:
+        """Args:
+        registry: that is followed.
+        load: builds a policy of an artifact.
+        config: what is followed, and how.
+        wait_until_idle: returns when no robot waits for an answer, or after so many seconds; asked before each part of
+            making a version ready.
+        """
         self.config = config
+        self._wait_until_idle = wait_until_idle
         self.registry = registry
         self._load_policy = load
         self._loaded: dict[tuple[str, int], LoadedPolicy] = {}
@@ -199,7 +216,9 @@ class PolicyVersions:
                         f"({held}); let episodes end or raise max_loaded"
                     )
             artifact = self.registry.fetch(name, version)
+            self._wait_until_idle(_LONGEST_WAY_GIVEN_S)
             policy = self._load_policy(artifact)
+            self._wait_until_idle(_LONGEST_WAY_GIVEN_S)
             warm_up(policy, self.config.warm_up_sizes[: 1 if self._has_twin(artifact.manifest) else None])
             loaded = LoadedPolicy(name, version, policy, artifact.manifest)
             with self._lock:

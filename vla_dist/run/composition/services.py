@@ -36,7 +36,8 @@ def build_services(place: Place, *, explores: bool = False) -> tuple[PolicyServi
     registry = build_registry(place)
     registry.follow(config.reference, after=0, timeout_s=config.serving.startup_timeout_s)
     load = build_policy_loader(config, explores=explores)
-    versions = PolicyVersions(registry, load, VersionsConfig(references=(config.reference,)))
+    following = VersionsConfig(references=(config.reference,))
+    versions = PolicyVersions(registry, load, following, wait_until_idle=batcher.wait_until_idle)
     versions.start()
     canaries = RedisCanaries(place.redis_url)
     ingest = FleetIngest(
