@@ -33,10 +33,15 @@ else
 fi
 "$venv/bin/python" -c "import $module" 2>/dev/null || "$venv/bin/python" -m pip install --quiet "${cloud[@]}"
 
+# All now and none later: when a file of the checkout on the head differs, an autoscaler that starts again there, after a
+# restart of Ray on the head, sets up every other node anew and kills what runs on it.
+"$venv/bin/python" -m compileall -q "$source_dir/vla_dist" >/dev/null
+
 cat > "$own_dir/environment" <<END
 # Written by cluster/setup.sh for every login: Ray reaches nodes through SSH.
 case ":\$PATH:" in *":$venv/bin:"*) ;; *) export PATH="$venv/bin:\$PATH" ;; esac
 export PYTHONPATH="$source_dir"
+export PYTHONDONTWRITEBYTECODE=1
 export RAY_AUTH_MODE=token
 export RAY_USAGE_STATS_ENABLED=0
 END

@@ -115,7 +115,9 @@ class Watch:
         return [rule for rule in group["rules"] if rule["health"] != "ok"]
 
     def _get(self, path: str) -> str:
-        return self._lab.run(["curl", "-s", "-m", "20", f"http://{self._head.address}:{self.PORT}{path}"]).ok().out
+        # It shares busy cores with everything that it watches.
+        words = ["curl", "-sS", "--retry", "3", "--retry-all-errors", "-m", "60"]
+        return self._lab.run([*words, f"http://{self._head.address}:{self.PORT}{path}"], timeout_s=300).ok().out
 
 
 def _legend(template: str, labels: dict[str, str]) -> str:

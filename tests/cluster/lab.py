@@ -31,23 +31,38 @@ _INIT = """
 set -e
 mount --make-rprivate /
 hostname {name}
-mkdir -p {root}/home/.pyenv {root}/tmp {root}/run
-[ ! -d /root/.pyenv ] || mount --rbind /root/.pyenv {root}/home/.pyenv
+mkdir -p {root}/home {root}/tmp {root}/opt
+{keep_python}
 mount --rbind {root}/home /root
+mount --rbind {root}/opt /opt
 mount --bind {root}/hosts /etc/hosts
 mount --bind {shared} {SHARED}
 mount -t tmpfs -o size=4g tmpfs /dev/shm
-mount -t tmpfs tmpfs /opt
-ln -s {venv} /opt/vla-dist
+ln -sfn {venv} /opt/vla-dist
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 # Last: the checkout under test may lie in /tmp.
-mount --bind {root}/tmp /tmp
+mount --rbind {root}/tmp /tmp
 cd /root
 /usr/sbin/sshd -D -f {etc}/sshd_config &
 # This shell is the first process of its namespace: it reaps what others leave behind.
 while true; do wait -n 2>/dev/null || sleep 1; done
 """
+
+
+_COVERED = {Path("/root"): "home", Path("/opt"): "opt", Path("/tmp"): "tmp"}
+"""Folders of this machine that each node has of its own -> where in the node's."""
+
+
+def _keep_python(root: Path) -> str:
+    """Commands that let a node see this machine's Python where a folder of its own would cover it."""
+    lines = []
+    for path in dict.fromkeys(Path(one).resolve() for one in (sys.base_prefix, VENV)):
+        for covered, own in _COVERED.items():
+            if path.is_relative_to(covered):
+                place = root / own / path.relative_to(covered)
+                lines.append(f"mkdir -p {place}; mount --rbind {path} {place}")
+    return "\n".join(lines)
 
 
 def why_not() -> str:
@@ -93,7 +108,13 @@ class Node:
             "PermitRootLogin prohibit-password\nUsePAM no\nStrictModes no\nPidFile none\nPrintMotd no\nMaxSessions 50\n"
         )
         script = _INIT.format(
-            name=self.name, root=self.root, shared=self.lab.shared, SHARED=SHARED, venv=VENV.resolve(), etc=etc
+            name=self.name,
+            root=self.root,
+            shared=self.lab.shared,
+            SHARED=SHARED,
+            venv=VENV.resolve(),
+            etc=etc,
+            keep_python=_keep_python(self.root),
         )
         if not has_sshd:
             script = script.replace("/usr/sbin/sshd", "true #")
@@ -127,8 +148,12 @@ class Node:
 
     def pids(self, pattern: str) -> list[int]:
         """Inside the node, of processes whose command line has ``pattern``."""
-        done = self.ssh(f"pgrep -f -- {_quoted(pattern)}")
+        done = self.ssh(f"pgrep -f -- {_quoted(_but_itself(pattern))}")
         return [int(line) for line in done.out.split() if line.isdigit()]
+
+    def kill_all(self, pattern: str) -> bool:
+        """kill -9 of the processes that ``pids`` finds; whether there were any."""
+        return self.ssh(f"pkill -9 -f -- {_quoted(_but_itself(pattern))}").code == 0
 
 
 class Lab:
@@ -271,6 +296,11 @@ class Lab:
 def _ip(*words: str) -> None:
     done = subprocess.run(["ip", *words], capture_output=True, text=True)
     assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
+
+
+def _but_itself(pattern: str) -> str:
+    """The same pattern, which the command line of the shell that looks for it does not fit."""
+    return f"[{pattern[0]}]{pattern[1:]}"
 
 
 def _quoted(text: str) -> str:

@@ -122,6 +122,10 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
     lab.wait_for(lambda: actors("ServeReplica") == before == [BOX], what="replica again", timeout_s=120, every_s=3)
     assert box.pids("ray::ServeReplica") == replica != []
     milestone("head is back, the replica never left")
+    # The gateway of the head had been killed with it, and what it left behind does not stand in the way.
+    told = json.loads(fleet(HEAD, 30).ok().out.strip().splitlines()[-1])
+    assert told["calls"] > 10, told
+    milestone("robots are served through the head again")
 
     run = jobs.on_node(jobs.newest_run(lab), lab)
     jobs.submit(head, "second", f"vla-dist run babyai --resume {run}")

@@ -1,15 +1,24 @@
 """What `ray start` is given on the nodes of a cluster, and what it inherits."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
-from vla_dist.core.errors import ConfigError, NotFound
+from vla_dist.core.errors import ConfigError, NotFound, ResourceMissing
 from vla_dist.run.head_store import HeadStoreConfig, StoreAddresses
 from vla_dist.run.machine import Machine
-from vla_dist.run.node import head_command, head_environment, node_environment, worker_command, write_tokens
+from vla_dist.run.node import (
+    head_command,
+    head_environment,
+    node_environment,
+    start_ray,
+    worker_command,
+    write_tokens,
+)
 from vla_dist.run.placement import LIMITS_VARIABLE
 
 STORE = StoreAddresses(
@@ -69,3 +78,33 @@ def test_a_clouds_worker_takes_what_the_cluster_file_says():
     command = worker_command("127.0.0.1", [], [])
     assert "--node-ip-address=127.0.0.1" in command
     assert not any("resources" in word for word in command)
+
+
+_REFUSAL = """Traceback (most recent call last):
+RuntimeError: Version mismatch: The cluster was started with:
+    Ray: 2.60.0
+    Python: 3.11.7
+This process on 10.0.0.3 was started with:
+    Ray: 2.60.0
+    Python: 3.12.1
+"""
+
+
+def test_a_node_with_another_python_is_refused_in_one_sentence(tmp_path, capfd):
+    program = "import os, sys; open(sys.argv[1], 'a').write('x'); sys.exit(os.environ['SAID'])"
+    command = [sys.executable, "-c", program, str(tmp_path / "calls")]
+    with pytest.raises(
+        ConfigError, match=r"this machine has Python 3\.12\.1 and Ray 2\.60\.0, the head has Python 3\.11"
+    ):
+        start_ray(command, {"SAID": _REFUSAL})
+    assert (tmp_path / "calls").read_text() == "x"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_ray_that_does_not_start_is_tried_again_and_says_why(tmp_path, capfd, monkeypatch):
+    (tmp_path / "ray").write_text("#!/bin/sh\n")
+    (tmp_path / "ray").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(ResourceMissing, match="3 attempts"):
+        start_ray(["sh", "-c", "echo the raylet is busy; exit 1"], {})
+    assert capfd.readouterr().out == "the raylet is busy\n" * 3

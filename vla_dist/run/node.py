@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import resource
 import secrets
 import socket
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,11 +15,12 @@ import psutil
 
 from vla_dist.core.errors import ConfigError, NotFound, ResourceMissing
 from vla_dist.run.cluster_file import read_cluster_file
+from vla_dist.run.gateways import end_gateways
 from vla_dist.run.head_store import HEAD_AWAY_S, HeadStoreConfig, StoreAddresses
 from vla_dist.run.machine import Machine
 from vla_dist.run.placement import LIMITS_VARIABLE
 from vla_dist.run.roles import GATEWAY
-from vla_dist.run.serve_settings import TOKEN_VARIABLE, node_serve_settings
+from vla_dist.run.serve_settings import NODE_FOLDER, TOKEN_VARIABLE, node_serve_settings
 from vla_dist.run.store import STORE_VARIABLE
 
 RAY_TOKEN = Path(".ray/auth_token")
@@ -29,6 +32,11 @@ _AUTOSCALER_CONFIG = Path("ray_bootstrap_config.yaml")
 _OPEN_FILES = 65_536
 _ATTEMPTS = 3
 _START_TIMEOUT_S = 300.0
+_MISMATCH = re.compile(
+    r"cluster was started with:\s+Ray: (?P<ray>\S+)\s+Python: (?P<python>\S+)\s+This process on \S+ was started with:"
+    r"\s+Ray: (?P<own_ray>\S+)\s+Python: (?P<own_python>\S+)"
+)
+"""How `ray start` refuses a node (`check_version_info` of Ray's utils), at the end of a traceback."""
 
 
 def write_tokens(home: Path, *, renew: bool = False) -> list[Path]:
@@ -157,6 +165,7 @@ def start_ray(command: Sequence[str], environment: Mapping[str, str]) -> None:
     """Run `ray start`, again where it gave up: it waits for its own raylet for 30 s, which busy cores can miss.
 
     Raises:
+        ConfigError: the head has another Ray or Python.
         ResourceMissing: it gave up three times; what it said stands above.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -164,7 +173,22 @@ def start_ray(command: Sequence[str], environment: Mapping[str, str]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     inherited = {**os.environ, **environment}
     for attempt in range(_ATTEMPTS):
-        if subprocess.run(list(command), env=inherited, timeout=_START_TIMEOUT_S, check=False).returncode == 0:
+        # Of an earlier Ray that was killed: `ray stop` passes over them.
+        end_gateways(Path(NODE_FOLDER), only_orphans=True)
+        # A file and not a pipe, which what Ray starts would keep open.
+        with tempfile.TemporaryFile("w+") as file:
+            done = subprocess.run(
+                list(command), env=inherited, stdout=file, stderr=file, timeout=_START_TIMEOUT_S, check=False
+            )
+            file.seek(0)
+            said = file.read()
+        if (found := _MISMATCH.search(said)) is not None:
+            raise ConfigError(
+                f"this machine has Python {found['own_python']} and Ray {found['own_ray']}, the head has Python "
+                f"{found['python']} and Ray {found['ray']}; install the same on all nodes (cluster/setup.sh)"
+            )
+        print(said, end="", flush=True)
+        if done.returncode == 0:
             return
         if attempt + 1 < _ATTEMPTS:
             subprocess.run(["ray", "stop", "--force"], env=inherited, timeout=_START_TIMEOUT_S, check=False)

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import psutil
 
+from vla_dist.run.gateways import end_gateways
+from vla_dist.run.serve_settings import NODE_FOLDER
+
 _LOCK, _LOG = "watch.lock", "watch.log"
 _TICK_S = 2.0
 _START_TIMEOUT_S = 180.0
@@ -52,6 +55,7 @@ def watch_node(folder: Path, *, grace_s: float) -> None:
             time.sleep(_TICK_S)
         print(f"{time.ctime()}: Ray has gone from this node; its remains are ended", flush=True)
         subprocess.run(["ray", "stop", "--force"], timeout=_STOP_TIMEOUT_S, check=False)
+        end_gateways(Path(NODE_FOLDER), only_orphans=True)
 
 
 def _has_raylet() -> bool:

@@ -29,6 +29,7 @@ from ray import serve
 
 from vla_dist.core.errors import ConfigError, ResourceMissing, WaitTimeout, WorkerFailed
 from vla_dist.protocol.v1 import channels_pb2, fleet_pb2, policy_pb2
+from vla_dist.run.gateways import end_gateways, gateways
 from vla_dist.run.priority import answer_promptly
 from vla_dist.run.serve_settings import FOLDER_VARIABLE, PORTS_CLAIMED, is_node_folder, serve_settings
 from vla_dist.serving.authorisation import AccessConfig
@@ -125,7 +126,7 @@ class ServingHandle:
 
     @property
     def haproxy_pids(self) -> list[int]:
-        return [process.pid for process in _haproxies(self._folder)]
+        return [process.pid for process in gateways(self._folder)]
 
     def scale(self, num_replicas: int, *, timeout_s: float = 120.0) -> None:
         """Serve with so many replicas from now on, new ones all of them; robots move by themselves.
@@ -308,24 +309,9 @@ def _owner_lives(folder: Path) -> bool:
 
 
 def _remove_folder(folder: Path) -> list[int]:
-    processes = _haproxies(folder)
-    for process in processes:
-        process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=2.0)
-    for process in alive:
-        process.kill()
+    ended = end_gateways(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    return [process.pid for process in processes]
-
-
-def _haproxies(folder: Path) -> list[psutil.Process]:
-    """Processes whose command line names a configuration in ``folder``: a recycled pid never does."""
-    found: list[psutil.Process] = []
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if process.info["name"] == "haproxy":
-            arguments = process.info["cmdline"] or []
-            found += [process] if any(a.startswith(f"{folder}/") for a in arguments) else []
-    return found
+    return ended
 
 
 def _serves_already(port: int) -> bool:

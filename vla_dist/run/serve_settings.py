@@ -9,7 +9,7 @@ TOKEN_VARIABLE = "VLA_DIST_FLEET_TOKEN"
 """Environment of a cluster's head, and of a robot: the bearer token of the fleet, used where none is given."""
 PORTS_CLAIMED = 400
 """For each application: half for HTTP, half for gRPC; a dead replica's port is not used again for minutes."""
-_NODE_FOLDER = "/tmp/vla-dist-serve"
+NODE_FOLDER = "/tmp/vla-dist-serve"
 _NODE_FIRST_PORT = 32_000
 """Above those that embedded Rays of one machine share out, below those that Linux hands out."""
 
@@ -70,10 +70,10 @@ def serve_settings(
 
 def node_serve_settings() -> dict[str, str]:
     """Of a node that ``ray start`` joins to a cluster: the same on every node, so that each knows the others' ports."""
-    folder, ports = Path(_NODE_FOLDER), range(_NODE_FIRST_PORT + PORTS_CLAIMED, _NODE_FIRST_PORT + PORTS_CLAIMED + 4)
+    folder, ports = Path(NODE_FOLDER), range(_NODE_FIRST_PORT + PORTS_CLAIMED, _NODE_FIRST_PORT + PORTS_CLAIMED + 4)
     return serve_settings(folder, _NODE_FIRST_PORT, ports)
 
 
 def is_node_folder(folder: Path) -> bool:
     """Whether it belongs to a node, whose Serve outlives its drivers, rather than to a driver."""
-    return str(folder) == _NODE_FOLDER
+    return str(folder) == NODE_FOLDER
