@@ -74,7 +74,7 @@ class Cloud:
             done = self.lab.run(words, env=_ACCOUNT)
             return json.loads(done.out.strip().splitlines()[-1]) if done.code == 0 else None
 
-        return self.lab.wait_for(attempt, what="the fake cloud", timeout_s=150, every_s=1)
+        return self.lab.wait_for(attempt, what="the fake cloud", timeout_s=400, every_s=1)
 
     def write_cluster_file(self, account: dict[str, str]) -> Path:
         """ray_cluster.yaml of the repository's root, with this account in it."""

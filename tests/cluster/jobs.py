@@ -21,7 +21,7 @@ def options(*, updates: int = MILESTONES[-1], episodes: int = 3000) -> str:
 
 
 def submit(head: Node, name: str, command: str) -> None:
-    head.ssh(f"ray job submit --submission-id {name} --no-wait -- {command}", timeout_s=120).ok()
+    head.ssh(f"ray job submit --submission-id {name} --no-wait -- {command}", timeout_s=300).ok()
 
 
 def status(head: Node, name: str) -> str:

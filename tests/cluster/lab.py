@@ -121,7 +121,7 @@ class Node:
         words = ["ip", "netns", "exec", self.namespace, "unshare", "--mount", "--pid", "--uts", "--ipc", "--fork"]
         self._init = subprocess.Popen([*words, "--mount-proc", "--kill-child", "bash", "-c", script])
         if has_sshd:
-            self.lab.wait_for(lambda: self.ssh("true").code == 0, what=f"sshd of {self.name}", timeout_s=30)
+            self.lab.wait_for(lambda: self.ssh("true").code == 0, what=f"sshd of {self.name}", timeout_s=120)
 
     @property
     def is_on(self) -> bool:
@@ -135,10 +135,10 @@ class Node:
             self._init = None
             self.lab.unplug(self.namespace)
 
-    def ssh(self, command: str, *, timeout_s: float = 60.0) -> Done:
+    def ssh(self, command: str, *, timeout_s: float = 180.0) -> Done:
         """As a login shell, like Ray does."""
         words = ["ssh", "-i", str(self.lab.key), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
-        words += ["-o", "LogLevel=ERROR", "-o", "ConnectTimeout=5", f"root@{self.address}"]
+        words += ["-o", "LogLevel=ERROR", "-o", "ConnectTimeout=60", f"root@{self.address}"]
         done = self.lab.run(
             [*words, f"bash --login -c -i {_quoted('[ ! -f ~/.bashrc ] || source ~/.bashrc; ' + command)} 2>&1"],
             timeout_s=timeout_s,
@@ -216,7 +216,7 @@ class Lab:
         self,
         words: Sequence[str],
         *,
-        timeout_s: float = 60.0,
+        timeout_s: float = 180.0,
         env: Mapping[str, str] | None = None,
         inside: str = "",
         cwd: Path = CHECKOUT,
@@ -258,7 +258,7 @@ class Lab:
             time.sleep(every_s)
         raise AssertionError(f"no {what} within {timeout_s} s")
 
-    def ask(self, node: Node, program: str, *, timeout_s: float = 90.0):
+    def ask(self, node: Node, program: str, *, timeout_s: float = 240.0):
         """What a Python program that joined the cluster on ``node`` prints as a line of JSON."""
         code = f"import json, ray; ray.init(address='auto', log_to_driver=False, logging_level='error'); {program}"
         done = node.ssh(f"python -c {_quoted(code)}", timeout_s=timeout_s).ok()

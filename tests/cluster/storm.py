@@ -73,7 +73,7 @@ class Storm:
         """Ray's control service ends with its store: the head has to be started again."""
         found = self.head.kill_all("valkey-server.*:6381")
         self.lab.wait_for(
-            lambda: not self.head.pids("/gcs_server "), what="end of the control service", timeout_s=60, every_s=1
+            lambda: not self.head.pids("/gcs_server "), what="end of the control service", timeout_s=240, every_s=1
         )
         self._start_head()
         return found
@@ -85,14 +85,14 @@ class Storm:
         return True
 
     def _head(self) -> bool:
-        self.head.ssh("pkill -9 -x gcs_server; pkill -9 -x raylet; ray stop --force", timeout_s=90)
+        self.head.ssh("pkill -9 -x gcs_server; pkill -9 -x raylet; ray stop --force", timeout_s=240)
         self._start_head()
         return True
 
     def _start_head(self) -> None:
         start_head(self.head)
         self.lab.wait_for(
-            lambda: jobs.api_answer(self.head, token=True).out == "200", what="jobs API", timeout_s=120, every_s=2
+            lambda: jobs.api_answer(self.head, token=True).out == "200", what="jobs API", timeout_s=300, every_s=2
         )
         if jobs.status(self.head, self.job) != "SUCCEEDED":
             self.resume()

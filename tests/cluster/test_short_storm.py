@@ -44,7 +44,7 @@ def test_a_short_storm_ends_with_the_target_and_a_balanced_ledger(lab):
     kill("rank", once=lambda: list(lab.shared.glob("runs/*/checkpoints/*/update-*")))
     kill("replica", once=at_work(box, "ray::ServeReplica"))
     kill("controller", once=at_work(head, "ray::ServeController"))
-    lab.wait_for(storm.keep_running, what="end of the run", timeout_s=400, every_s=2)
+    lab.wait_for(storm.keep_running, what="end of the run", timeout_s=600, every_s=2)
     milestone("the run has ended")
     assert storm.submitted == 1
     assert set(storm.kills) == {"rollout", "redis", "rank", "replica", "controller", "node"}

@@ -28,7 +28,7 @@ def test_a_storm_ends_with_the_target_and_a_balanced_ledger(lab):
     path = write_cluster_file(lab)
     lab.run(["vla-dist", "cluster", "tokens"]).ok()
     lab.run(["ray", "up", "-y", "--no-config-cache", str(path)], timeout_s=300).ok()
-    lab.wait_for(lambda: len(lab.alive_nodes(head)) == 3, what="three nodes", timeout_s=180, every_s=3)
+    lab.wait_for(lambda: len(lab.alive_nodes(head)) == 3, what="three nodes", timeout_s=400, every_s=3)
     storm, dice = Storm(lab, head=head, room=room, box=box), random.Random(_SEED)
     updates = int(3 * _SECONDS)
     storm.submit(
