@@ -48,7 +48,10 @@ def test_the_root_file_launches_runs_and_terminates(lab, fake_cloud, record_prop
     # The spot node is taken away in the middle of its work, and another one takes its place.
     spot = next(a for a, kind in fake_cloud.kinds.items() if kind == "c6i.4xlarge")
     lab.wait_for(
-        lambda: re.search(r"collected [1-9][\d,]* steps", jobs.log(head, "run")), what="episodes", timeout_s=500, every_s=4
+        lambda: re.search(r"collected [1-9][\d,]* steps", jobs.log(head, "run")),
+        what="episodes",
+        timeout_s=500,
+        every_s=4,
     )
     fake_cloud.terminate(spot)
     lab.wait_for(lambda: spot not in fake_cloud.machines, what="preemption", timeout_s=180)

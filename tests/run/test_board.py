@@ -1,8 +1,10 @@
 import pickle
 
+import pytest
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError
 
+from vla_dist.core.errors import ResourceMissing
 from vla_dist.run.board import BoardLink
 
 
@@ -30,3 +32,22 @@ def test_a_board_that_is_late_shows_what_it_showed_last(monkeypatch):
     assert [link.read()["learner"]["loss"] for _ in range(3)] == [1.0, 1.0, 0.5]
     answers.append(GetTimeoutError("busy"))
     assert pickle.loads(pickle.dumps(link)).read() == {}  # noqa: S301
+
+
+def test_a_run_that_another_driver_has_is_refused_once_a_killed_one_had_time_to_vanish(monkeypatch):
+    refusals = [ActorAlreadyExistsError("taken")] * 2
+
+    class Maker:
+        def options(self, **options):
+            return self
+
+        def remote(self):
+            if refusals:
+                raise refusals.pop()
+            return SlowBoard
+
+    monkeypatch.setattr(ray, "remote", lambda actor: Maker())
+    with pytest.raises(ResourceMissing, match="another driver has the run babyai-1; wait for it, or stop its job"):
+        BoardLink("babyai-1", taken_s=0.0).start()
+    BoardLink("babyai-1", taken_s=60.0).start()
+    assert refusals == []

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError
 
+from vla_dist.core.errors import ResourceMissing
 from vla_dist.core.types import Metrics
 
 _NAMESPACE = "vla-dist"
 _TIMEOUT_S = 10.0
+_TAKEN_S = 90.0
+"""For this long Ray may hold on to the board of a driver that was killed."""
 
 
 class Board:
@@ -31,17 +34,37 @@ class BoardLink:
     """A board by its name. It travels to other processes as that name: an actor handle among the arguments of a
     restartable actor could be lost before the restart."""
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, run_id: str, *, taken_s: float = _TAKEN_S) -> None:
+        """Args:
+        taken_s: how long to wait for a board of the same name to vanish.
+        """
         self._name = f"board-{run_id}"
+        self._taken_s = taken_s
         self._actor: Any = None
         self._last: Mapping[str, Mapping[str, float]] = {}
 
     def start(self, options: Mapping[str, Any] | None = None) -> None:
         """Args:
         options: of the actor, as ``Placement`` gives them.
+
+        Raises:
+            ResourceMissing: another driver has this run, so that this one must not go on.
         """
         options = {"num_cpus": 0, **(options or {})}
-        self._actor = ray.remote(Board).options(name=self._name, namespace=_NAMESPACE, **options).remote()
+        make = ray.remote(Board).options(name=self._name, namespace=_NAMESPACE, **options)
+        end = time.monotonic() + self._taken_s
+        while True:
+            try:
+                self._actor = make.remote()
+                return
+            except ActorAlreadyExistsError as error:
+                if time.monotonic() > end:
+                    run = self._name.removeprefix("board-")
+                    raise ResourceMissing(
+                        f"another driver has the run {run}; wait for it, or stop its job ('ray job list' has its ID, "
+                        "'ray job stop ID')"
+                    ) from error
+            time.sleep(1.0)
 
     def post(self, component: str, metrics: Metrics) -> None:
         """Send without waiting."""
@@ -57,7 +80,7 @@ class BoardLink:
         return self._name
 
     def __setstate__(self, name: str) -> None:
-        self._name, self._actor, self._last = name, None, {}
+        self._name, self._actor, self._last, self._taken_s = name, None, {}, _TAKEN_S
 
     def _found(self) -> Any:
         if self._actor is None:

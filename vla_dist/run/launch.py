@@ -15,6 +15,7 @@ import ray
 from vla_dist.core.errors import ConfigError, ResourceMissing
 from vla_dist.run import preflight
 from vla_dist.run.access import require_access
+from vla_dist.run.children import end_when_orphaned
 from vla_dist.run.composition.learning import build_model_config
 from vla_dist.run.composition.place import Place, build_spec
 from vla_dist.run.config import RunConfig
@@ -30,6 +31,8 @@ from vla_dist.run.status import RunStatus
 from vla_dist.run.store import STORE_VARIABLE, Store, open_store
 from vla_dist.run.summary import RunSummary
 
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""In the environment of drivers that Ray's jobs started."""
 _NODE_START_S = 1800.0
 """What an autoscaler may take to launch the nodes that learner and replicas wait for, and to set them up."""
 
@@ -47,6 +50,8 @@ def launch(config: RunConfig, on_status: Callable[[RunStatus], None], *, resume:
         WorkerFailed: a part failed more often than allowed.
     """
     started_s = time.monotonic()
+    if _JOB_VARIABLE in os.environ:
+        end_when_orphaned()
     preflight.require(config, joins=is_joined())
     spec = build_spec(config)
     build_model_config(config, spec)  # What cannot work is refused before anything starts.
