@@ -1,5 +1,6 @@
 import os
 import sys
+import time
 
 import pytest
 from lab import Lab, why_not
@@ -15,3 +16,15 @@ def lab():
     lab = Lab()
     yield lab
     lab.close()
+
+
+@pytest.fixture
+def milestone(record_property):
+    """Says, and writes down, how long after the start of the test something had come about."""
+    started = time.monotonic()
+
+    def reach(name: str) -> None:
+        record_property(name, round(time.monotonic() - started))
+        print(f"[{time.monotonic() - started:4.0f} s] {name}", flush=True)
+
+    return reach

@@ -1,12 +1,14 @@
 """The on-premises cluster file with the lab's addresses in it, and the same cluster without `ray up`."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from lab import CHECKOUT, NETWORK, Lab, Node
+from lab import CHECKOUT, NETWORK, VENV, Lab, Node
 
 from vla_dist.run.node import write_tokens
 
@@ -52,6 +54,14 @@ def start_head(head: Node) -> None:
 def start_worker(node: Node) -> None:
     words = f"vla-dist cluster start-worker --head {HEAD} {node.address}:{TABLE[node.address]}"
     node.ssh(words, timeout_s=300).ok()
+
+
+def drive_outside(lab: Lab, robots: Node, address: str, seconds: float, *, token: str) -> dict[str, Any]:
+    """What became of robots on a machine that is not of the cluster; see ``fleet_program``."""
+    program = CHECKOUT / "tests" / "cluster" / "fleet_program.py"
+    words = [f"{VENV}/bin/python", str(program), f"{address}:9000", token, str(seconds)]
+    done = lab.run(words, inside=robots.namespace, timeout_s=seconds + 240)
+    return json.loads(done.ok().out.strip().splitlines()[-1])
 
 
 def _set_up(node: Node) -> None:

@@ -1,7 +1,6 @@
 """The root's ray_cluster.yaml launches nodes, runs a job on them and terminates them, in a cloud without a way out."""
 
 import re
-import time
 
 import cloud
 import jobs
@@ -21,13 +20,7 @@ def fake_cloud(lab):
     one.close()
 
 
-def test_the_root_file_launches_runs_and_terminates(lab, fake_cloud, record_property):
-    started = time.monotonic()
-
-    def milestone(name):
-        record_property(name, round(time.monotonic() - started))
-        print(f"[{time.monotonic() - started:4.0f} s] {name}", flush=True)
-
+def test_the_root_file_launches_runs_and_terminates(lab, fake_cloud, milestone):
     path = fake_cloud.write_cluster_file(fake_cloud.prepare())
     lab.run(["vla-dist", "cluster", "tokens"]).ok()
     checked = lab.run(["vla-dist", "cluster", "check", str(path), "--preset", "babyai"], env=fake_cloud.environment())

@@ -1,14 +1,12 @@
 """The life of an on-premises cluster, on machines of network namespaces, with nothing of it replaced."""
 
-import json
 import re
-import time
 
 import dashboards
 import jobs
 import pytest
-from lab import CHECKOUT, SHARED, VENV
-from onprem import ADDED, BOX, HEAD, ROOM, TABLE, write_cluster_file
+from lab import CHECKOUT, SHARED
+from onprem import ADDED, BOX, HEAD, ROOM, TABLE, drive_outside, write_cluster_file
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2400)]
 
@@ -19,16 +17,7 @@ def exported(lab, *nodes):
     return {line.split()[2] for page in pages for line in page.splitlines() if line.startswith("# HELP")}
 
 
-_PROGRAM = CHECKOUT / "tests" / "cluster" / "fleet_program.py"
-
-
-def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_property):
-    started = time.monotonic()
-
-    def milestone(name):
-        record_property(name, round(time.monotonic() - started))
-        print(f"[{time.monotonic() - started:4.0f} s] {name}", flush=True)
-
+def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, milestone):
     head, room, box = lab.add("head", 11), lab.add("room", 12), lab.add("box", 13)
     robots = lab.add("robots", 50, has_sshd=False)
     path = write_cluster_file(lab)
@@ -51,8 +40,7 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
     token = (lab.home / ".vla-dist" / "fleet_token").read_text()
 
     def fleet(address, seconds, *, secret=token):
-        words = [f"{VENV}/bin/python", str(_PROGRAM), f"{address}:9000", secret, str(seconds)]
-        return lab.run(words, inside=robots.namespace, timeout_s=seconds + 240)
+        return drive_outside(lab, robots, address, seconds, token=secret)
 
     def actors(kind):
         found = (
@@ -97,14 +85,14 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
 
     # Robots outside reach the gateway with the token, and only with it.
     lab.wait_for(lambda: "] training" in jobs.last_line(head, "first"), what="training", timeout_s=360, every_s=3)
-    told = json.loads(fleet(HEAD, 15).ok().out.strip().splitlines()[-1])
+    told = fleet(HEAD, 15)
     assert told["calls"] > 20, told
     assert told["failed_calls"] == 0, told
     milestone("robots outside are served")
     # Versions are judged when rollouts have ended; the learner's metrics go with its process.
     seen |= exported(lab, head, box)
     assert dashboards.metrics() - seen <= {"ray_vla_dist_run_success"}
-    stranger = json.loads(fleet(HEAD, 3, secret="wrong").ok().out.strip().splitlines()[-1])
+    stranger = fleet(HEAD, 3, secret="wrong")
     assert stranger["troubles"] > 0, stranger
     assert "token" in stranger["trouble"][0], stranger
 
@@ -114,7 +102,7 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
     replica = box.pids("ray::ServeReplica")
     head.ssh("pkill -9 -x gcs_server; pkill -9 -x raylet; ray stop --force", timeout_s=240)
     milestone("head killed")
-    told = json.loads(fleet(BOX, 10).ok().out.strip().splitlines()[-1])
+    told = fleet(BOX, 10)
     assert told["calls"] > 10, told
     head.ssh(f"vla-dist cluster start-head --node-ip {HEAD}", timeout_s=300).ok()
     lab.wait_for(lambda: len(lab.alive_nodes(head)) == 3, what="three nodes again", timeout_s=300, every_s=3)
@@ -123,7 +111,7 @@ def test_a_cluster_lives_through_a_run_its_losses_and_its_end(lab, record_proper
     assert box.pids("ray::ServeReplica") == replica != []
     milestone("head is back, the replica never left")
     # The gateway of the head had been killed with it, and what it left behind does not stand in the way.
-    told = json.loads(fleet(HEAD, 30).ok().out.strip().splitlines()[-1])
+    told = fleet(HEAD, 30)
     assert told["calls"] > 10, told
     milestone("robots are served through the head again")
 

@@ -7,21 +7,13 @@ from pathlib import Path
 
 import jobs
 import pytest
-from lab import CHECKOUT, SHARED, VENV
-from onprem import HEAD, write_cluster_file
+from lab import CHECKOUT, SHARED
+from onprem import HEAD, drive_outside, write_cluster_file
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2400)]
 
-_PROGRAM = CHECKOUT / "tests" / "cluster" / "fleet_program.py"
 
-
-def test_a_cluster_is_backed_up_upgraded_and_restored(lab, record_property):
-    started = time.monotonic()
-
-    def milestone(name):
-        record_property(name, round(time.monotonic() - started))
-        print(f"[{time.monotonic() - started:4.0f} s] {name}", flush=True)
-
+def test_a_cluster_is_backed_up_upgraded_and_restored(lab, milestone):
     head, room, box = lab.add("head", 11), lab.add("room", 12), lab.add("box", 13)
     robots = lab.add("robots", 50, has_sshd=False)
     # A checkout of its own, because an upgrade changes it.
@@ -48,9 +40,7 @@ def test_a_cluster_is_backed_up_upgraded_and_restored(lab, record_property):
         return made.ok().out.strip().splitlines()[-1]
 
     def fleet(secret, seconds=8):
-        words = [f"{VENV}/bin/python", str(_PROGRAM), f"{HEAD}:9000", secret, str(seconds)]
-        done = lab.run(words, inside=robots.namespace, timeout_s=seconds + 240)
-        return json.loads(done.ok().out.strip().splitlines()[-1])
+        return drive_outside(lab, robots, HEAD, seconds, token=secret)
 
     # Robots have tokens of a file; one takes the place of another without a break.
     old = token("site/1")

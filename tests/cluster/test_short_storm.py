@@ -1,7 +1,5 @@
 """The storm's short form: each part of a cluster that can be lost without a person is killed once, at work."""
 
-import time
-
 import jobs
 import pytest
 from lab import SHARED
@@ -19,12 +17,7 @@ _OPTIONS = (
 )
 
 
-def test_a_short_storm_ends_with_the_target_and_a_balanced_ledger(lab):
-    started = time.monotonic()
-
-    def milestone(name):
-        print(f"[{time.monotonic() - started:4.0f} s] {name}", flush=True)
-
+def test_a_short_storm_ends_with_the_target_and_a_balanced_ledger(lab, milestone):
     head, room, box = start_by_hand(lab)
     milestone("three nodes")
     storm = Storm(lab, head=head, room=room, box=box)
