@@ -84,7 +84,7 @@ _REFUSAL = """Traceback (most recent call last):
 RuntimeError: Version mismatch: The cluster was started with:
     Ray: 2.60.0
     Python: 3.11.7
-This process on 10.0.0.3 was started with:
+This process on node 10.0.0.3 was started with:
     Ray: 2.60.0
     Python: 3.12.1
 """

@@ -33,7 +33,7 @@ _OPEN_FILES = 65_536
 _ATTEMPTS = 3
 _START_TIMEOUT_S = 300.0
 _MISMATCH = re.compile(
-    r"cluster was started with:\s+Ray: (?P<ray>\S+)\s+Python: (?P<python>\S+)\s+This process on \S+ was started with:"
+    r"cluster was started with:\s+Ray: (?P<ray>\S+)\s+Python: (?P<python>\S+)\s+This process on .+ was started with:"
     r"\s+Ray: (?P<own_ray>\S+)\s+Python: (?P<own_python>\S+)"
 )
 """How `ray start` refuses a node (`check_version_info` of Ray's utils), at the end of a traceback."""
