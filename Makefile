@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= demo
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-slow test-chaos test-cluster test-formats lint format bench proto lock clean
+.PHONY: setup demo test test-slow test-chaos test-storm test-cluster test-formats lint format bench proto lock clean
 
 setup: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ test-slow: setup
 
 test-chaos: setup
 	$(BIN)/python -m pytest -m chaos -s
+
+# The cluster's storm in its short form. Where there is no lab it is skipped, says why, and has shown nothing.
+test-storm: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m cluster -rs tests/cluster/test_short_storm.py
 
 # As root on Linux: machines are network namespaces with sshd, and a cloud that is not there has no way out either.
 MOTO := .venv-peers/moto
