@@ -204,17 +204,20 @@ class Session:
 
     def _require_stream(self, deadline: float, *, first: bool = False) -> ControlStream:
         """A stream whose session is granted; opens one where needed."""
+        attempt_s = self._config.attempt_s
+        if first:  # One that hangs, as on a server that just ends, must leave time for another.
+            attempt_s = min(attempt_s, (deadline - time.monotonic()) / 2)
         self._renew()
         while True:
             self._drop_stalled()
             stream = self._stream or self._start_stream()
-            self._wait_until_open(stream, min(deadline, self._attempt_since + self._config.attempt_s))
+            self._wait_until_open(stream, min(deadline, self._attempt_since + attempt_s))
             if stream.is_open and not stream.has_ended:
                 self._pause_s = self._config.first_pause_s
                 return stream
             if stream.has_ended:
                 self._after_end(stream, deadline, first=first)
-            elif time.monotonic() >= self._attempt_since + self._config.attempt_s:
+            elif time.monotonic() >= self._attempt_since + attempt_s:
                 self._give_up_on(stream)
             self._require_budget(stream)
             if time.monotonic() >= deadline:
