@@ -1,4 +1,4 @@
-"""Links that say nothing or say it late: a session is opened where one can be, and no wait is longer than was asked for."""
+"""Links that say nothing, or say it late: a session is opened where one can be, and no wait is longer than asked."""
 
 import asyncio
 import socket
