@@ -4,8 +4,9 @@
     vla-dist bench learn --page          # docs/results.md from benchmarks/results/
 
 Each runs through the system's own path: rollout workers as Ray actors, Redis, the learner under Ray Train, judges as
-Ray actors; ``--in-process`` steps the same parts in this process. Finished seeds are kept in ``--work-dir`` and not run
-again; an interrupted one goes on. ``--quick`` is a form of under a minute that claims nothing.
+Ray actors; ``--in-process`` steps the same parts in this process. Finished seeds are kept in ``--work-dir`` and in the
+``--json`` file and are not run again while the protocol is the same; an interrupted one goes on. ``--quick`` is a form
+of under a minute that claims nothing.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="under a minute, claims nothing")
     parser.add_argument("--in-process", action="store_true", help="the same parts without Ray")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/learn"), help="where finished seeds are kept")
-    parser.add_argument("--json", type=Path, help="also write the answer there")
+    parser.add_argument("--json", type=Path, help="also write the answer there; seeds that it holds are not run again")
     parser.add_argument("--figure", type=Path, help="also draw it there, as PNG")
     parser.add_argument("--page", action="store_true", help="write docs/results.md")
     options = parser.parse_args()
@@ -66,6 +67,7 @@ def _run(options: argparse.Namespace) -> None:
         quick=options.quick,
         in_process=options.in_process,
         work_dir=options.work_dir,
+        earlier=options.json,
     )
     result = module.run(settings)
     _print(result)

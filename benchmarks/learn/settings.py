@@ -22,6 +22,8 @@ class Settings:
     """The same parts stepped one after another in this process, instead of by Ray."""
     work_dir: Path = Path("runs/learn")
     """Finished seeds are kept there and not run again."""
+    earlier: Path | None = None
+    """An earlier answer, if there is one: its seeds of the same protocol are not run again either."""
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:

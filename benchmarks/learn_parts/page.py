@@ -72,10 +72,23 @@ def section(result: Mapping[str, Any], path: Path, plot: str) -> str:
     lines.append(
         f"`{result.get('command', '')}`: {seconds} s for each seed, {result.get('path', '')}; {result['machine']};"
     )
-    lines.append(f"{result['date']}; revision {result.get('git_revision', '')[:10]}; `benchmarks/results/{path.name}`.")
+    lines.append(f"{_origins(result)}; `benchmarks/results/{path.name}`.")
     protocol = ", ".join(f"{key}: {_plain(value)}" for key, value in result.get("protocol", {}).items())
     lines += ["", f"Protocol: {protocol}.", ""]
     return "\n".join(lines)
+
+
+def _origins(result: Mapping[str, Any]) -> str:
+    """When, and of which revisions; each seed's, where they differ."""
+
+    def one(found: Mapping[str, Any]) -> str:
+        return f"{found['date']}; revision {found.get('git_revision', '')[:10]}"
+
+    rows = result.get("rows", {})
+    each = {seed: one(row) for seed, row in rows.items()}
+    if len(set(each.values())) < 2:
+        return next(iter(each.values()), one(result))
+    return "; ".join(f"seed {seed}: {words.replace(';', ',')}" for seed, words in each.items())
 
 
 def _overview(files: list[Path]) -> str:

@@ -100,11 +100,15 @@ def answer(
         "measures": {label: dict(found) for label, found in measures.items()},
         "targets": [] if settings.quick else [dict(one) for one in targets],
         "notes": list(notes),
-        "machine": machine(),
-        "date": datetime.date.today().isoformat(),
+        **origin(),
         "command": _command(name, settings),
-        "git_revision": git_revision(),
+        "rows": {str(seed): dict(found) for seed, found in seeds.items()},
     }
+
+
+def origin() -> dict[str, str]:
+    """Where, when and of which code a figure is."""
+    return {"machine": machine(), "date": datetime.date.today().isoformat(), "git_revision": git_revision()}
 
 
 def machine() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from learn.settings import Settings
+from learn_parts.results import origin
 
 from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run.config import RunConfig
@@ -27,7 +28,7 @@ the folder."""
 def run_seeds(
     settings: Settings, name: str, protocol: Mapping[str, Any], config: RunConfig, run_seed: RunSeed
 ) -> dict[int, dict[str, Any]]:
-    """What each seed came to, with ``wall_s``.
+    """What each seed came to, with ``wall_s``, ``digest`` of the protocol, and ``origin``.
 
     Args:
         protocol: plain JSON of everything that decides the outcome beside the seed; another one is another benchmark.
@@ -37,7 +38,8 @@ def run_seeds(
     digest = hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:8]
     home = settings.work_dir.resolve() / f"{name}-{digest}"
     home.mkdir(parents=True, exist_ok=True)
-    found = {seed: json.loads(path.read_text()) for seed in settings.seeds if (path := _kept(home, seed)).exists()}
+    found = _earlier(settings.earlier, digest)
+    found |= {seed: json.loads(path.read_text()) for seed in settings.seeds if (path := _kept(home, seed)).exists()}
     missing = [seed for seed in settings.seeds if seed not in found]
     if missing:
         with _parts(settings, config, home.name) as parts:
@@ -46,7 +48,7 @@ def run_seeds(
                 folder = home / f"seed-{seed}"
                 with _clock(home / f"seed-{seed}.seconds") as seconds:
                     answer = run_seed(seed, folder, parts, say)
-                answer = {**answer, "wall_s": round(seconds(), 1)}
+                answer = {**answer, "wall_s": round(seconds(), 1), "digest": digest, **origin()}
                 write_atomically(_kept(home, seed), json.dumps(answer, indent=2))
                 shutil.rmtree(folder, ignore_errors=True)
                 say(f"done after {answer['wall_s']:.0f} s\n")
@@ -108,6 +110,14 @@ def _clock(path: Path) -> Iterator[Callable[[], float]]:
 
 def _kept(home: Path, seed: int) -> Path:
     return home / f"seed-{seed}.json"
+
+
+def _earlier(path: Path | None, digest: str) -> dict[int, dict[str, Any]]:
+    """The seeds of an earlier answer, as far as they are of this protocol."""
+    if path is None or not path.exists():
+        return {}
+    rows = json.loads(path.read_text()).get("rows", {})
+    return {int(seed): row for seed, row in rows.items() if row["digest"] == digest}
 
 
 def _progress(title: str) -> Say:

@@ -100,7 +100,10 @@ def answer_of(name, **changes):
         title="Key-to-Door",
         question="Does it?",
         protocol={"layouts": "split", "sizes": [1, 2]},
-        seeds={0: {"wall_s": 12.4}, 1: {"wall_s": 13.6}},
+        seeds={
+            seed: {"wall_s": wall_s, "date": f"2026-11-2{seed}", "git_revision": "0123456789ab"}
+            for seed, wall_s in ((0, 12.4), (1, 13.6))
+        },
         measures=rates,
         targets=[target("DT", 0.65, 0.6, source="a paper"), target("wrong", 0.3, 0.1, at_most=True)],
         notes=["A note."],
@@ -124,6 +127,7 @@ def test_the_page_is_made_from_the_files_alone(tmp_path):
     assert "| wrong | at most 0.1 | 0.3 | **missed** |" in text
     assert "`vla-dist bench learn key-to-door --seeds 3`: 12, 14 s for each seed" in text
     assert "| [Key-to-Door](#key-to-door) | 0, 1 | 1 of 2 |" in text
+    assert "seed 0: 2026-11-20, revision 0123456789; seed 1: 2026-11-21, revision 0123456789; `benchmarks" in text
     for name in ("key-to-door", "key-to-door-in-process"):
         assert f"](results/{name}.png)" in text
         assert (page.parent / "results" / f"{name}.png").exists()
@@ -192,6 +196,34 @@ def test_seeds_are_run_once_and_only_for_one_protocol(tmp_path):
     assert found[2]["wall_s"] >= 0.2, "the interrupted attempt counts"
     run((1,), size=4)
     assert ran == [1, 2, 2, 1]
+
+
+def test_seeds_that_an_earlier_answer_holds_are_not_run_again(tmp_path):
+    from learn_parts.results import answer
+    from learn_parts.seeds import run_seeds
+
+    from vla_dist.run.presets import preset
+
+    ran, file = [], tmp_path / "one.json"
+
+    def run_seed(seed, folder, parts, say):
+        ran.append(seed)
+        return {"value": seed}
+
+    def run(seeds, work_dir, **protocol):
+        given = settings(tmp_path / work_dir, seeds=seeds, earlier=file)
+        found = run_seeds(given, "one", protocol, preset("key-to-door"), run_seed)
+        words = dict.fromkeys(("name", "title", "question"), "one")
+        file.write_text(json.dumps(answer(given, **words, protocol=protocol, seeds=found, measures={})))
+        return found
+
+    first = run((0,), "a", size=3)
+    found = run((0, 1), "b", size=3)
+    assert ran == [0, 1]
+    assert found[0] == first[0]
+    assert {"machine", "date", "git_revision"} <= found[0].keys()
+    run((0,), "c", size=4)
+    assert ran == [0, 1, 0], "another protocol is another benchmark"
 
 
 def test_results_call_a_missed_figure_missed():
