@@ -25,7 +25,8 @@ class HierarchicalVLAConfig(PreTrainedConfig):
         learned_termination: it is also asked where the controller finds the skill done; needs skills.
         controller: None: built in. Else ``{"architecture": name, ...}``: another member of the zoo with its own
             settings, whose goal is the skill; needs skills and ``goal_dim`` or words in that member.
-        context_steps: K of a training window.
+        controller_context_steps: F, how many of the last steps the built-in controller sees; 1: the moment alone.
+        context_steps: K of a training window, at least F.
         horizon: H; 1 unless the controller is a member that chunks.
         head: ``tanh`` (squared error, actions in [-1, 1]) or ``discrete``; with another member, its own head's name.
         goal_dim: G of the sentence embedding that the planner reads; 0: no language.
@@ -45,6 +46,7 @@ class HierarchicalVLAConfig(PreTrainedConfig):
     hold_steps: int = 5
     learned_termination: bool = False
     controller: dict[str, Any] | None = None
+    controller_context_steps: int = 1
     context_steps: int = 10
     horizon: int = 1
     head: str = "tanh"
@@ -59,6 +61,11 @@ class HierarchicalVLAConfig(PreTrainedConfig):
         for name in ("high_level_dim", "low_level_dim", "action_dim", "subgoal_dim", "hold_steps", "context_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"hierarchical {name} {getattr(self, name)} must be at least 1")
+        if not 1 <= self.controller_context_steps <= self.context_steps:
+            raise ConfigError(
+                f"hierarchical controller_context_steps {self.controller_context_steps} must be within 1 and "
+                f"context_steps {self.context_steps}: a window must hold what the controller sees"
+            )
         if min(self.hidden_dim, self.goal_dim, self.state_dim) < 0 or not (self.state_dim or self.cameras):
             raise ConfigError(
                 "hierarchical hidden_dim, goal_dim and state_dim must not be negative, nor all inputs absent"
@@ -67,6 +74,8 @@ class HierarchicalVLAConfig(PreTrainedConfig):
             raise ConfigError(f"hierarchical skills {self.skills} must be distinct")
         if not self.skills:
             self._require_latent()
+        if self.controller is not None and self.controller_context_steps != 1:
+            raise ConfigError("controller_context_steps is of the built-in controller; another one has its own context")
         if self.controller is None and (self.horizon != 1 or self.head not in HEADS):
             raise ConfigError(
                 f"the built-in controller has horizon 1 and a head of {', '.join(HEADS)}, got {self.horizon} and "

@@ -3,24 +3,23 @@
 Shapes: B batch, K steps, P proprio, G goal, A action, H chunk horizon, S skills, N skills of a sketch, Z subgoal width.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModel
 from transformers import initialization as init
 
-from vla_dist.core.errors import ConfigError, DataError
+from vla_dist.core.errors import ConfigError
 from vla_dist.models.batch import TrainBatch
 from vla_dist.models.hierarchical.alignment import Sketches, log_likelihood, posterior
 from vla_dist.models.hierarchical.config import HierarchicalVLAConfig
+from vla_dist.models.hierarchical.levels import Controller, Planner
 from vla_dist.models.member import masked_mean, require_batch, setting_types
 from vla_dist.models.pretrained import WholePreTrainedModel
 from vla_dist.models.settings import build_config, require_settings
-from vla_dist.models.step_encoder import StepEncoder
 
 _ACTION_STD = 0.2
 """Of the Gaussian by which a skill explains a recorded action in [-1, 1]."""
@@ -63,8 +62,8 @@ class HierarchicalVLA(WholePreTrainedModel):
             sizes = {"high_level_dim": high_level_dim, "low_level_dim": low_level_dim, "action_dim": action_dim}
             config = build_config(HierarchicalVLAConfig, {"state_dim": low_level_dim, **settings}, **sizes)
         super().__init__(config)
-        self.planner = _Planner(config)
-        self.controller: Any = _Controller(config) if config.controller is None else _build_member(config)
+        self.planner = Planner(config)
+        self.controller: Any = Controller(config) if config.controller is None else _build_member(config)
         self.embed_skill = nn.Embedding(len(config.skills or ()), config.subgoal_dim) if config.skills else None
         self.embed_displacement = None if config.skills else nn.Linear(config.state_dim, config.subgoal_dim)
         self.terminate = None
@@ -105,7 +104,8 @@ class HierarchicalVLA(WholePreTrainedModel):
 
         Args:
             high_level_state: (B, high_level_dim), for example from ``planner.perceive``.
-            low_level_state: (B, low_level_dim), for example from ``controller.perceive``.
+            low_level_state: (B, low_level_dim), for example from ``controller.perceive`` or, of a controller with a
+                context, from ``controller.recall``.
             previous_skill: (B,) int64, the skill that ran before; None: none.
 
         Returns:
@@ -172,7 +172,7 @@ class HierarchicalVLA(WholePreTrainedModel):
 
     def _latent_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         hold, last = self.config.hold_steps, batch.states.shape[1] - 1
-        low = self.controller.perceive(batch.states, batch.images)
+        low = self.controller.perceive_window(batch.states, batch.images, batch.padding_mask)
         state = self.controller.encoder.normalised(batch.states)
         step = torch.arange(last, device=state.device)
         ends = last - hold * ((last - 1 - step) // hold)
@@ -191,7 +191,8 @@ class HierarchicalVLA(WholePreTrainedModel):
     def _skill_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sketches = Sketches.of(batch.tasks, batch.instructions, self.config.skills or (), batch.states.device)
         num, steps, count = *batch.states.shape[:2], sketches.skills.shape[1]
-        low = self.controller.perceive(batch.states, batch.images)[:, :, None].expand(-1, -1, count, -1)
+        low = self.controller.perceive_window(batch.states, batch.images, batch.padding_mask)
+        low = low[:, :, None].expand(-1, -1, count, -1)
         subgoal = self.embed_subgoal(sketches.skills)[:, None].expand(num, steps, count, -1)
         targets = batch.target_actions[:, :, None].expand(num, steps, count, -1)
         output = self.controller(low, subgoal)
@@ -271,72 +272,6 @@ def _weighted_sum(terms: Tensor, mask: Tensor, weights: Tensor | None, count: Te
 def _first(weights: Tensor | None, steps: int) -> Tensor | None:
     """Weights of the first steps of each window, where they are weights of steps."""
     return weights[:, :steps] if weights is not None and weights.ndim == 2 else weights
-
-
-class _Level(nn.Module):
-    """Perception of one level, not shared with the other."""
-
-    def __init__(self, config: HierarchicalVLAConfig, width: int, goal_dim: int) -> None:
-        super().__init__()
-        self.encoder = StepEncoder(
-            state_dim=config.state_dim,
-            goal_dim=goal_dim,
-            output_dim=width,
-            cameras=config.cameras or (),
-            visual=config.visual,
-        )
-        self.norm = nn.LayerNorm(width)
-
-    def _perceive(self, states: Tensor, goals: Tensor | None, images: Mapping[str, Tensor]) -> Tensor:
-        return gelu(self.norm(self.encoder(states, goals, self.encoder.encode_images(images))))
-
-
-class _Planner(_Level):
-    """High-level state and the skill before it to S logits, or to the P normalised displacement of the next hold."""
-
-    def __init__(self, config: HierarchicalVLAConfig) -> None:
-        super().__init__(config, config.high_level_dim, config.goal_dim)
-        num_skills = len(config.skills or ())
-        self.before = nn.Embedding(num_skills + 1, config.high_level_dim) if num_skills else None
-        self.widen = nn.Linear(config.high_level_dim, config.hidden_dim or config.high_level_dim)
-        self.head = nn.Linear(config.hidden_dim or config.high_level_dim, num_skills or config.state_dim)
-
-    def perceive(self, states: Tensor, goals: Tensor | None, images: Mapping[str, Tensor]) -> Tensor:
-        """(..., P), (..., G) and camera name -> (..., 3, H, W) to (..., high_level_dim)."""
-        return self._perceive(states, goals, images)
-
-    def forward(self, high: Tensor, before: Tensor | None) -> Tensor:
-        """``before``: (...) int64, S or None where no skill ran."""
-        if high.shape[-1] != self.widen.in_features:
-            raise DataError(f"high_level_state of shape {tuple(high.shape)} must end in {self.widen.in_features}")
-        if self.before is not None:
-            if before is None:
-                before = torch.full(high.shape[:-1], self.before.num_embeddings - 1, device=high.device)
-            high = high + self.before(before)
-        return self.head(gelu(self.widen(high)))
-
-
-class _Controller(_Level):
-    """Linear(low_level_dim + subgoal_dim), through a hidden layer where there is one."""
-
-    def __init__(self, config: HierarchicalVLAConfig) -> None:
-        super().__init__(config, config.low_level_dim, 0)
-        self.squash = config.head == "tanh"
-        self.low_level_dim = config.low_level_dim
-        joined = config.low_level_dim + config.subgoal_dim
-        self.widen = nn.Linear(joined, config.hidden_dim) if config.hidden_dim else None
-        self.head = nn.Linear(config.hidden_dim or joined, config.action_dim)
-
-    def perceive(self, states: Tensor, images: Mapping[str, Tensor]) -> Tensor:
-        """(..., P) and camera name -> (..., 3, H, W) to (..., low_level_dim)."""
-        return self._perceive(states, None, images)
-
-    def forward(self, low: Tensor, subgoal: Tensor) -> Tensor:
-        if low.shape[-1] != self.low_level_dim:
-            raise DataError(f"low_level_state of shape {tuple(low.shape)} must end in {self.low_level_dim}")
-        joined = torch.cat([low, subgoal], -1)
-        output = self.head(joined if self.widen is None else gelu(self.widen(joined)))
-        return output.tanh() if self.squash else output
 
 
 def _build_member(config: HierarchicalVLAConfig) -> Any:

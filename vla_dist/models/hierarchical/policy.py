@@ -36,6 +36,9 @@ class HierarchicalState:
     """Steps since the planner was asked; -1 before the first time."""
     timestep: int
     """Index within the episode of the next observation."""
+    recent: Array
+    """(R, D) float32, what the controller perceived at the R < F steps before, newest last; (0, D) where it sees the
+    moment alone. Read-only."""
     low_level: Any
     """The state of a controller that is another member; None of the built-in one."""
 
@@ -108,6 +111,7 @@ class HierarchicalPolicy:
             target=_frozen(np.zeros(0 if self._skills else self._spec.proprio_dim, np.float32)),
             age=-1,
             timestep=timestep,
+            recent=_frozen(np.zeros((0, self._model.config.low_level_dim), np.float32)),
             low_level=None if self._low_level is None else self._low_level.initial_state(timestep=timestep),
         )
 
@@ -133,7 +137,7 @@ class HierarchicalPolicy:
         with torch.inference_mode():
             reading = self._tensor(proprio if self._model.config.state_dim else proprio[:, :0])
             views = {name: frame.to(self._device) for name, frame in frames.items()}
-            low = None if self._low_level is not None else self._model.controller.perceive(reading, views)
+            low, recent = self._perceive(reading, views, states)
             is_done = self._is_done(low, states)
             is_due = [
                 state.age < 0 or done or state.timestep % self._model.config.hold_steps == 0
@@ -151,8 +155,30 @@ class HierarchicalPolicy:
                 return self._act_through_member(observations, planned, generator)
             output = self._model.controller(low, self._subgoal_vectors(planned, reading))
         actions = self._codec.decode(output.float().cpu().numpy())
-        after = [replace(state, age=state.age + 1, timestep=state.timestep + 1) for state in planned]
+        after = [
+            replace(state, age=state.age + 1, timestep=state.timestep + 1, recent=seen)
+            for state, seen in zip(planned, recent, strict=True)
+        ]
         return list(actions[:, None]), after
+
+    def _perceive(
+        self, reading: torch.Tensor, views: dict[str, torch.Tensor], states: Sequence[HierarchicalState]
+    ) -> tuple[torch.Tensor | None, list[Array]]:
+        """(B, D) that the built-in controller acts on, and the ``recent`` of the states that follow."""
+        if self._low_level is not None:
+            return None, [state.recent for state in states]
+        low = self._model.controller.perceive(reading, views)
+        steps = self._model.config.controller_context_steps
+        if steps == 1:
+            return low, [state.recent for state in states]
+        window = np.zeros((len(states), steps, low.shape[-1]), np.float32)
+        window[:, -1] = low.float().cpu().numpy()
+        for row, state in enumerate(states):
+            window[row, steps - 1 - len(state.recent) : -1] = state.recent
+        lengths = [len(state.recent) + 1 for state in states]
+        is_step = np.arange(steps) >= steps - np.array(lengths)[:, None]
+        kept = [_frozen(row[-min(length, steps - 1) :].copy()) for row, length in zip(window, lengths, strict=True)]
+        return self._model.controller.recall(self._tensor(window), self._tensor(is_step)), kept
 
     def _is_done(self, low: torch.Tensor | None, states: Sequence[HierarchicalState]) -> list[bool]:
         if low is None or self._model.terminate is None:
