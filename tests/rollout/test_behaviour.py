@@ -8,7 +8,7 @@ from vla_dist.core.specs import Dimension
 from vla_dist.core.types import ActionChunk, Observation
 from vla_dist.envs.make import make_env
 from vla_dist.rollout import behaviour as behaviours
-from vla_dist.rollout.behaviour import RandomActions, ServedPolicy
+from vla_dist.rollout.behaviour import RandomActions, ServedPolicy, TooEarly
 from vla_dist.rollout.episode import run_episode
 from vla_dist.testing.fakes import make_spec
 
@@ -116,3 +116,14 @@ def test_a_service_that_is_just_starting_is_waited_for():
 
     with pytest.raises(Unreachable, match="not serve it yet"):
         ServedPolicy(open_session).begin(task="go", seed=0)
+
+
+def test_a_served_version_that_may_not_act_yet_is_waited_out(monkeypatch):
+    monkeypatch.setattr(behaviours, "_EARLY_PAUSE_S", 0.0)
+    sessions = [Session(1), Session(2)]
+    policy = ServedPolicy(lambda task: sessions[0] if not sessions[0].closed else sessions[1], first_version=2)
+    with pytest.raises(TooEarly, match="newest version is 1, and 2 is the first that acts"):
+        policy.begin(task="go", seed=0)
+    policy.begin(task="go", seed=0)
+    assert sessions[0].closed
+    assert policy.act(SEEN)[0][0] == 2.0

@@ -183,6 +183,21 @@ def test_a_policy_rollout_keeps_its_version_for_the_episode_and_takes_the_newest
     assert {s.source for s in table.segments} == {"policy"}
 
 
+def test_versions_before_the_first_that_may_act_are_waited_out(monkeypatch):
+    monkeypatch.setattr("vla_dist.rollout.behaviour._FIRST_VERSION_TIMEOUT_S", 0.05)
+    registry, table = InMemoryRegistry(), ListTable()
+    config = RolloutConfig(run_id="p", tasks=("go",), episodes_per_task=1, segment_steps=8)
+    behaviour = FollowedPolicy(registry, "demo@stable", load_fake, first_version=3)
+    worker = RolloutWorker(FakeEnv(SPEC, ("go",)), behaviour, table, config, worker_index=0)
+    for _ in range(2):
+        registry.publish(fake_artifact(SPEC, name="demo"), channel="stable")
+        found = worker.step()
+        assert (found["waited"], found["finished"], table.segments) == (1.0, 0.0, [])
+    registry.publish(fake_artifact(SPEC, name="demo"), channel="stable")
+    drain(worker)
+    assert {segment.policy_version for segment in table.segments} == {3}
+
+
 def test_a_policy_rollout_says_that_nothing_was_published(monkeypatch):
     monkeypatch.setattr("vla_dist.rollout.behaviour._FIRST_VERSION_TIMEOUT_S", 0.05)
     behaviour = FollowedPolicy(InMemoryRegistry(), "demo@stable", load_fake)

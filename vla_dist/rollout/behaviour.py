@@ -15,6 +15,11 @@ from vla_dist.core.types import ActionChunk, Array, Observation, Source
 
 _FIRST_VERSION_TIMEOUT_S = 10.0
 _CHUNK_DEADLINE_S, _GIVE_UP_S = 10.0, 60.0
+_EARLY_PAUSE_S = 1.0
+
+
+class TooEarly(WaitTimeout):
+    """There are versions, but none yet that may act: no trouble, ask again."""
 
 
 class Behaviour(Protocol):
@@ -105,7 +110,11 @@ class FollowedPolicy:
 
     source: Source = "policy"
 
-    def __init__(self, registry: PolicyRegistry, reference: str, load: PolicyLoader) -> None:
+    def __init__(self, registry: PolicyRegistry, reference: str, load: PolicyLoader, *, first_version: int = 1) -> None:
+        """Args:
+        first_version: earlier ones do not act; they are waited out.
+        """
+        self._first_version = first_version
         self._registry = registry
         self._reference = reference
         self._load = load
@@ -113,12 +122,15 @@ class FollowedPolicy:
         self.policy_version = 0
 
     def begin(self, *, task: str, seed: int) -> None:
-        """Raises WaitTimeout while there is no version yet."""
-        version = self._registry.follow(self._reference, after=0, timeout_s=_FIRST_VERSION_TIMEOUT_S)
+        """Raises WaitTimeout while there is no version yet, and TooEarly while none of them may act."""
+        version, end = 0, time.monotonic() + _FIRST_VERSION_TIMEOUT_S
+        while version < self._first_version and (left := end - time.monotonic()) > 0:
+            version = self._registry.follow(self._reference, after=version, timeout_s=left)
         if version == 0:
             raise WaitTimeout(
                 f"no version of {self._reference} after {_FIRST_VERSION_TIMEOUT_S:.0f} s; is a learner publishing?"
             )
+        _require_first(version, self._first_version)
         if self._policy is None or version != self.policy_version:
             name = self._reference.partition("@")[0]
             self._policy = self._load(self._registry.fetch(name, version))
@@ -159,10 +171,12 @@ class ServedPolicy:
 
     source: Source = "policy"
 
-    def __init__(self, open_session: Callable[[str], ServedEpisode]) -> None:
+    def __init__(self, open_session: Callable[[str], ServedEpisode], *, first_version: int = 1) -> None:
         """Args:
         open_session: with the task's name.
+        first_version: earlier ones do not act; they are waited out.
         """
+        self._first_version = first_version
         self._open_session = open_session
         self._session: ServedEpisode | None = None
         self.policy_version = 0
@@ -172,6 +186,7 @@ class ServedPolicy:
 
         Raises:
             Unreachable: nobody serves, or not this policy yet, as where the service is just starting.
+            TooEarly: what is served may not act yet.
         """
         del seed
         if self._session is not None:
@@ -182,6 +197,9 @@ class ServedPolicy:
         except NotFound as error:
             raise Unreachable(f"the service does not serve it yet: {error}") from error
         self.policy_version = self._session.policy_version
+        if self.policy_version < self._first_version:
+            time.sleep(_EARLY_PAUSE_S)
+        _require_first(self.policy_version, self._first_version)
         self._queue: list[Array] = []
 
     def act(self, observation: Observation) -> tuple[Array, Array | None]:
@@ -198,3 +216,8 @@ class ServedPolicy:
             except DeadlineExceeded as error:
                 if time.monotonic() > end:
                     raise Unreachable(f"no chunk for {_GIVE_UP_S:.0f} s; the episode is run again") from error
+
+
+def _require_first(version: int, first: int) -> None:
+    if version < first:
+        raise TooEarly(f"the newest version is {version}, and {first} is the first that acts")

@@ -6,7 +6,7 @@ from vla_dist.core.errors import ConfigError, ReplayWait
 from vla_dist.core.protocols import ReplayTable, RobotEnv
 from vla_dist.core.seeding import is_evaluation_seed, training_seed
 from vla_dist.core.types import Metrics, Segment
-from vla_dist.rollout.behaviour import Behaviour
+from vla_dist.rollout.behaviour import Behaviour, TooEarly
 from vla_dist.rollout.episode import run_episode
 
 
@@ -83,9 +83,12 @@ class RolloutWorker:
         Raises:
             Unreachable: the table does not answer; call again, nothing is lost.
         """
-        if not self.is_done and not self._pending:
-            self._run_next()
         waited = 0.0
+        if not self.is_done and not self._pending:
+            try:
+                self._run_next()
+            except TooEarly:
+                waited = 1.0
         while self._pending:
             try:
                 self._table.append(self._pending[0], timeout_s=self._config.append_timeout_s)

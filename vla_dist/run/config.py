@@ -123,6 +123,8 @@ class RolloutSettings:
     """Of the teacher's episodes, one each for every task, such as what a policy failed at; empty: drawn."""
     policy_episodes_per_task: int = 0
     """By the newest version, over all workers, in the same processes; robots of the fleet come on top."""
+    policy_from_version: int = 1
+    """The first version that acts in them. What an untrained one does fills the replay with failures."""
 
     @property
     def total_episodes_per_task(self) -> int:
@@ -296,6 +298,11 @@ class RunConfig:
             raise ConfigError(
                 f"replay.min_steps {self.replay.min_steps} exceeds capacity_steps {self.replay.capacity_steps}: "
                 "the learner would wait for ever; raise the capacity"
+            )
+        if not 1 <= self.rollout.policy_from_version <= len(updates):
+            raise ConfigError(
+                f"rollout.policy_from_version {self.rollout.policy_from_version} must be within 1 and {len(updates)}, "
+                "the number of learner.publish_updates"
             )
         self._require_enough_inserts()
         self._require_servers()

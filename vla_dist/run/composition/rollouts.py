@@ -107,7 +107,8 @@ def _build_followed_policy(place: Place) -> Behaviour:
     from vla_dist.rollout.behaviour import FollowedPolicy
 
     load = build_policy_loader(place.config, explores=True)
-    return FollowedPolicy(build_registry(place), place.config.reference, load)
+    first = place.config.rollout.policy_from_version
+    return FollowedPolicy(build_registry(place), place.config.reference, load, first_version=first)
 
 
 def _build_served_policy(place: Place, spec: EnvSpec, worker_index: int, address: str) -> Behaviour:
@@ -117,7 +118,8 @@ def _build_served_policy(place: Place, spec: EnvSpec, worker_index: int, address
     client = PolicyClient(address, token=place.config.serving.token or None)
     robot_id = f"rollout-{worker_index}"
     return ServedPolicy(
-        lambda task: client.open_session(spec, policy=place.config.reference, robot_id=robot_id, task=task)
+        lambda task: client.open_session(spec, policy=place.config.reference, robot_id=robot_id, task=task),
+        first_version=place.config.rollout.policy_from_version,
     )
 
 
