@@ -2,7 +2,8 @@
 
 Chevalier-Boisvert et al. 2019, "BabyAI": interactive against passive imitation to 99 % on GoToRedBallGrey. Both begin
 with the same demonstrations of a bot. The passive learner gets more of them by chance. The interactive one tries
-missions of the training half and gets the bot's demonstration of those that it failed. Each time there are half as
+missions of the training half, acting through the policy service as a robot does, and gets the bot's demonstration of
+those that it failed. Each time there are half as
 many again, and a new model is trained on all of them with the same number of updates; the first size at which it
 succeeds in the wanted share of the suite counts.
 """
@@ -18,8 +19,7 @@ from learn_parts.results import Counts, answer, count, measure, target
 from learn_parts.seeds import for_comparison, run_seeds, suite_of, trained_for
 
 from learn.settings import Settings
-from vla_dist.core.seeding import training_seed
-from vla_dist.evaluation.suite import SuiteConfig
+from vla_dist.core.seeding import rehearsal_seed, training_seed
 from vla_dist.run.config import ModelSettings, RunConfig
 from vla_dist.run.presets import preset
 from vla_dist.run.study import Study, Trained, open_study
@@ -140,10 +140,10 @@ def _failures(study: Study, trained: Trained, wanted: int, missions: tuple[int, 
     at_once, times = missions
     failed: list[int] = []
     for part in range(times):
-        number = (study.place.config.seed * 100_000 + since) * 100 + part
-        suite = SuiteConfig(tasks=(_TASK,), episodes_per_task=at_once, seed=number, rehearses=True)
-        (outcomes,) = study.judge(trained, suite)
-        failed += [outcome.seed for outcome in outcomes if not outcome.success]
+        suite = (study.place.config.seed * 100_000 + since) * 100 + part
+        seeds = [rehearsal_seed(suite, index) for index in range(at_once)]
+        found = study.attempt(f"attempts-{since}-{part}", trained, seeds)
+        failed += [seed for seed, succeeded in found.items() if not succeeded]
         if len(failed) >= wanted:
             break
     return failed[:wanted]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vla_dist.core.errors import ConfigError, Unreachable
+from vla_dist.core.seeding import evaluation_seed, rehearsal_seed
 from vla_dist.evaluation.pairing import compare_outcomes
 from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run import study_parts
@@ -16,7 +17,7 @@ from vla_dist.run.composition.stores import build_table
 from vla_dist.run.config import LearnerSettings
 from vla_dist.run.host import WorkerHost
 from vla_dist.run.presets import preset
-from vla_dist.run.study import best_episodes, judge_expert, open_study
+from vla_dist.run.study import Study, best_episodes, judge_expert, open_study
 from vla_dist.run.study_parts import HostedParts, LocalParts
 from vla_dist.testing.fakes import make_segment, make_spec
 
@@ -40,6 +41,7 @@ def config_of(*, episodes=60, updates=6):
     )
 
 
+SEEDS = [rehearsal_seed(3, index) for index in range(40)]
 SUITE = SuiteConfig(tasks=("one-door",), episodes_per_task=24, seed=11)
 
 
@@ -100,6 +102,22 @@ def test_a_study_that_was_interrupted_goes_on_where_it_stopped(tmp_path):
         assert [str(o.num_steps) for o in again] == [f"7{o.num_steps}" for o in judged], "judged once, then read"
         assert study.train("two", config).version > version
         assert any("two: update 6 of 6" in line for line in lines)
+
+
+def test_what_a_version_fails_at_is_found_on_training_seeds_and_leaves_its_data_alone(tmp_path):
+    config = config_of(episodes=400, updates=60)
+    with open_study(config, tmp_path / "study", LocalParts()) as study:
+        study.collect()
+        collected = contents(study)
+        trained = study.train("one", config)
+        found = study.attempt("first", trained, SEEDS)
+        assert list(found) == SEEDS
+        assert set(found.values()) == {True, False}
+        assert study.attempt("second", trained, SEEDS[:5]) == {seed: found[seed] for seed in SEEDS[:5]}
+        assert contents(study) == collected
+        assert study.train("one", config).version == trained.version
+        with pytest.raises(ConfigError, match="of evaluation"):
+            study.attempt("third", trained, [evaluation_seed(0, 0)])
 
 
 def test_the_best_episodes_are_all_of_a_return_or_none():
@@ -249,6 +267,9 @@ def test_versions_that_collect_act_through_the_policy_service(tmp_path, monkeypa
             for segment in episode
             if "-policy-" in segment.episode_id
         ]
-    assert [one["explores"] for one in served] == [True]
+        hosted = study.attempt("served", trained, SEEDS[:20]) | study.attempt("served-again", trained, SEEDS[20:])
+        alone = Study(study.place, LocalParts(), lambda line: None).attempt("alone", trained, SEEDS)
+    assert [one["explores"] for one in served] == [True, False, False]
     assert versions
     assert min(versions) >= 1
+    assert hosted == alone, "through the service a version does what it does in this process"

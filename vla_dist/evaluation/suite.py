@@ -9,7 +9,7 @@ import numpy as np
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.core.protocols import Policy, PolicyLoader, PolicyRegistry, RobotEnv
-from vla_dist.core.seeding import evaluation_seed, rehearsal_seed
+from vla_dist.core.seeding import evaluation_seed
 from vla_dist.core.types import Array, Observation, Step
 from vla_dist.evaluation.statistics import SuccessRate, success_rate
 
@@ -28,8 +28,6 @@ class SuiteConfig:
     episodes_per_task: int = 10
     seed: int = 0
     mode: InstructionMode = "right"
-    rehearses: bool = False
-    """On seeds that training may have, to find what it should be shown next; its successes say nothing of new ones."""
 
     def __post_init__(self) -> None:
         if not self.tasks or self.episodes_per_task < 1:
@@ -39,12 +37,11 @@ class SuiteConfig:
 
     def episodes(self) -> Iterator[tuple[str, int, str]]:
         """(task, seed, task whose words are said)."""
-        draw = rehearsal_seed if self.rehearses else evaluation_seed
         for index in range(self.episodes_per_task):
             for position, task in enumerate(self.tasks):
                 # Cycles through every other task, so that each wrong pairing occurs.
                 told = self.tasks[(position + 1 + index % max(1, len(self.tasks) - 1)) % len(self.tasks)]
-                yield task, draw(self.seed, index), told if self.mode == "wrong" else task
+                yield task, evaluation_seed(self.seed, index), told if self.mode == "wrong" else task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,8 +42,13 @@ class RolloutConfig:
         if leaks := [seed for seed in self.seeds if is_evaluation_seed(seed)]:
             raise ConfigError(f"seeds {leaks[:3]} are of evaluation; what training sees must be below 2**31")
 
+    def episodes(self, worker_index: int) -> list[tuple[str, str, int]]:
+        """(episode id, task, seed) of each episode that one worker runs; all workers' add up to the quota."""
+        share = enumerate(self.share(worker_index))
+        return [(f"{self.run_id}-w{worker_index}-{index:06d}", task, seed) for index, (task, seed) in share]
+
     def share(self, worker_index: int) -> list[tuple[str, int]]:
-        """(task, seed) of each episode that one worker runs, interleaved; all workers' shares add up to the quota."""
+        """(task, seed) of each of them, interleaved."""
         mine = (list(self.tasks) * self.episodes_per_task)[worker_index :: self.num_workers]
         if not self.seeds:
             return [(task, training_seed(self.seed, worker_index, index)) for index, task in enumerate(mine)]
@@ -66,7 +71,7 @@ class RolloutWorker:
         self._table = table
         self._config = config
         self._worker_index = worker_index
-        self._share = config.share(worker_index)
+        self._share = config.episodes(worker_index)
         self._next = 0
         self._pending: list[Segment] = []
         self._steps = 0
@@ -109,8 +114,7 @@ class RolloutWorker:
         self._env.close()
 
     def _run_next(self) -> None:
-        task, seed = self._share[self._next]
-        name = f"{self._config.run_id}-w{self._worker_index}-{self._next:06d}"
+        name, task, seed = self._share[self._next]
         if not self._table.has_episode(name):
             self._pending += run_episode(
                 self._env,

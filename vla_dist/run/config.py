@@ -120,11 +120,14 @@ class RolloutSettings:
     noise_scales: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
     """Each expert episode draws one: standard deviation in action units, or the chance of a random discrete action."""
     seeds: tuple[int, ...] = ()
-    """Of the teacher's episodes, one each for every task, such as what a policy failed at; empty: drawn."""
+    """Of the teacher's episodes, one each for every task, such as what a policy failed at; where there is no teacher,
+    of the policy's. Empty: drawn."""
     policy_episodes_per_task: int = 0
     """By the newest version, over all workers, in the same processes; robots of the fleet come on top."""
     policy_from_version: int = 1
     """The first version that acts in them. What an untrained one does fills the replay with failures."""
+    policy_explores: bool = True
+    """Whether it asks for what the learner wants to see tried, or, as robots do, for the best."""
 
     @property
     def total_episodes_per_task(self) -> int:
@@ -215,6 +218,8 @@ class LearnerSettings:
 class ServingSettings:
     """The policy service."""
 
+    policy: str = ""
+    """What is served and what rollouts ask for, as name@channel or name@version; empty: what the run itself learns."""
     host: str = ""
     """Address that it binds. Empty: loopback on one machine, all addresses on a cluster, which needs a token."""
     port: int = 9000
@@ -413,7 +418,7 @@ class RunConfig:
     @property
     def reference(self) -> str:
         """What robots ask for."""
-        return f"{self.preset}@stable"
+        return self.serving.policy or f"{self.preset}@stable"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

@@ -24,6 +24,7 @@ from vla_dist.evaluation.suite import EpisodeOutcome, Evaluator, SuiteConfig
 from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.run.composition.learning import build_policy_loader
 from vla_dist.run.composition.place import Place, build_env
+from vla_dist.run.composition.rollouts import policy_episodes
 from vla_dist.run.composition.stores import build_registry, build_table
 from vla_dist.run.config import RunConfig
 from vla_dist.run.phrases import phrase_source
@@ -67,6 +68,46 @@ class Study:
         rollout = replace(data.config.rollout, seeds=tuple(seeds), episodes_per_task=len(seeds))
         place = replace(data, config=replace(data.config, rollout=rollout), run_id=f"{self.place.run_id}-{name}")
         self._parts.collect(place, self._say)
+
+    def attempt(self, name: str, trained: Trained, seeds: Sequence[int]) -> dict[int, bool]:
+        """Whether a version succeeds at what these seeds lay out, in every task; of training seeds, so that what it
+        fails at may be demonstrated.
+
+        It acts as it does for robots: rollout workers ask the policy service, and what they did lies in the replay.
+
+        Args:
+            name: of these attempts, unique within the study; calling again under it goes on or finds them there.
+        """
+        config = trained.place.config
+        rollout = replace(
+            config.rollout,
+            teacher="none",
+            seeds=tuple(seeds),
+            episodes_per_task=len(seeds),
+            policy_episodes_per_task=len(seeds),
+            policy_explores=False,
+        )
+        # One table for all calls of one size, with room for two of them: older attempts make way.
+        room = 2 * (len(seeds) * len(config.env.tasks) + 2) * config.env.max_episode_steps
+        config = replace(
+            config,
+            preset=f"{self.place.config.preset}-attempts-{len(seeds)}",
+            rollout=rollout,
+            replay=replace(config.replay, capacity_steps=room, min_steps=1, strata=()),
+            serving=replace(config.serving, policy=f"{config.preset}@{trained.version}"),
+        )
+        place = replace(trained.place, config=config, run_id=f"{self.place.run_id}-{name}")
+        _free_limiter(place)
+        self._parts.attempt(place, lambda line: self._say(f"{name}: {line}"))
+        asked = policy_episodes(place)
+        seed_of = {episode: seed for index in range(asked.num_workers) for episode, _, seed in asked.episodes(index)}
+        found: dict[int, bool] = {}
+        for episode in self.episodes(place):
+            if (seed := seed_of.get(episode[0].episode_id)) is not None:
+                found[seed] = found.get(seed, True) and bool(episode[-1].success)
+        if len(found) < len(set(seeds)):
+            raise NotFound(f"of {len(set(seeds))} attempts {name!r} only {len(found)} are in the replay; call again")
+        return {seed: found[seed] for seed in seeds}
 
     def derive(self, name: str, episodes: Iterable[list[Segment]], *, strata: tuple[str, ...] | None = None) -> Place:
         """A data set of its own, under another name in the same store; what it holds already is not stored twice.

@@ -26,7 +26,7 @@ from vla_dist.run.hosts import HostedWorker
 from vla_dist.run.placement import Placement
 from vla_dist.run.roles import ROLLOUT
 from vla_dist.run.serve_app import free_ports
-from vla_dist.run.serving_start import ServingStart, serve_place
+from vla_dist.run.serving_start import ServingStart, Start, serve_place
 from vla_dist.run.training import Training
 
 _TICK_S = 0.5
@@ -52,6 +52,10 @@ class Parts(Protocol):
 
     def interact(self, place: Place, say: Say) -> None:
         """Collects and trains at once, the learner's versions acting beside the teacher, until the learner is done."""
+        ...
+
+    def attempt(self, place: Place, say: Say) -> None:
+        """Every episode that the config asks of the policy itself, which is there already."""
         ...
 
     def judge(
@@ -92,6 +96,9 @@ class LocalParts:
                 wait(runs, timeout=_STOP_S)
         for run in runs:
             run.result()
+
+    def attempt(self, place: Place, say: Say) -> None:
+        self.collect(place, say)
 
     @staticmethod
     def _train(place: Place, say: Say, *, may_wait: Callable[[], bool]) -> None:
@@ -142,7 +149,10 @@ class HostedParts:
         self._board.start(self._placement.beside_driver(cpus=0))
 
     def collect(self, place: Place, say: Say) -> None:
-        with self._rollouts(place) as hosts:
+        self._collect(place, say)
+
+    def _collect(self, place: Place, say: Say, *, served_at: str = "") -> None:
+        with self._rollouts(place, served_at=served_at) as hosts:
             end = time.monotonic() + _MAX_COLLECT_S
             while not all(host.is_done for host in hosts):
                 _require_time(end, "the rollout workers")
@@ -158,13 +168,23 @@ class HostedParts:
 
     def interact(self, place: Place, say: Say) -> None:
         # The teacher's episodes come first, before there is a version: workers are told where it will be served.
-        (port,) = free_ports(1)
-        start = partial(serve_place, place, self._placement, port=port, explores=True)
+        address, start = self._service(place)
         with (
-            self._rollouts(place, served_at=f"127.0.0.1:{port}") as hosts,
+            self._rollouts(place, served_at=address) as hosts,
             contextlib.closing(ServingStart(start)) as serving,
         ):
             self._train(place, say, hosts, serving)
+
+    def attempt(self, place: Place, say: Say) -> None:
+        address, start = self._service(place)
+        with contextlib.closing(start(lambda: False)):
+            self._collect(place, say, served_at=address)
+
+    def _service(self, place: Place) -> tuple[str, Start]:
+        """Where the policy service will be, and what starts it."""
+        (port,) = free_ports(1)
+        explores = place.config.rollout.policy_explores
+        return f"127.0.0.1:{port}", partial(serve_place, place, self._placement, port=port, explores=explores)
 
     def _train(
         self, place: Place, say: Say, hosts: Sequence[HostedWorker], serving: ServingStart | None = None

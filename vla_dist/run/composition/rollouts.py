@@ -34,19 +34,7 @@ def build_rollout_worker(
     served_at: address of the policy service that executes the run's own versions, there already or soon; empty: the
         workers load them from the registry.
     """
-    from vla_dist.rollout.worker import RolloutConfig
-
     config = place.config
-    rollout = RolloutConfig(
-        run_id=place.run_id,
-        tasks=config.env.tasks,
-        num_workers=config.rollout.num_workers,
-        episodes_per_task=config.rollout.episodes_per_task,
-        noise_scales=config.rollout.noise_scales,
-        segment_steps=config.replay.segment_steps,
-        seed=config.seed,
-        seeds=config.rollout.seeds,
-    )
     table = build_table(place, seed=worker_index)
     if opened is not None:
         opened.callback(table.close)
@@ -54,9 +42,9 @@ def build_rollout_worker(
     if config.rollout.archives:
         workers.append(_build_archived_episodes(place, worker_index))
     if config.rollout.teacher != "none":
-        workers.append(_build_teacher_rollout(place, rollout, table, worker_index))
+        workers.append(_build_teacher_rollout(place, table, worker_index))
     if config.rollout.policy_episodes_per_task:
-        workers.append(_build_policy_rollout(place, rollout, table, worker_index, served_at))
+        workers.append(_build_policy_rollout(place, table, worker_index, served_at))
     return workers
 
 
@@ -67,13 +55,41 @@ def _build_archived_episodes(place: Place, worker_index: int) -> Worker:
     return ArchivedEpisodes(build_table(place, seed=worker_index), mine)
 
 
-def _build_teacher_rollout(
-    place: Place, rollout: RolloutConfig, table: ReplayTable, worker_index: int
-) -> RolloutWorker:
+def teacher_episodes(place: Place) -> RolloutConfig:
+    """What the teacher shows."""
+    from vla_dist.rollout.worker import RolloutConfig
+
+    config = place.config
+    return RolloutConfig(
+        run_id=place.run_id,
+        tasks=config.env.tasks,
+        num_workers=config.rollout.num_workers,
+        episodes_per_task=config.rollout.episodes_per_task,
+        noise_scales=config.rollout.noise_scales,
+        segment_steps=config.replay.segment_steps,
+        seed=config.seed,
+        seeds=config.rollout.seeds,
+    )
+
+
+def policy_episodes(place: Place) -> RolloutConfig:
+    """What the policy itself tries."""
+    settings = place.config.rollout
+    return replace(
+        teacher_episodes(place),
+        run_id=f"{place.run_id}-policy",
+        episodes_per_task=settings.policy_episodes_per_task,
+        seed=place.config.seed + 1,
+        seeds=settings.seeds if settings.teacher == "none" else (),
+    )
+
+
+def _build_teacher_rollout(place: Place, table: ReplayTable, worker_index: int) -> RolloutWorker:
     from vla_dist.envs.make import make_expert
     from vla_dist.rollout.behaviour import NoisyExpert, RandomActions
     from vla_dist.rollout.worker import RolloutWorker
 
+    rollout = teacher_episodes(place)
     env = build_env(place.config)
     teacher = (
         RandomActions(env.spec)
@@ -83,30 +99,21 @@ def _build_teacher_rollout(
     return RolloutWorker(env, teacher, table, rollout, worker_index=worker_index)
 
 
-def _build_policy_rollout(
-    place: Place, expert: RolloutConfig, table: ReplayTable, worker_index: int, served_at: str
-) -> RolloutWorker:
+def _build_policy_rollout(place: Place, table: ReplayTable, worker_index: int, served_at: str) -> RolloutWorker:
     from vla_dist.rollout.worker import RolloutWorker
 
-    rollout = replace(
-        expert,
-        run_id=f"{place.run_id}-policy",
-        episodes_per_task=place.config.rollout.policy_episodes_per_task,
-        seed=place.config.seed + 1,
-        seeds=(),
-    )
     env = build_env(place.config)
     if served_at:
         behaviour = _build_served_policy(place, env.spec, worker_index, served_at)
     else:
         behaviour = _build_followed_policy(place)
-    return RolloutWorker(env, behaviour, table, rollout, worker_index=worker_index)
+    return RolloutWorker(env, behaviour, table, policy_episodes(place), worker_index=worker_index)
 
 
 def _build_followed_policy(place: Place) -> Behaviour:
     from vla_dist.rollout.behaviour import FollowedPolicy
 
-    load = build_policy_loader(place.config, explores=True)
+    load = build_policy_loader(place.config, explores=place.config.rollout.policy_explores)
     first = place.config.rollout.policy_from_version
     return FollowedPolicy(build_registry(place), place.config.reference, load, first_version=first)
 
