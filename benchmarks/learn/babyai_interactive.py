@@ -40,7 +40,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "layouts": "split",
         "first_demonstrations": 20 if quick else 100,
         "growth": 1.5,
-        "most_demonstrations": 30 if quick else 5_800,
+        "most_demonstrations": 30 if quick else 13_100,
         "wanted": 0.99,
         "also_counted": 0.95,
         "missions_tried": "32 at once, 1 time" if quick else "512 at once, at most 20 times",
