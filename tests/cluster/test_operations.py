@@ -12,6 +12,8 @@ from onprem import HEAD, drive_outside, write_cluster_file
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2400)]
 
+_UPDATES = 2_300
+
 
 def test_a_cluster_is_backed_up_upgraded_and_restored(lab, milestone):
     head, room, box = lab.add("head", 11), lab.add("room", 12), lab.add("box", 13)
@@ -44,7 +46,8 @@ def test_a_cluster_is_backed_up_upgraded_and_restored(lab, milestone):
 
     # Robots have tokens of a file; one takes the place of another without a break.
     old = token("site/1")
-    options = jobs.options(updates=900, episodes=1200).replace("--fleet.num-robots 0", "--fleet.num-robots 1")
+    # On an idle machine some four minutes, so that the run is at work when it is stopped.
+    options = jobs.options(updates=_UPDATES, episodes=3000).replace("--fleet.num-robots 0", "--fleet.num-robots 1")
     serving = f"--serving.tokens {SHARED}/tokens.json"
     jobs.submit(head, "first", f"vla-dist run babyai {options} {serving} --runs-dir {SHARED}/runs")
     lab.wait_for(lambda: "] training" in jobs.last_line(head, "first"), what="training", timeout_s=600, every_s=3)
@@ -73,6 +76,7 @@ def test_a_cluster_is_backed_up_upgraded_and_restored(lab, milestone):
     # The upgrade: another release and other tokens on all nodes, and the same run.
     head.ssh("ray job stop first", timeout_s=300).ok()
     lab.wait_for(lambda: jobs.status(head, "first") == "STOPPED", what="stopped job", timeout_s=300, every_s=2)
+    assert not (run / "summary.json").exists(), "the run ended before it could be upgraded"
     release = checkout / "vla_dist" / "__init__.py"
     release.write_text(release.read_text().replace('__version__ = "', '__version__ = "9.'))
     stale = (lab.home / ".ray/auth_token").read_text()
@@ -90,7 +94,7 @@ def test_a_cluster_is_backed_up_upgraded_and_restored(lab, milestone):
     lab.wait_for(lambda: "] training" in jobs.last_line(head, "second"), what="training", timeout_s=600, every_s=3)
     assert fleet(new)["calls"] > 10
     summary = jobs.finish(lab, head, "second", timeout_s=900)
-    assert [version["updates"] for version in summary["versions"]] == [0, 900]
+    assert [version["updates"] for version in summary["versions"]] == [0, _UPDATES]
     milestone("the run has ended with its target")
 
     # Everything of the head's store is lost, and comes back from the backup.
