@@ -43,6 +43,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest():
         ({"learner": LearnerSettings(batch_size=63, num_workers=2)}, "does not divide over 2"),
         ({"learner": LearnerSettings(publish_updates=(5, 2000))}, "start with 0"),
         ({"learner": LearnerSettings(publish_updates=(0, 100))}, "ends with 100, expected total_updates 2000"),
+        ({"rollout": RolloutSettings(policy_from_version=6)}, "policy_from_version 6 must be within 1 and 5"),
         ({"replay": ReplaySettings(min_steps=10_000_000)}, "exceeds capacity_steps"),
         ({"replay": ReplaySettings(image_encodings=("png",))}, "must be raw, lz4, jpeg"),
         ({"replay": ReplaySettings(image_encodings=("wrist=lz4",))}, "names a camera that the environment lacks"),

@@ -10,8 +10,8 @@ from vla_dist.core.specs import CameraSpec
 from vla_dist.data.image_codec import ImageEncoding
 from vla_dist.models.chunking import ChunkExecution
 from vla_dist.models.conditioning import ConditioningKind
-from vla_dist.replay.config import STRATA, Stratified, Stratum
-from vla_dist.replay.external import split_urls
+from vla_dist.replay.config import STRATA, Stratum
+from vla_dist.run.config_checks import require_consistent
 from vla_dist.run.roles import PlacementSettings
 
 RECORDED = "recorded"
@@ -279,134 +279,7 @@ class RunConfig:
     placement: PlacementSettings = field(default_factory=PlacementSettings)
 
     def __post_init__(self) -> None:
-        self._require_simulator()
-        if not self.env.tasks and self.env.has_simulator:
-            raise ConfigError("env.tasks is empty; name at least one task")
-        strangers = sorted(set(self.env.language_tasks) - set(self.env.tasks))
-        if strangers:
-            raise ConfigError(f"env.language_tasks {strangers} are not among env.tasks {list(self.env.tasks)}")
-        if len(self.env.language_tasks) == 1:
-            raise ConfigError(
-                f"env.language_tasks names only {self.env.language_tasks[0]!r}; a wrong instruction needs a second "
-                "task of the same scene. Name two or more, or none"
-            )
-        self._require_counts()
-        updates = self.learner.publish_updates
-        if not updates or list(updates) != sorted(set(updates)) or updates[0] != 0:
-            raise ConfigError(f"learner.publish_updates {updates} must start with 0 and increase")
-        if updates[-1] != self.learner.total_updates:
-            raise ConfigError(
-                f"learner.publish_updates ends with {updates[-1]}, expected total_updates "
-                f"{self.learner.total_updates}: the last version is the trained one"
-            )
-        if self.replay.min_steps > self.replay.capacity_steps:
-            raise ConfigError(
-                f"replay.min_steps {self.replay.min_steps} exceeds capacity_steps {self.replay.capacity_steps}: "
-                "the learner would wait for ever; raise the capacity"
-            )
-        if not 1 <= self.rollout.policy_from_version <= len(updates):
-            raise ConfigError(
-                f"rollout.policy_from_version {self.rollout.policy_from_version} must be within 1 and {len(updates)}, "
-                "the number of learner.publish_updates"
-            )
-        self._require_enough_inserts()
-        self._require_servers()
-        self._require_encodings()
-        self._require_strata()
-
-    def _require_simulator(self) -> None:
-        if self.env.has_simulator:
-            return
-        wanted = {
-            "rollout.teacher": (self.rollout.teacher, "none"),
-            "rollout.policy_episodes_per_task": (self.rollout.policy_episodes_per_task, 0),
-            "fleet.num_robots": (self.fleet.num_robots, 0),
-            "env.language_tasks": (self.env.language_tasks, ()),
-            "env.cameras": (self.env.cameras, ()),
-        }
-        wrong = [
-            f"{name} {got!r}, expected {expected!r}" for name, (got, expected) in wanted.items() if got != expected
-        ]
-        if wrong:
-            raise ConfigError(f"env.family {RECORDED} has nothing to simulate: {'; '.join(wrong)}")
-
-    def _require_servers(self) -> None:
-        shards, images = len(split_urls(self.replay.redis_url)), len(split_urls(self.replay.images_redis_url))
-        if images not in (0, 1, max(1, shards)):
-            raise ConfigError(
-                f"replay.images_redis_url names {images} servers, expected one, or {max(1, shards)} as "
-                "replay.redis_url does"
-            )
-
-    def _require_strata(self) -> None:
-        if not self.replay.strata:
-            return
-        if len(split_urls(self.replay.redis_url)) > 1:
-            raise ConfigError("replay.strata needs one server; leave it out, or give one replay.redis_url")
-        Stratified(shares=self.replay.stratum_shares)
-
-    def _require_encodings(self) -> None:
-        cameras = [camera.name for camera in self.env.cameras]
-        for word in self.replay.image_encodings:
-            camera, names_one, text = word.rpartition("=")
-            ImageEncoding.parse(text)
-            if names_one and camera not in cameras:
-                raise ConfigError(
-                    f"replay.image_encodings {word!r} names a camera that the environment lacks; it has "
-                    f"{', '.join(cameras) or 'none'}"
-                )
-
-    def _require_counts(self) -> None:
-        """What would fail only minutes later, inside a component."""
-        counts = {
-            "rollout.num_workers": self.rollout.num_workers,
-            "rollout.episodes_per_task": self.rollout.episodes_per_task,
-            "learner.num_workers": self.learner.num_workers,
-            "learner.batch_size": self.learner.batch_size,
-            "learner.updates_per_step": self.learner.updates_per_step,
-            "learner.checkpoint_every_updates": self.learner.checkpoint_every_updates,
-            "serving.num_replicas": self.serving.num_replicas,
-            "evaluation.num_workers": self.evaluation.num_workers,
-            "evaluation.num_envs": self.evaluation.num_envs,
-            "evaluation.episodes_per_task": self.evaluation.episodes_per_task,
-            "evaluation.final_episodes_per_task": self.evaluation.final_episodes_per_task,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise ConfigError(f"{name} {count} must be at least 1")
-        if self.fleet.num_robots < 0 or self.fleet.control_hz <= 0:
-            raise ConfigError(
-                f"fleet.num_robots {self.fleet.num_robots} must not be negative, fleet.control_hz "
-                f"{self.fleet.control_hz} must be positive"
-            )
-        if self.learner.batch_size % self.learner.num_workers:
-            raise ConfigError(
-                f"learner.batch_size {self.learner.batch_size} does not divide over {self.learner.num_workers} learner "
-                "workers; make it a multiple"
-            )
-        if self.learner.use_gpu and self.learner.num_workers > 1 and self.placement.learner_gpus < 1:
-            raise ConfigError(
-                f"placement.learner_gpus {self.placement.learner_gpus} would put several ranks on one GPU, which NCCL "
-                "refuses; give 1, or one learner worker"
-            )
-
-    def _require_enough_inserts(self) -> None:
-        # Shortest episodes seen are some 25 steps; a quota below this can leave the learner waiting at the end.
-        if self.rollout.archives or self.rollout.teacher == "none":
-            return  # What they hold is counted when the run starts.
-        replay, learner = self.replay, self.learner
-        least = 10 * self.rollout.episodes_per_task * len(self.env.tasks)
-        if replay.min_steps > least:
-            raise ConfigError(
-                f"replay.min_steps {replay.min_steps} may never be reached: {self.rollout.episodes_per_task} episodes "
-                f"of {len(self.env.tasks)} tasks are asked for; lower it to {least} or collect more"
-            )
-        wanted = learner.total_updates * learner.batch_size
-        if wanted > replay.samples_per_insert * least + replay.error_buffer_steps and self.fleet.num_robots == 0:
-            raise ConfigError(
-                f"{learner.total_updates} updates of {learner.batch_size} windows need {wanted} samples, more than "
-                f"samples_per_insert {replay.samples_per_insert} allows for so few episodes; raise it"
-            )
+        require_consistent(self)
 
     @property
     def model_changes(self) -> tuple[str, ...]:
