@@ -9,6 +9,7 @@ from vla_dist.run.config import (
     FleetSettings,
     LearnerSettings,
     ReplaySettings,
+    RolloutSettings,
 )
 from vla_dist.run.config_file import load_config
 from vla_dist.run.presets import PRESETS, preset
