@@ -1,9 +1,10 @@
 """Online Decision Transformer: what is gained by acting, over learning from the same demonstrations alone?
 
-Zheng et al. 2022. Both sides have the same noisy demonstrations, model, updates and batch. One learns from them alone.
-The other's versions act meanwhile, ask for the upper quantile of what they reached lately, and half of each batch comes
-from what they did, told its own return in hindsight. Both are judged on the same episodes. Through the whole system
-the versions act as they do for robots: the rollout workers ask Ray Serve for each action.
+Zheng et al. 2022. Both sides have the same few noisy demonstrations, model, updates and batch. One learns from them
+alone. The other does so for the first half of its updates; then its versions act, ask for the upper quantile of what
+they reached lately, and half of each batch comes from what they did, told its own return in hindsight. Both are judged
+on the same episodes. Through the whole system the versions act as they do for robots: the rollout workers ask Ray Serve
+for each action.
 """
 
 import dataclasses
@@ -28,13 +29,14 @@ def run(settings: Settings) -> dict[str, Any]:
     protocol = {
         "tasks": ["drawer-open", "button-press-topdown"],
         "layouts": "split",
-        "demonstrations_per_task": 4 if quick else 20,
+        "demonstrations_per_task": 4 if quick else 3,
         "noise": [0.2, 0.4, 0.8],
-        "online_episodes_per_task": 3 if quick else 60,
+        "online_episodes_per_task": 3 if quick else 120,
         "updates": 12 if quick else 1_200,
-        "versions": 2 if quick else 8,
+        "offline_updates": 6 if quick else 600,
+        "versions_that_act": 2 if quick else 8,
         "batch": "64, online half demonstrations, half own episodes",
-        "samples_per_insert": 8.0,
+        "samples_per_insert": 2.0,
         "model": "decision transformer, 2 layers, width 64, K 5, gaussian head; returns are steps to success",
         "max_episode_steps": 60 if quick else 200,
         "evaluation_episodes_per_task": 4 if quick else 50,
@@ -75,10 +77,13 @@ def figure(result: dict[str, Any], path: Path) -> None:
 
 
 def _config(seed: int, protocol: dict[str, Any]) -> RunConfig:
-    """With its ratio of sampling to inserting: a learner that ran ahead would learn from demonstrations alone."""
+    """With its ratio of sampling to inserting: a learner that ran ahead would learn from demonstrations alone.
+
+    A run publishes before its first update, so what acts first is the second version.
+    """
     config = preset("online-dt")
-    updates, versions = protocol["updates"], protocol["versions"]
-    publish = tuple(dict.fromkeys(updates * number // versions for number in range(versions + 1)))
+    updates, offline, versions = protocol["updates"], protocol["offline_updates"], protocol["versions_that_act"]
+    publish = (0, *(offline + (updates - offline) * number // versions for number in range(versions)), updates)
     return dataclasses.replace(
         for_comparison(config, seed=seed),
         env=dataclasses.replace(
@@ -88,7 +93,11 @@ def _config(seed: int, protocol: dict[str, Any]) -> RunConfig:
             max_episode_steps=protocol["max_episode_steps"],
         ),
         replay=dataclasses.replace(
-            config.replay, min_steps=50, samples_per_insert=protocol["samples_per_insert"], error_buffer_steps=8_000.0
+            config.replay,
+            min_steps=50,
+            samples_per_insert=protocol["samples_per_insert"],
+            # Nothing is inserted while it learns offline.
+            error_buffer_steps=float(offline * config.learner.batch_size + 4_000),
         ),
         rollout=dataclasses.replace(
             config.rollout,
@@ -96,6 +105,7 @@ def _config(seed: int, protocol: dict[str, Any]) -> RunConfig:
             episodes_per_task=protocol["demonstrations_per_task"],
             noise_scales=tuple(protocol["noise"]),
             policy_episodes_per_task=protocol["online_episodes_per_task"],
+            policy_from_version=2,
         ),
         learner=dataclasses.replace(
             config.learner,

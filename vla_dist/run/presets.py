@@ -93,7 +93,11 @@ def online_dt() -> RunConfig:
             min_steps=400, samples_per_insert=4.0, error_buffer_steps=4_000.0, strata=("demo=0.5", "policy=0.5")
         ),
         rollout=RolloutSettings(
-            num_workers=1, episodes_per_task=20, noise_scales=(0.2, 0.4, 0.8), policy_episodes_per_task=20
+            num_workers=1,
+            episodes_per_task=20,
+            noise_scales=(0.2, 0.4, 0.8),
+            policy_episodes_per_task=20,
+            policy_from_version=2,
         ),
         model=ModelSettings(preset="mini", changes=("head=gaussian",)),
         learner=LearnerSettings(
