@@ -159,7 +159,7 @@ class HostedParts:
                 for host in hosts:
                     host.poll()
                 seen = self._board.read()
-                done = sum(m.get("finished", 0.0) for n, m in seen.items() if n.startswith("rollout-"))
+                done = sum(m.get("finished", 0.0) for n, m in seen.items() if n.startswith(f"{place.run_id}/"))
                 say(f"{done:.0f} of {_episodes_wanted(place)} episodes")
                 time.sleep(_TICK_S)
 
@@ -226,7 +226,7 @@ class HostedParts:
     def _rollouts(self, place: Place, *, served_at: str = "") -> Iterator[list[HostedWorker]]:
         hosts = [
             HostedWorker(
-                f"rollout-{index}",
+                f"{place.run_id}/rollout-{index}",  # the board still shows what earlier ones came to
                 partial(build_rollout_worker, place, index, served_at=served_at),
                 self._board,
                 max_seconds=_MAX_COLLECT_S,
