@@ -1,6 +1,7 @@
 """Parts go where their role is, on a real cluster of several raylets, and outlive the nodes that they were on."""
 
 import dataclasses
+import threading
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from ray.cluster_utils import Cluster
 
 from vla_dist.core.errors import ConfigError, ResourceMissing, Unreachable
 from vla_dist.replay.server import EmbeddedServer
+from vla_dist.run import nodes
 from vla_dist.run.board import BoardLink
 from vla_dist.run.hosts import HostedWorker
 from vla_dist.run.launch import fit_cluster
@@ -160,6 +162,38 @@ def test_every_node_is_asked(cluster, tmp_path):
         require_fit_nodes([server.url], tmp_path / "missing", folder_is_shared=True)
     with pytest.raises(Unreachable, match=r"node \S+ does not reach the replay: .*redis"):
         require_fit_nodes([server.url], tmp_path, folder_is_shared=True)
+
+
+@pytest.mark.slow
+def test_a_node_that_vanishes_while_it_is_asked_is_left_out(cluster, tmp_path, monkeypatch, caplog):
+    spot = cluster.add_node(num_cpus=1)
+    doomed, asked = spot.node_id, tmp_path / "asked"
+
+    def report(address, urls, folder):
+        if ray.get_runtime_context().get_node_id() == doomed:
+            asked.touch()
+            time.sleep(100)
+        return NodeReport(address=address, versions=versions())
+
+    def end_it():
+        while not asked.exists():
+            time.sleep(0.1)
+        cluster.remove_node(spot, allow_graceful=False)
+
+    monkeypatch.setattr(nodes, "_report", report)
+    end = threading.Thread(target=end_it, daemon=True)
+    end.start()
+    require_fit_nodes([], tmp_path, folder_is_shared=False)
+    end.join(20)
+    assert "vanished while it was asked" in caplog.text
+    assert doomed not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+    def fails(address, urls, folder):
+        raise ImportError("no module named vla_dist")
+
+    monkeypatch.setattr(nodes, "_report", fails)
+    with pytest.raises(ConfigError, match=r"node \S+ cannot run vla-dist \(.*no module named vla_dist"):
+        require_fit_nodes([], tmp_path, folder_is_shared=False)
 
 
 def test_one_machine_asks_for_no_roles():

@@ -2,20 +2,25 @@
 
 import hashlib
 import importlib.metadata
+import logging
 import platform
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vla_dist.core.errors import ConfigError, Unreachable, VlaDistError
 from vla_dist.run.roles import LEARNER
 
+_log = logging.getLogger(__name__)
+
 _TIMEOUT_S = 60.0
+_VANISH_S = 15.0
 _PACKAGES = ("ray", "torch", "numpy", "pyarrow", "protobuf", "grpcio")
 
 
@@ -55,7 +60,9 @@ def require_fit_nodes(redis_urls: Sequence[str], folder: Path, *, folder_is_shar
         asked[reference] = node
     for reference, node in asked.items():
         learns = bool(node["Resources"].get(LEARNER))
-        _require_fit(here, _answer(reference, node), needs_folder=folder_is_shared and learns, folder=folder)
+        report = _answer(reference, node)
+        if report is not None:
+            _require_fit(here, report, needs_folder=folder_is_shared and learns, folder=folder)
 
 
 def versions() -> dict[str, str]:
@@ -74,7 +81,8 @@ def package_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def _answer(reference: Any, node: dict[str, Any]) -> NodeReport:
+def _answer(reference: Any, node: dict[str, Any]) -> NodeReport | None:
+    """None of a node that vanished meanwhile, as one on the spot market may."""
     address = node["NodeManagerAddress"]
     try:
         return ray.get(reference, timeout=_TIMEOUT_S)
@@ -83,10 +91,23 @@ def _answer(reference: Any, node: dict[str, Any]) -> NodeReport:
             f"node {address} did not answer within {_TIMEOUT_S:.0f} s; look at its raylet's log"
         ) from error
     except RayError as error:
+        if not isinstance(error, RayTaskError) and _has_vanished(node["NodeID"]):
+            _log.warning("node %s vanished while it was asked; the run starts without it", address)
+            return None
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError(
             f"node {address} cannot run vla-dist ({reason}); install the same version there (cluster/setup.sh)"
         ) from error
+
+
+def _has_vanished(node_id: str) -> bool:
+    """Waits for Ray to notice: what ran on a node fails before the node is known to be gone."""
+    end = time.monotonic() + _VANISH_S
+    while any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes()):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _require_fit(here: dict[str, str], node: NodeReport, *, needs_folder: bool, folder: Path) -> None:
