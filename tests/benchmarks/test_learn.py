@@ -150,6 +150,9 @@ def test_the_page_says_whether_one_process_and_the_whole_system_agree(tmp_path):
     assert found["low"] < -0.5 < found["high"] < 0.0
     assert (found["seeds_low"], found["seeds_high"]) == pytest.approx((-0.5, -0.5))
     assert "**differ**" in agreement([alone, {**hosted, "measures": apart}])
+    single = {"DT, 1,000 episodes": measure({0: (60, 100)})}
+    lone = agreement([{**alone, "measures": single}, {**hosted, "measures": single}])
+    assert "| - | agree |" in lone
     wild = {**hosted["measures"], "DT, 1,000 episodes": measure({0: (95, 100), 1: (60, 100)})}
     assert "agree over seeds, **differ** over episodes" in agreement([alone, {**hosted, "measures": wild}])
 
