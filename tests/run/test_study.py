@@ -118,6 +118,10 @@ def test_what_a_version_fails_at_is_found_on_training_seeds_and_leaves_its_data_
         assert study.train("one", config).version == trained.version
         with pytest.raises(ConfigError, match="of evaluation"):
             study.attempt("third", trained, [evaluation_seed(0, 0)])
+        for number in range(3):  # which evict the first ones
+            study.attempt(f"more-{number}", trained, [rehearsal_seed(4 + number, index) for index in range(40)])
+    with open_study(config, tmp_path / "study", LocalParts()) as study:
+        assert study.attempt("first", study.train("one", config), SEEDS) == found
 
 
 def test_the_best_episodes_are_all_of_a_return_or_none():

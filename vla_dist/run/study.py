@@ -8,6 +8,7 @@ workers and judges as Ray actors and the learner under Ray Train; ``LocalParts``
 """
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,10 +28,12 @@ from vla_dist.run.composition.place import Place, build_env
 from vla_dist.run.composition.rollouts import policy_episodes
 from vla_dist.run.composition.stores import build_registry, build_table
 from vla_dist.run.config import RunConfig
+from vla_dist.run.files import write_atomically
 from vla_dist.run.phrases import phrase_source
 from vla_dist.run.store import open_store
 from vla_dist.run.study_parts import Parts, Say
 
+_ATTEMPTS = "attempts.json"
 _SOURCE_SEED = 5000
 _SEGMENTS_PER_APPEND = 256
 _APPEND_TIMEOUT_S = 60.0
@@ -78,6 +81,15 @@ class Study:
         Args:
             name: of these attempts, unique within the study; calling again under it goes on or finds them there.
         """
+        path = self.place.run_dir / _ATTEMPTS
+        known: dict[str, list[tuple[int, bool]]] = json.loads(path.read_text()) if path.exists() else {}
+        if name not in known:
+            known[name] = list(self._attempt(name, trained, seeds).items())
+            # Their episodes make way for later ones.
+            write_atomically(path, json.dumps(known))
+        return {seed: succeeded for seed, succeeded in known[name]}
+
+    def _attempt(self, name: str, trained: Trained, seeds: Sequence[int]) -> dict[int, bool]:
         config = trained.place.config
         rollout = replace(
             config.rollout,
