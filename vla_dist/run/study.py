@@ -87,7 +87,7 @@ class Study:
             known[name] = list(self._attempt(name, trained, seeds).items())
             # Their episodes make way for later ones.
             write_atomically(path, json.dumps(known))
-        return {seed: succeeded for seed, succeeded in known[name]}
+        return dict(known[name])
 
     def _attempt(self, name: str, trained: Trained, seeds: Sequence[int]) -> dict[int, bool]:
         config = trained.place.config
