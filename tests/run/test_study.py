@@ -104,6 +104,21 @@ def test_a_study_that_was_interrupted_goes_on_where_it_stopped(tmp_path):
         assert any("two: update 6 of 6" in line for line in lines)
 
 
+def test_a_learner_that_is_short_of_inserts_goes_on_when_nobody_inserts_any_more(tmp_path):
+    config = config_of(episodes=40, updates=60)
+    config = dataclasses.replace(
+        config,
+        rollout=dataclasses.replace(config.rollout, policy_episodes_per_task=4),
+        learner=dataclasses.replace(config.learner, sample_timeout_s=2.0),
+        # Some 1,100 steps pay for 160 of its 960 windows.
+        replay=dataclasses.replace(config.replay, samples_per_insert=0.1, error_buffer_steps=60.0),
+        fleet=dataclasses.replace(config.fleet, num_robots=1),
+    )
+    with open_study(config, tmp_path / "study", LocalParts()) as study:
+        trained = study.interact("online", config)
+        assert len(contents(study, trained.place)) == 44
+
+
 def test_what_a_version_fails_at_is_found_on_training_seeds_and_leaves_its_data_alone(tmp_path):
     config = config_of(episodes=400, updates=60)
     with open_study(config, tmp_path / "study", LocalParts()) as study:

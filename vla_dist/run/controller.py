@@ -87,7 +87,7 @@ class RunController:
         self._on_status = on_status
         self._registry = build_registry(place)
         self._table = build_table(place, seed=_TABLE_SEED)
-        self._inserts_are_free = False
+        self._ratio_is_lifted = False
         self._notes: list[str] = []
         self._phase = "starting"
         self._phase_seconds: dict[str, float] = {}
@@ -233,16 +233,8 @@ class RunController:
         return [final, dataclasses.replace(scene, mode="zeroed"), dataclasses.replace(scene, mode="wrong")]
 
     def _is_trained(self) -> bool:
-        if not self._training.is_done:
+        if not self._training.is_done or not self._ratio_is_lifted:
             return False
-        if not self._inserts_are_free:
-            # Nobody samples any more: with the ratio in force, inserts would wait for ever.
-            limiter = LimiterConfig(min_steps=self._config.replay.min_steps, samples_per_insert=None)
-            try:
-                self._table.override_limiter(limiter)
-            except (Unreachable, WaitTimeout):
-                return False  # Asked again at the next tick.
-            self._inserts_are_free = True
         for host in self._hosts:
             if host.name not in _ENDLESS and not host.is_done:
                 return False
@@ -270,6 +262,7 @@ class RunController:
                 self._notes.append(note)
             if host.is_done:
                 host.close()
+        self._lift_ratio()
         self._notice_versions()
         if self._judged is not None:
             self._judged.poll()
@@ -277,11 +270,28 @@ class RunController:
         self._gauges.show(status)
         self._on_status(status)
 
+    @property
+    def _is_collecting(self) -> bool:
+        return any(host.name.startswith("rollout") and not host.is_done for host in self._hosts)
+
+    def _lift_ratio(self) -> None:
+        """Where one side has ended, the other would wait for it for ever with the ratio in force: inserts once nobody
+        samples any more, and a learner that had to make updates again once nobody inserts.
+        """
+        # Without a teacher it is robots elsewhere that insert, and nobody knows when they end.
+        is_quota = self._config.rollout.teacher != "none" and not self._config.fleet.num_robots
+        nobody_inserts = is_quota and bool(self._hosts) and not self._is_collecting
+        if self._ratio_is_lifted or not (nobody_inserts or self._training.is_done):
+            return
+        limiter = LimiterConfig(min_steps=self._config.replay.min_steps, samples_per_insert=None)
+        with contextlib.suppress(Unreachable, WaitTimeout):  # Asked again at the next tick.
+            self._table.override_limiter(limiter)
+            self._ratio_is_lifted = True
+
     def _notice_versions(self) -> None:
         published = self._telemetry.published()
         self._known_versions |= published.keys()
-        collecting = any(host.name.startswith("rollout") and not host.is_done for host in self._hosts)
-        if collecting or not published:
+        if self._is_collecting or not published:
             return
         last = self._config.learner.total_updates
         for version, updates in published.items():

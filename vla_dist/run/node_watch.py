@@ -1,7 +1,7 @@
 """A worker node cleans up after itself.
 
 `ray down` stops Ray on the head of an on-premises cluster and nowhere else. A raylet without its head ends after a
-minute, but its agents stay for ever; whoever watches here ends them.
+minute, but its agents stay for ever; whoever watches here ends them. While Ray runs, slots that it lost are given back.
 """
 
 import fcntl
@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from vla_dist.run.gateways import end_gateways
+from vla_dist.run.leaked_leases import LeakedLeases
 from vla_dist.run.serve_settings import NODE_FOLDER
 
 _LOCK, _LOG = "watch.lock", "watch.log"
@@ -46,10 +47,12 @@ def watch_node(folder: Path, *, grace_s: float) -> None:
         except BlockingIOError:
             return
         _wait_for(_has_raylet, timeout_s=_START_TIMEOUT_S)
-        missing_since: float | None = None
+        leaked, missing_since = LeakedLeases(), None
         while missing_since is None or time.monotonic() - missing_since < grace_s:
             if _has_raylet():
                 missing_since = None
+                for what in leaked.end():
+                    print(f"{time.ctime()}: a slot that Ray held for a lost {what} is free again", flush=True)
             elif missing_since is None:
                 missing_since = time.monotonic()
             time.sleep(_TICK_S)

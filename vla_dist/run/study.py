@@ -22,11 +22,10 @@ from vla_dist.core.protocols import Policy
 from vla_dist.core.types import PolicyArtifact, Segment
 from vla_dist.envs.instructions import Split
 from vla_dist.evaluation.suite import EpisodeOutcome, Evaluator, SuiteConfig
-from vla_dist.replay.limiter import LimiterConfig
 from vla_dist.run.composition.learning import build_policy_loader
 from vla_dist.run.composition.place import Place, build_env
 from vla_dist.run.composition.rollouts import policy_episodes
-from vla_dist.run.composition.stores import build_registry, build_table
+from vla_dist.run.composition.stores import build_registry, build_table, lift_ratio
 from vla_dist.run.config import RunConfig
 from vla_dist.run.files import write_atomically
 from vla_dist.run.phrases import phrase_source
@@ -58,7 +57,7 @@ class Study:
 
     def collect(self) -> Place:
         """The data set. Calling again after an interruption goes on where it stopped."""
-        _free_limiter(self.place)
+        lift_ratio(self.place)
         self._parts.collect(self.place, self._say)
         return self.place
 
@@ -109,7 +108,7 @@ class Study:
             serving=replace(config.serving, policy=f"{config.preset}@{trained.version}"),
         )
         place = replace(trained.place, config=config, run_id=f"{self.place.run_id}-{name}")
-        _free_limiter(place)
+        lift_ratio(place)
         self._parts.attempt(place, lambda line: self._say(f"{name}: {line}"))
         asked = policy_episodes(place)
         seed_of = {episode: seed for index in range(asked.num_workers) for episode, _, seed in asked.episodes(index)}
@@ -130,7 +129,7 @@ class Study:
         replay = self.place.config.replay if strata is None else replace(self.place.config.replay, strata=strata)
         config = replace(self.place.config, preset=f"{self.place.config.preset}-{name}", replay=replay)
         place = replace(self.place, config=config)
-        _free_limiter(place)
+        lift_ratio(place)
         with contextlib.closing(build_table(place)) as table:
             waiting: list[Segment] = []
             for episode in episodes:
@@ -262,12 +261,6 @@ def judge_expert(config: RunConfig, suite: SuiteConfig) -> list[EpisodeOutcome]:
                 )
             )
     return outcomes
-
-
-def _free_limiter(place: Place) -> None:
-    """Nobody collects while somebody learns: neither side has to wait for the other."""
-    with contextlib.closing(build_table(place, seed=_SOURCE_SEED)) as table:
-        table.override_limiter(LimiterConfig(min_steps=1, samples_per_insert=None))
 
 
 def _published(place: Place) -> int | None:

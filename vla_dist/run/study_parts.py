@@ -19,6 +19,7 @@ from vla_dist.run.board import BoardEntry, BoardLink
 from vla_dist.run.composition.learning import build_learner
 from vla_dist.run.composition.place import Place
 from vla_dist.run.composition.rollouts import build_judge, build_rollout_worker
+from vla_dist.run.composition.stores import lift_ratio
 from vla_dist.run.evaluations import EvaluationBoard
 from vla_dist.run.files import write_atomically
 from vla_dist.run.host import JudgeHost, WorkerHost
@@ -78,7 +79,7 @@ class LocalParts:
             _require_time(end, name)
 
     def train(self, place: Place, say: Say) -> None:
-        self._train(place, say, may_wait=lambda: False)
+        self._train(place, say, may_wait=lambda: False, lifts=False)
 
     def interact(self, place: Place, say: Say) -> None:
         count = place.config.rollout.num_workers
@@ -89,7 +90,7 @@ class LocalParts:
             runs = [threads.submit(host.run, max_seconds=_MAX_COLLECT_S, closes=True) for host in hosts]
             try:
                 # The replay may be short of what the learner asks for, as long as somebody collects.
-                self._train(place, say, may_wait=lambda: not all(run.done() for run in runs))
+                self._train(place, say, may_wait=lambda: not all(run.done() for run in runs), lifts=True)
             finally:
                 for host in hosts:
                     host.stop()
@@ -101,13 +102,18 @@ class LocalParts:
         self.collect(place, say)
 
     @staticmethod
-    def _train(place: Place, say: Say, *, may_wait: Callable[[], bool]) -> None:
-        """Raises ReplayWait where the replay is short of data and ``may_wait`` says that none will come, and
-        Unreachable where the store stays away.
+    def _train(place: Place, say: Say, *, may_wait: Callable[[], bool], lifts: bool) -> None:
+        """Args:
+            may_wait: whether more data will come.
+            lifts: where none will, the learner goes on with what there is, whatever the ratio says.
+
+        Raises:
+            ReplayWait: the replay is short of data, and none will come.
+            Unreachable: the store stays away.
         """
         from vla_dist.learner.config import Rank
 
-        end, trouble_since = time.monotonic() + _MAX_TRAIN_S, None
+        end, trouble_since, is_lifted = time.monotonic() + _MAX_TRAIN_S, None, False
         with contextlib.ExitStack() as opened:
             learner = build_learner(place, Rank(), opened=opened)
             opened.callback(learner.close)
@@ -117,8 +123,12 @@ class LocalParts:
                     _say_progress(say, learner.step(), place)
                     trouble_since = None
                 except ReplayWait:
-                    if not may_wait():
+                    if may_wait():
+                        continue
+                    if is_lifted or not lifts:
                         raise
+                    lift_ratio(place)  # nobody inserts any more
+                    is_lifted = True
                 except Unreachable:
                     # Nothing done is lost, and on a busy machine a server may be late.
                     trouble_since = trouble_since or time.monotonic()
@@ -190,13 +200,16 @@ class HostedParts:
         self, place: Place, say: Say, hosts: Sequence[HostedWorker], serving: ServingStart | None = None
     ) -> None:
         """Watching those who collect meanwhile, and what they ask."""
-        training = Training(place, self._placement, BoardEntry(self._board, "learner"))
+        training, is_lifted = Training(place, self._placement, BoardEntry(self._board, "learner")), False
         with contextlib.closing(training):
             end = time.monotonic() + _MAX_TRAIN_S
             while not training.is_done:
                 _require_time(end, "the learner")
                 for host in hosts:
                     host.poll()
+                if hosts and not is_lifted and all(host.is_done for host in hosts):
+                    lift_ratio(place)  # nobody inserts any more: a learner that is short would wait for ever
+                    is_lifted = True
                 if serving is not None and serving.is_done:
                     serving.result()  # raises what its start raised
                 _say_progress(say, self._board.read().get("learner", {}), place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +58,12 @@ def _buffer_config(place: Place) -> BufferConfig:
             ),
         ),
     )
+
+
+def lift_ratio(place: Place) -> None:
+    """Let both sides go on without waiting for one another. Raises what ``override_limiter`` raises."""
+    with contextlib.closing(build_table(place)) as table:
+        table.override_limiter(LimiterConfig(min_steps=1, samples_per_insert=None))
 
 
 def build_archivers(place: Place) -> list[Archiver]:
