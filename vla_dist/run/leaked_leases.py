@@ -2,7 +2,7 @@
 
 Where the head dies while an actor waits for a slot, the raylet still holds the control service's old request. It grants
 it later, to a service that has forgotten it: a worker process is set aside, never told what to do, and its slot is lost
-until Ray is restarted on that node. Seen with Ray 2.56 when a replica waited at that moment: no other one could start.
+until Ray is restarted on that node. Seen with Ray 2.60 when a replica waited at that moment: no other one could start.
 
 The raylet's own report of its leases (``debug_state.txt``, every ten seconds) still names the actor, and the process
 beside it still calls itself idle, which one that creates an actor never does.
