@@ -101,7 +101,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
     for seed, arms in result["by_seed"].items():
         for arm, curve in arms.items():
             lines[f"{arm}, seed {seed}"] = [(number, measure({0: found})) for number, found in curve]
-    draw_lines(path, lines, title=f"BabyAI {_TASK}", across="demonstrations", is_log=True)
+    draw_lines(path, lines, title=f"BabyAI {_TASK}", across="demonstrations", is_log=True, lowest=0.7)
 
 
 def _grow(

@@ -51,11 +51,13 @@ def draw_lines(
     across: str,
     label: str = "success",
     is_log: bool = False,
+    lowest: float = 0.0,
 ) -> None:
     """Lines with their intervals as bands.
 
     Args:
         lines: name -> (place on the axis, what ``results.measure`` gave).
+        lowest: where the upright axis begins.
     """
     figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
     for name, points in lines.items():
@@ -65,11 +67,20 @@ def draw_lines(
         axes.fill_between(places, low, high, color=line.get_color(), alpha=0.15)
     if is_log:
         axes.set_xscale("log")
-        ticks = sorted({place for points in lines.values() for place, _ in points})
+        ticks = _apart(sorted({place for points in lines.values() for place, _ in points}))
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-    axes.set(ylim=(-0.02, 1.05), xlabel=across, ylabel=label, title=title)
+    axes.set(ylim=(lowest - 0.02, 1.05 if lowest == 0 else 1.01), xlabel=across, ylabel=label, title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Those whose labels do not touch on a logarithmic axis: the first, and each far enough from the one before."""
+    kept = list(ticks[:1])
+    for tick in ticks[1:]:
+        if tick / kept[-1] >= (ticks[-1] / ticks[0]) ** 0.07:
+            kept.append(tick)
+    return kept
