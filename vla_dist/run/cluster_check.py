@@ -103,9 +103,9 @@ def _unknown_node_settings(cluster: ClusterFile) -> list[Finding]:
     """Of EC2, whose parameters boto3 knows; for the others the provider itself is asked only at launch."""
     if cluster.kind != "aws" or importlib.util.find_spec("botocore") is None:
         return []
-    from botocore.loaders import Loader
-    from botocore.model import ServiceModel
-    from botocore.validate import ParamValidator
+    from botocore.loaders import Loader  # pyright: ignore[reportMissingImports]
+    from botocore.model import ServiceModel  # pyright: ignore[reportMissingImports]
+    from botocore.validate import ParamValidator  # pyright: ignore[reportMissingImports]
 
     service = ServiceModel(Loader().load_service_model("ec2", "service-2"), "ec2")
     shape = service.operation_model("RunInstances").input_shape
