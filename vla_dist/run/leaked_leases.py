@@ -43,7 +43,7 @@ class LeakedLeases:
             if now - since >= self._patience_s:
                 try:
                     psutil.Process(process[0]).kill()
-                except psutil.NoSuchProcess:
+                except psutil.Error:
                     continue
                 ended.append(found[process])
         return ended
@@ -55,7 +55,7 @@ class LeakedLeases:
                 process = psutil.Process(pid)
                 if process.cmdline()[:1] == [_IDLE]:
                     found[pid, process.create_time()] = what
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            except psutil.Error:  # it has ended, or is somebody else's
                 continue
         return found
 
