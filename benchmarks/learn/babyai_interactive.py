@@ -43,7 +43,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "most_demonstrations": 30 if quick else 13_100,
         "wanted": 0.99,
         "also_counted": 0.95,
-        "missions_tried": "32 at once, 1 time" if quick else "512 at once, at most 20 times",
+        "missions_tried": "32" if quick else "512, then twice as many each time, at most 10240",
         "updates": 12 if quick else 1_500,
         "batch": 64,
         "learning_rate": 1e-3,
@@ -51,7 +51,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "evaluation_episodes": 24 if quick else 512,
     }
 
-    missions = (32, 1) if quick else (512, 20)
+    missions = (32,) if quick else (512, 1024, 2048, 4096, 2560)
 
     def run_seed(seed: int, folder: Path, parts: Parts, say: Say) -> dict[str, Any]:
         config = _config(seed, protocol)
@@ -130,18 +130,17 @@ def _grow(
         held += len(seeds)
 
 
-def _failures(study: Study, trained: Trained, wanted: int, missions: tuple[int, int], *, since: int) -> list[int]:
+def _failures(study: Study, trained: Trained, wanted: int, missions: Sequence[int], *, since: int) -> list[int]:
     """Seeds of so many missions at which a version failed, or of fewer where it fails too seldom.
 
     Args:
-        missions: that are tried at once, and how often at most.
+        missions: how many are tried first, then, and so on, until there are failures enough.
         since: what the learner held; other missions are tried at each size.
     """
-    at_once, times = missions
     failed: list[int] = []
-    for part in range(times):
+    for part, count_tried in enumerate(missions):
         suite = (study.place.config.seed * 100_000 + since) * 100 + part
-        seeds = [rehearsal_seed(suite, index) for index in range(at_once)]
+        seeds = [rehearsal_seed(suite, index) for index in range(count_tried)]
         found = study.attempt(f"attempts-{since}-{part}", trained, seeds)
         failed += [seed for seed, succeeded in found.items() if not succeeded]
         if len(failed) >= wanted:

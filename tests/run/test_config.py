@@ -40,6 +40,11 @@ def test_an_unknown_preset_is_answered_with_the_nearest():
         ({"env": EnvSettings(tasks=("a",), language_tasks=("b",))}, "not among"),
         ({"env": EnvSettings(tasks=("a", "b"), language_tasks=("b",))}, "needs a second task"),
         ({"evaluation": EvaluationSettings(num_envs=0)}, r"evaluation\.num_envs 0 must be at least 1"),
+        ({"rollout": RolloutSettings(policy_streams=0)}, r"rollout\.policy_streams 0 must be at least 1"),
+        (
+            {"rollout": RolloutSettings(num_workers=64, policy_streams=9)},
+            "policy_streams 9 must be at most 512",
+        ),
         ({"fleet": FleetSettings(num_robots=-1)}, "must not be negative"),
         ({"learner": LearnerSettings(batch_size=63, num_workers=2)}, "does not divide over 2"),
         ({"learner": LearnerSettings(publish_updates=(5, 2000))}, "start with 0"),

@@ -12,6 +12,7 @@ from vla_dist.core.errors import ConfigError, Unreachable
 from vla_dist.core.seeding import evaluation_seed, rehearsal_seed
 from vla_dist.evaluation.pairing import compare_outcomes
 from vla_dist.evaluation.suite import SuiteConfig
+from vla_dist.rollout.behaviour import FollowedPolicy
 from vla_dist.run import study_parts
 from vla_dist.run.composition.stores import build_table
 from vla_dist.run.config import LearnerSettings
@@ -137,6 +138,32 @@ def test_what_a_version_fails_at_is_found_on_training_seeds_and_leaves_its_data_
             study.attempt(f"more-{number}", trained, [rehearsal_seed(4 + number, index) for index in range(40)])
     with open_study(config, tmp_path / "study", LocalParts()) as study:
         assert study.attempt("first", study.train("one", config), SEEDS) == found
+
+
+def test_each_rollout_worker_has_several_attempts_under_way(tmp_path):
+    at_once, peak, places = set(), [], []
+
+    class Watched(LocalParts):
+        def attempt(self, place, say):
+            places.append(place)
+            super().attempt(place, say)
+
+    def act(self, observation):
+        at_once.add(threading.get_ident())
+        peak.append(len(at_once))
+        return act_alone(self, observation)
+
+    act_alone = FollowedPolicy.act
+    with pytest.MonkeyPatch.context() as patch, open_study(config_of(), tmp_path / "study", Watched()) as study:
+        study.collect()
+        trained = study.train("one", config_of())
+        patch.setattr(FollowedPolicy, "act", act)
+        found = study.attempt("first", trained, SEEDS)
+        tried = contents(study, places[0])
+    assert list(found) == SEEDS
+    assert len(tried) == len(SEEDS), "each once"
+    assert len({name.split("-w")[1].split("-")[0] for name in tried}) == 16, "of two workers with eight streams"
+    assert max(peak) > 2
 
 
 def test_the_best_episodes_are_all_of_a_return_or_none():

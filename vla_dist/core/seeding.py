@@ -6,6 +6,8 @@ from vla_dist.core.errors import ConfigError
 
 _HALF = 2**31
 _LANES = 2**10
+ROLLOUT_LANES = 2**9
+"""Lanes below are those of rollout workers, robots have the others."""
 _REHEARSAL_LANE = _LANES - 1
 
 

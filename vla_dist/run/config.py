@@ -124,6 +124,9 @@ class RolloutSettings:
     of the policy's. Empty: drawn."""
     policy_episodes_per_task: int = 0
     """By the newest version, over all workers, in the same processes; robots of the fleet come on top."""
+    policy_streams: int = 1
+    """Of them that each process has under way at once, each with an environment of its own: a simulator waits for its
+    action, and the service decides for all of them together."""
     policy_from_version: int = 1
     """The first version that acts in them. What an untrained one does fills the replay with failures."""
     policy_explores: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vla_dist.core.errors import ConfigError
+from vla_dist.core.seeding import ROLLOUT_LANES
 from vla_dist.data.image_codec import ImageEncoding
 from vla_dist.replay.config import Stratified
 from vla_dist.replay.external import split_urls
@@ -100,6 +101,7 @@ def _require_counts(config: RunConfig) -> None:
     counts = {
         "rollout.num_workers": config.rollout.num_workers,
         "rollout.episodes_per_task": config.rollout.episodes_per_task,
+        "rollout.policy_streams": config.rollout.policy_streams,
         "learner.num_workers": config.learner.num_workers,
         "learner.batch_size": config.learner.batch_size,
         "learner.updates_per_step": config.learner.updates_per_step,
@@ -113,6 +115,12 @@ def _require_counts(config: RunConfig) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ConfigError(f"{name} {count} must be at least 1")
+    streams = config.rollout.num_workers * config.rollout.policy_streams
+    if streams > ROLLOUT_LANES:
+        raise ConfigError(
+            f"rollout.num_workers {config.rollout.num_workers} times rollout.policy_streams "
+            f"{config.rollout.policy_streams} must be at most {ROLLOUT_LANES}: that many draw seeds of their own"
+        )
     if config.fleet.num_robots < 0 or config.fleet.control_hz <= 0:
         raise ConfigError(
             f"fleet.num_robots {config.fleet.num_robots} must not be negative, fleet.control_hz "

@@ -34,6 +34,8 @@ from vla_dist.run.study_parts import Parts, Say
 
 _ATTEMPTS = "attempts.json"
 _SOURCE_SEED = 5000
+_ATTEMPTS_AT_ONCE = 8
+"""In each rollout worker."""
 _SEGMENTS_PER_APPEND = 256
 _APPEND_TIMEOUT_S = 60.0
 
@@ -96,6 +98,7 @@ class Study:
             seeds=tuple(seeds),
             episodes_per_task=len(seeds),
             policy_episodes_per_task=len(seeds),
+            policy_streams=_ATTEMPTS_AT_ONCE,
             policy_explores=False,
         )
         # One table for all calls of one size, with room for two of them: older attempts make way.

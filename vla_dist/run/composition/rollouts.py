@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vla_dist.core.protocols import ReplayTable, Worker
+from vla_dist.core.seeding import ROLLOUT_LANES
 from vla_dist.core.specs import EnvSpec
 from vla_dist.run.composition.learning import build_policy_loader
 from vla_dist.run.composition.place import Place, build_env
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from vla_dist.robot.simulated_robot import SimulatedRobot
     from vla_dist.rollout.behaviour import Behaviour
     from vla_dist.rollout.worker import RolloutConfig, RolloutWorker
-
-_ROBOT_LANE = 512
-"""First seed lane of robots: rollout workers own those below."""
 
 
 def build_rollout_worker(
@@ -44,7 +42,9 @@ def build_rollout_worker(
     if config.rollout.teacher != "none":
         workers.append(_build_teacher_rollout(place, table, worker_index))
     if config.rollout.policy_episodes_per_task:
-        workers.append(_build_policy_rollout(place, table, worker_index, served_at))
+        streams = config.rollout.policy_streams
+        indices = range(worker_index * streams, (worker_index + 1) * streams)
+        workers += [_build_policy_rollout(place, table, index, served_at) for index in indices]
     return workers
 
 
@@ -78,6 +78,7 @@ def policy_episodes(place: Place) -> RolloutConfig:
     return replace(
         teacher_episodes(place),
         run_id=f"{place.run_id}-policy",
+        num_workers=settings.num_workers * settings.policy_streams,
         episodes_per_task=settings.policy_episodes_per_task,
         seed=place.config.seed + 1,
         seeds=settings.seeds if settings.teacher == "none" else (),
@@ -99,15 +100,15 @@ def _build_teacher_rollout(place: Place, table: ReplayTable, worker_index: int) 
     return RolloutWorker(env, teacher, table, rollout, worker_index=worker_index)
 
 
-def _build_policy_rollout(place: Place, table: ReplayTable, worker_index: int, served_at: str) -> RolloutWorker:
+def _build_policy_rollout(place: Place, table: ReplayTable, stream: int, served_at: str) -> RolloutWorker:
+    """Args:
+    stream: of all those of all workers.
+    """
     from vla_dist.rollout.worker import RolloutWorker
 
     env = build_env(place.config)
-    if served_at:
-        behaviour = _build_served_policy(place, env.spec, worker_index, served_at)
-    else:
-        behaviour = _build_followed_policy(place)
-    return RolloutWorker(env, behaviour, table, policy_episodes(place), worker_index=worker_index)
+    behaviour = _build_served_policy(place, env.spec, stream, served_at) if served_at else _build_followed_policy(place)
+    return RolloutWorker(env, behaviour, table, policy_episodes(place), worker_index=stream)
 
 
 def _build_followed_policy(place: Place) -> Behaviour:
@@ -118,12 +119,12 @@ def _build_followed_policy(place: Place) -> Behaviour:
     return FollowedPolicy(build_registry(place), place.config.reference, load, first_version=first)
 
 
-def _build_served_policy(place: Place, spec: EnvSpec, worker_index: int, address: str) -> Behaviour:
+def _build_served_policy(place: Place, spec: EnvSpec, stream: int, address: str) -> Behaviour:
     from vla_dist.robot.client import PolicyClient
     from vla_dist.rollout.behaviour import ServedPolicy
 
     client = PolicyClient(address, token=place.config.serving.token or None)
-    robot_id = f"rollout-{worker_index}"
+    robot_id = f"rollout-{stream}"
     return ServedPolicy(
         lambda task: client.open_session(spec, policy=place.config.reference, robot_id=robot_id, task=task),
         first_version=place.config.rollout.policy_from_version,
@@ -157,7 +158,7 @@ def build_robots(place: Place, address: str) -> list[SimulatedRobot]:
         robot = SimulatedRobotConfig(tasks=tasks, run_id=f"{place.run_id}-{incarnation}", seed=config.seed)
         spool = Spool(place.run_dir / SPOOLS / control.robot_id)
         SpoolUploader(FleetClient(client, robot_id=control.robot_id, spool_id=spool.spool_id), spool)
-        robots.append(SimulatedRobot(env, client, control, robot, robot_index=_ROBOT_LANE + index, spool=spool))
+        robots.append(SimulatedRobot(env, client, control, robot, robot_index=ROLLOUT_LANES + index, spool=spool))
     return robots
 
 
