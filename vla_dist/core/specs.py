@@ -3,7 +3,9 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal, cast
 
 from vla_dist.core.errors import ConfigError, ContractMismatch
@@ -44,7 +46,7 @@ class CameraSpec:
             raise ConfigError(f"camera {self.name!r}: size {self.height}x{self.width} must be at least 1x1")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EnvSpec:
     """The contract of a robot or simulator.
 
@@ -72,7 +74,7 @@ class EnvSpec:
             ("action", [d.name for d in self.action]),
             ("camera", [c.name for c in self.cameras]),
         ):
-            twice = sorted({n for n in names if names.count(n) > 1})
+            twice = sorted(name for name, count in Counter(names).items() if count > 1)
             if twice:
                 raise ConfigError(f"spec {self.name!r}: {label} names {twice} appear twice; make them unique")
         if not self.action:
@@ -100,7 +102,7 @@ class EnvSpec:
         del fields["name"]
         return _finite(fields)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of the contract, 64 hexadecimal digits."""
         text = json.dumps(self.contract(), sort_keys=True, separators=(",", ":"))
@@ -129,6 +131,8 @@ class EnvSpec:
 
     def differences(self, other: "EnvSpec") -> list[str]:
         """Every way in which ``other`` differs, one clause each; empty when they fit."""
+        if self._agreed() == other._agreed():
+            return []
         found: list[str] = []
         mine, theirs = self.contract(), other.contract()
         for key in ("control_hz", "max_episode_steps", "action_kind", "normalisation_hash"):
@@ -137,6 +141,11 @@ class EnvSpec:
         for key in ("proprio", "action", "cameras"):
             found += _list_differences(key, mine[key], theirs[key])
         return found
+
+    def _agreed(self) -> tuple[Any, ...]:
+        """What the contract is made of: a service compares it at each session, so not by way of JSON."""
+        numbers = (self.control_hz, self.max_episode_steps, self.action_kind, self.normalisation_hash)
+        return (*numbers, self.proprio, self.action, self.cameras)
 
     def require_match(self, other: "EnvSpec", *, mine: str = "policy", theirs: str = "robot") -> None:
         """Raise ContractMismatch naming every difference, if there is one."""

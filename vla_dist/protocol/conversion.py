@@ -4,6 +4,7 @@ Every ``decode_*`` raises DataError with what it got, what it expected and where
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -62,6 +63,13 @@ def encode_spec(spec: EnvSpec) -> types_pb2.EnvSpec:
 
 
 def decode_spec(message: types_pb2.EnvSpec) -> EnvSpec:
+    """Raises DataError where it cannot be used. Robots of a fleet send the same ones again and again."""
+    return _decode_spec(message.SerializeToString(deterministic=True))
+
+
+@lru_cache(maxsize=16)
+def _decode_spec(raw: bytes) -> EnvSpec:
+    message = types_pb2.EnvSpec.FromString(raw)
     for label, count in (
         ("proprio dimensions", len(message.proprio)),
         ("action dimensions", len(message.action)),

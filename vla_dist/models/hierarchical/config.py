@@ -25,8 +25,10 @@ class HierarchicalVLAConfig(PreTrainedConfig):
         learned_termination: it is also asked where the controller finds the skill done; needs skills.
         controller: None: built in. Else ``{"architecture": name, ...}``: another member of the zoo with its own
             settings, whose goal is the skill; needs skills and ``goal_dim`` or words in that member.
-        controller_context_steps: F, how many of the last steps the built-in controller sees; 1: the moment alone.
-        context_steps: K of a training window, at least F.
+        controller_context_steps: how many of the last steps the built-in controller sees; 1: the moment alone.
+        planner_context_steps: the same of the planner. It then looks at every step, not only at those where it is
+            asked.
+        context_steps: K of a training window, at least either.
         horizon: H; 1 unless the controller is a member that chunks.
         head: ``tanh`` (squared error, actions in [-1, 1]) or ``discrete``; with another member, its own head's name.
         goal_dim: G of the sentence embedding that the planner reads; 0: no language.
@@ -47,6 +49,7 @@ class HierarchicalVLAConfig(PreTrainedConfig):
     learned_termination: bool = False
     controller: dict[str, Any] | None = None
     controller_context_steps: int = 1
+    planner_context_steps: int = 1
     context_steps: int = 10
     horizon: int = 1
     head: str = "tanh"
@@ -61,11 +64,12 @@ class HierarchicalVLAConfig(PreTrainedConfig):
         for name in ("high_level_dim", "low_level_dim", "action_dim", "subgoal_dim", "hold_steps", "context_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"hierarchical {name} {getattr(self, name)} must be at least 1")
-        if not 1 <= self.controller_context_steps <= self.context_steps:
-            raise ConfigError(
-                f"hierarchical controller_context_steps {self.controller_context_steps} must be within 1 and "
-                f"context_steps {self.context_steps}: a window must hold what the controller sees"
-            )
+        for name in ("controller_context_steps", "planner_context_steps"):
+            if not 1 <= getattr(self, name) <= self.context_steps:
+                raise ConfigError(
+                    f"hierarchical {name} {getattr(self, name)} must be within 1 and context_steps "
+                    f"{self.context_steps}: a window must hold what a level sees"
+                )
         if min(self.hidden_dim, self.goal_dim, self.state_dim) < 0 or not (self.state_dim or self.cameras):
             raise ConfigError(
                 "hierarchical hidden_dim, goal_dim and state_dim must not be negative, nor all inputs absent"

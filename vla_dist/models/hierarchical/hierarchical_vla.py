@@ -103,9 +103,9 @@ class HierarchicalVLA(WholePreTrainedModel):
         """Plan and act once.
 
         Args:
-            high_level_state: (B, high_level_dim), for example from ``planner.perceive``.
-            low_level_state: (B, low_level_dim), for example from ``controller.perceive`` or, of a controller with a
-                context, from ``controller.recall``.
+            high_level_state: (B, high_level_dim), for example from ``planner.perceive`` or, of a planner with a
+                context, from ``planner.recall``.
+            low_level_state: (B, low_level_dim), the same of the controller.
             previous_skill: (B,) int64, the skill that ran before; None: none.
 
         Returns:
@@ -155,6 +155,7 @@ class HierarchicalVLA(WholePreTrainedModel):
         require_batch(batch, self.config)
         goals = None if batch.goals is None else batch.goals[:, None].expand(*batch.states.shape[:2], -1)
         high = self.planner.perceive(batch.states, goals, batch.images)
+        high = self.planner.recall_window(high, batch.padding_mask)
         if self.config.controller is not None:
             loss, metrics = self._member_loss(batch, high)
         elif self.config.skills:
@@ -172,7 +173,7 @@ class HierarchicalVLA(WholePreTrainedModel):
 
     def _latent_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         hold, last = self.config.hold_steps, batch.states.shape[1] - 1
-        low = self.controller.perceive_window(batch.states, batch.images, batch.padding_mask)
+        low = self._low_of(batch)
         state = self.controller.encoder.normalised(batch.states)
         step = torch.arange(last, device=state.device)
         ends = last - hold * ((last - 1 - step) // hold)
@@ -191,7 +192,7 @@ class HierarchicalVLA(WholePreTrainedModel):
     def _skill_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sketches = Sketches.of(batch.tasks, batch.instructions, self.config.skills or (), batch.states.device)
         num, steps, count = *batch.states.shape[:2], sketches.skills.shape[1]
-        low = self.controller.perceive_window(batch.states, batch.images, batch.padding_mask)
+        low = self._low_of(batch)
         low = low[:, :, None].expand(-1, -1, count, -1)
         subgoal = self.embed_subgoal(sketches.skills)[:, None].expand(num, steps, count, -1)
         targets = batch.target_actions[:, :, None].expand(num, steps, count, -1)
@@ -253,6 +254,10 @@ class HierarchicalVLA(WholePreTrainedModel):
         plan_loss, accuracy = self._plan_loss(high, sketches, running, told, self.loss_count(batch))
         named = {f"controller_{name}": value for name, value in metrics.items()}
         return controller_loss + plan_loss, {**named, "planner_loss": plan_loss, "planner_accuracy": accuracy}
+
+    def _low_of(self, batch: TrainBatch) -> Tensor:
+        """(B, K, low_level_dim)."""
+        return self.controller.recall_window(self.controller.perceive(batch.states, batch.images), batch.padding_mask)
 
     def _action_errors(self, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(..., A) outputs and targets to (...) errors, half the mean square or the cross-entropy, and to reports."""

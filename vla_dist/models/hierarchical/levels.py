@@ -1,7 +1,7 @@
-"""The two levels: a planner that reads one moment, and a controller that reads one or the last few.
+"""The two levels, a planner and a controller; each reads one moment or the last few.
 
-Shapes: ... any leading dimensions, B windows, K steps, F steps that a controller sees at once, P proprio, G goal, A
-action, D low_level_dim, S skills.
+Shapes: ... any leading dimensions, B windows, K steps, F steps that a level sees at once, P proprio, G goal, A action,
+D width of the level (high_level_dim, low_level_dim), S skills.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,10 @@ from vla_dist.models.step_encoder import StepEncoder
 class Level(nn.Module):
     """Perception of one level, not shared with the other."""
 
-    def __init__(self, config: HierarchicalVLAConfig, width: int, goal_dim: int) -> None:
+    def __init__(self, config: HierarchicalVLAConfig, width: int, goal_dim: int, *, steps: int) -> None:
+        """Args:
+        steps: F.
+        """
         super().__init__()
         self.encoder = StepEncoder(
             state_dim=config.state_dim,
@@ -28,6 +31,29 @@ class Level(nn.Module):
             visual=config.visual,
         )
         self.norm = nn.LayerNorm(width)
+        self.recollection = Recollection(width, steps) if steps > 1 else None
+
+    @property
+    def context_steps(self) -> int:
+        """F."""
+        return 1 if self.recollection is None else self.recollection.steps
+
+    def recall(self, recent: Tensor, is_step: Tensor) -> Tensor:
+        """(..., F, D) from ``perceive``, newest last, and (..., F) bool where there was a step, to the (..., D) that
+        is decided on.
+        """
+        return recent[..., -1, :] if self.recollection is None else self.recollection(recent, is_step)
+
+    def recall_window(self, perceived: Tensor, is_step: Tensor) -> Tensor:
+        """(B, K, D) from ``perceive`` and (B, K) bool to (B, K, D): each step as it is seen when it is the newest."""
+        if self.recollection is None:
+            return perceived
+        before = self.recollection.steps - 1
+        recent = pad(perceived, (0, 0, before, 0)).unfold(1, before + 1, 1).transpose(2, 3)
+        # A padded step sees itself, as a softmax over nothing would be NaN; nobody learns from it.
+        was_step = pad(is_step, (before, 0)).unfold(1, before + 1, 1).clone()
+        was_step[..., -1] = True
+        return self.recall(recent, was_step)
 
     def _perceive(self, states: Tensor, goals: Tensor | None, images: Mapping[str, Tensor]) -> Tensor:
         return gelu(self.norm(self.encoder(states, goals, self.encoder.encode_images(images))))
@@ -37,18 +63,21 @@ class Planner(Level):
     """High-level state and the skill before it to S logits, or to the P normalised displacement of the next hold."""
 
     def __init__(self, config: HierarchicalVLAConfig) -> None:
-        super().__init__(config, config.high_level_dim, config.goal_dim)
+        super().__init__(config, config.high_level_dim, config.goal_dim, steps=config.planner_context_steps)
         num_skills = len(config.skills or ())
         self.before = nn.Embedding(num_skills + 1, config.high_level_dim) if num_skills else None
         self.widen = nn.Linear(config.high_level_dim, config.hidden_dim or config.high_level_dim)
         self.head = nn.Linear(config.hidden_dim or config.high_level_dim, num_skills or config.state_dim)
 
     def perceive(self, states: Tensor, goals: Tensor | None, images: Mapping[str, Tensor]) -> Tensor:
-        """(..., P), (..., G) and camera name -> (..., 3, H, W) to (..., high_level_dim)."""
+        """(..., P), (..., G) and camera name -> (..., 3, H, W) to (..., D), each step by itself."""
         return self._perceive(states, goals, images)
 
     def forward(self, high: Tensor, before: Tensor | None) -> Tensor:
-        """``before``: (...) int64, S or None where no skill ran."""
+        """Args:
+        high: (..., D) from ``perceive`` or, of a planner with a context, from ``recall``.
+        before: (...) int64, S or None where no skill ran.
+        """
         if high.shape[-1] != self.widen.in_features:
             raise DataError(f"high_level_state of shape {tuple(high.shape)} must end in {self.widen.in_features}")
         if self.before is not None:
@@ -62,36 +91,16 @@ class Controller(Level):
     """Linear(low_level_dim + subgoal_dim), through a hidden layer where there is one."""
 
     def __init__(self, config: HierarchicalVLAConfig) -> None:
-        super().__init__(config, config.low_level_dim, 0)
+        super().__init__(config, config.low_level_dim, 0, steps=config.controller_context_steps)
         self.squash = config.head == "tanh"
         self.low_level_dim = config.low_level_dim
         joined = config.low_level_dim + config.subgoal_dim
         self.widen = nn.Linear(joined, config.hidden_dim) if config.hidden_dim else None
         self.head = nn.Linear(config.hidden_dim or joined, config.action_dim)
-        steps = config.controller_context_steps
-        self.recollection = Recollection(config.low_level_dim, steps) if steps > 1 else None
 
     def perceive(self, states: Tensor, images: Mapping[str, Tensor]) -> Tensor:
         """(..., P) and camera name -> (..., 3, H, W) to (..., D), each step by itself."""
         return self._perceive(states, None, images)
-
-    def recall(self, recent: Tensor, is_step: Tensor) -> Tensor:
-        """(..., F, D) from ``perceive``, newest last, and (..., F) bool where there was a step, to the (..., D) that
-        is acted on.
-        """
-        return recent[..., -1, :] if self.recollection is None else self.recollection(recent, is_step)
-
-    def perceive_window(self, states: Tensor, images: Mapping[str, Tensor], is_step: Tensor) -> Tensor:
-        """(B, K, P), images and (B, K) bool to (B, K, D): each step as it is seen when it is the newest."""
-        low = self.perceive(states, images)
-        if self.recollection is None:
-            return low
-        before = self.recollection.steps - 1
-        recent = pad(low, (0, 0, before, 0)).unfold(1, before + 1, 1).transpose(2, 3)
-        # A padded step sees itself, as a softmax over nothing would be NaN; nobody learns from it.
-        was_step = pad(is_step, (before, 0)).unfold(1, before + 1, 1).clone()
-        was_step[..., -1] = True
-        return self.recall(recent, was_step)
 
     def forward(self, low: Tensor, subgoal: Tensor) -> Tensor:
         if low.shape[-1] != self.low_level_dim:
@@ -116,7 +125,7 @@ class Recollection(nn.Module):
     def forward(self, recent: Tensor, is_step: Tensor) -> Tensor:
         """(..., F, D), newest last, and (..., F) bool to (..., D)."""
         if recent.shape[-2] != self.steps:
-            raise DataError(f"{recent.shape[-2]} steps were given to a controller that sees {self.steps}")
+            raise DataError(f"{recent.shape[-2]} steps were given to a level that sees {self.steps}")
         newest = recent[..., -1:, :]
         key, value = self.key_value(recent + self.age.weight.flip(0)).chunk(2, -1)
         seen = scaled_dot_product_attention(self.query(newest), key, value, attn_mask=is_step[..., None, :])

@@ -17,6 +17,7 @@ from vla_dist.models.actions import ActionCodec
 from vla_dist.models.conditioning import ReturnConditioning
 from vla_dist.models.goals import GoalTable
 from vla_dist.models.hierarchical.hierarchical_vla import HierarchicalVLA
+from vla_dist.models.hierarchical.recent import frozen, nothing_recent, recall
 from vla_dist.models.observations import camera_frames, goal_rows, proprio_rows, require_fit
 
 SubgoalSource = Literal["learned", "random", "oracle"]
@@ -36,9 +37,11 @@ class HierarchicalState:
     """Steps since the planner was asked; -1 before the first time."""
     timestep: int
     """Index within the episode of the next observation."""
-    recent: Array
+    recent_low: Array
     """(R, D) float32, what the controller perceived at the R < F steps before, newest last; (0, D) where it sees the
     moment alone. Read-only."""
+    recent_high: Array
+    """The same of the planner."""
     low_level: Any
     """The state of a controller that is another member; None of the built-in one."""
 
@@ -108,10 +111,11 @@ class HierarchicalPolicy:
         """Nothing planned; the first observation is."""
         return HierarchicalState(
             skill=-1,
-            target=_frozen(np.zeros(0 if self._skills else self._spec.proprio_dim, np.float32)),
+            target=frozen(np.zeros(0 if self._skills else self._spec.proprio_dim, np.float32)),
             age=-1,
             timestep=timestep,
-            recent=_frozen(np.zeros((0, self._model.config.low_level_dim), np.float32)),
+            recent_low=nothing_recent(self._model.config.low_level_dim),
+            recent_high=nothing_recent(self._model.config.high_level_dim),
             low_level=None if self._low_level is None else self._low_level.initial_state(timestep=timestep),
         )
 
@@ -137,48 +141,70 @@ class HierarchicalPolicy:
         with torch.inference_mode():
             reading = self._tensor(proprio if self._model.config.state_dim else proprio[:, :0])
             views = {name: frame.to(self._device) for name, frame in frames.items()}
-            low, recent = self._perceive(reading, views, states)
+            low, recent_low = self._perceive(reading, views, states)
             is_done = self._is_done(low, states)
             is_due = [
                 state.age < 0 or done or state.timestep % self._model.config.hold_steps == 0
                 for state, done in zip(states, is_done, strict=True)
             ]
             asked = [row for row, due in enumerate(is_due) if due]
-            planned = list(states)
+            high, recent_high = self._overlook(observations, reading, views, states, asked)
+            planned = [
+                replace(state, recent_low=lately, recent_high=before)
+                for state, lately, before in zip(states, recent_low, recent_high, strict=True)
+            ]
             if asked:
-                some = {name: view[asked] for name, view in views.items()}
                 ended = [is_done[row] for row in asked]
-                rows = [(observations[row], states[row]) for row in asked]
-                for row, state in zip(asked, self._plan(rows, reading[asked], some, ended, generator), strict=True):
+                rows = [(observations[row], planned[row]) for row in asked]
+                for row, state in zip(asked, self._plan(rows, reading[asked], high, ended, generator), strict=True):
                     planned[row] = state
             if low is None:
                 return self._act_through_member(observations, planned, generator)
             output = self._model.controller(low, self._subgoal_vectors(planned, reading))
         actions = self._codec.decode(output.float().cpu().numpy())
-        after = [
-            replace(state, age=state.age + 1, timestep=state.timestep + 1, recent=seen)
-            for state, seen in zip(planned, recent, strict=True)
-        ]
+        after = [replace(state, age=state.age + 1, timestep=state.timestep + 1) for state in planned]
         return list(actions[:, None]), after
 
     def _perceive(
         self, reading: torch.Tensor, views: dict[str, torch.Tensor], states: Sequence[HierarchicalState]
     ) -> tuple[torch.Tensor | None, list[Array]]:
-        """(B, D) that the built-in controller acts on, and the ``recent`` of the states that follow."""
+        """(B, D) that the built-in controller acts on, and the ``recent_low`` of the states that follow."""
+        recent = [state.recent_low for state in states]
         if self._low_level is not None:
-            return None, [state.recent for state in states]
-        low = self._model.controller.perceive(reading, views)
-        steps = self._model.config.controller_context_steps
-        if steps == 1:
-            return low, [state.recent for state in states]
-        window = np.zeros((len(states), steps, low.shape[-1]), np.float32)
-        window[:, -1] = low.float().cpu().numpy()
-        for row, state in enumerate(states):
-            window[row, steps - 1 - len(state.recent) : -1] = state.recent
-        lengths = [len(state.recent) + 1 for state in states]
-        is_step = np.arange(steps) >= steps - np.array(lengths)[:, None]
-        kept = [_frozen(row[-min(length, steps - 1) :].copy()) for row, length in zip(window, lengths, strict=True)]
-        return self._model.controller.recall(self._tensor(window), self._tensor(is_step)), kept
+            return None, recent
+        return recall(self._model.controller, self._model.controller.perceive(reading, views), recent)
+
+    def _overlook(
+        self,
+        observations: Sequence[Observation],
+        reading: torch.Tensor,
+        views: dict[str, torch.Tensor],
+        states: Sequence[HierarchicalState],
+        asked: Sequence[int],
+    ) -> tuple[torch.Tensor | None, list[Array]]:
+        """What the planner decides on in the rows that ask it, and the ``recent_high`` of all states that follow.
+
+        One with a context looks at every step, one without only where it is asked.
+        """
+        planner, recent = self._model.planner, [state.recent_high for state in states]
+        if self._subgoals != "learned":
+            return None, recent
+        if planner.context_steps > 1:
+            task = self._task(observations)
+            high, recent = recall(planner, planner.perceive(reading, task, views), recent)
+            return high[asked], recent
+        if not asked:
+            return None, recent
+        task = self._task([observations[row] for row in asked])
+        some = {name: view[asked] for name, view in views.items()}
+        return planner.perceive(reading[asked], task, some), recent
+
+    def _task(self, observations: Sequence[Observation]) -> torch.Tensor | None:
+        """(B, G)."""
+        if not self._model.config.goal_dim or self._goals is None:
+            return None
+        nothing = self._model.planner.encoder.goal_mean.cpu().numpy()
+        return self._tensor(goal_rows([o.instruction for o in observations], self._goals, nothing))
 
     def _is_done(self, low: torch.Tensor | None, states: Sequence[HierarchicalState]) -> list[bool]:
         if low is None or self._model.terminate is None:
@@ -192,13 +218,13 @@ class HierarchicalPolicy:
         self,
         rows: Sequence[tuple[Observation, HierarchicalState]],
         reading: torch.Tensor,
-        views: dict[str, torch.Tensor],
+        high: torch.Tensor | None,
         ended: Sequence[bool],
         generator: np.random.Generator | None,
     ) -> list[HierarchicalState]:
         """The states with a new subgoal, held for no step yet."""
-        if self._subgoals == "learned":
-            plans = self._learned([observation for observation, _ in rows], reading, views, rows, ended)
+        if high is not None:
+            plans = self._learned(high, reading, [state for _, state in rows], ended)
         elif self._subgoals == "oracle":
             assert self._oracle is not None
             plans = [self._read_oracle(self._oracle(observation)) for observation, _ in rows]
@@ -207,32 +233,22 @@ class HierarchicalPolicy:
         if self._skills:
             return [replace(s, skill=int(plan), age=0) for (_, s), plan in zip(rows, plans, strict=True)]
         return [
-            replace(s, target=_frozen(np.asarray(plan, np.float32)), age=0)
+            replace(s, target=frozen(np.asarray(plan, np.float32)), age=0)
             for (_, s), plan in zip(rows, plans, strict=True)
         ]
 
     def _learned(
-        self,
-        observations: Sequence[Observation],
-        reading: torch.Tensor,
-        views: dict[str, torch.Tensor],
-        rows: Sequence[tuple[Observation, HierarchicalState]],
-        ended: Sequence[bool],
+        self, high: torch.Tensor, reading: torch.Tensor, states: Sequence[HierarchicalState], ended: Sequence[bool]
     ) -> list[Any]:
-        planner = self._model.planner
-        task = None
-        if self._model.config.goal_dim and self._goals is not None:
-            nothing = planner.encoder.goal_mean.cpu().numpy()
-            task = self._tensor(goal_rows([o.instruction for o in observations], self._goals, nothing))
-        before = None
+        planner, before = self._model.planner, None
         if self._skills:
             none = len(self._skills)
-            before = torch.tensor([s.skill if s.skill >= 0 else none for _, s in rows], device=self._device)
-        plan = planner(planner.perceive(reading, task, views), before)
+            before = torch.tensor([s.skill if s.skill >= 0 else none for s in states], device=self._device)
+        plan = planner(high, before)
         if not self._skills:
             return list((planner.encoder.normalised(reading) + plan).float().cpu().numpy())
         if len(self._skills) > 1:
-            for row, ((_, state), is_over) in enumerate(zip(rows, ended, strict=True)):
+            for row, (state, is_over) in enumerate(zip(states, ended, strict=True)):
                 if is_over:  # what has just ended is not begun again
                     plan[row, state.skill] = -torch.inf
         return plan.argmax(-1).tolist()
@@ -287,8 +303,3 @@ def _member_policy(model: HierarchicalVLA, spec: EnvSpec, conditioning: ReturnCo
 
 def _refuse(texts: Sequence[str]) -> Array:
     raise NotFound(f"{list(texts)} are no skills of this hierarchy; its planner names only known ones")
-
-
-def _frozen(array: Array) -> Array:
-    array.flags.writeable = False
-    return array
