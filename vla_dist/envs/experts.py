@@ -18,6 +18,8 @@ _SAME_MOTION = {
     BUTTON_PRESS: ("button-press-topdown", slice(11, 14), (0.0, 0.0, 0.0)),
 }
 """Scene task -> Meta-World's policy, where the scene's observation holds its object, and the offset it expects, m."""
+_BEFORE_HANDLE, _WITHIN, _ABOVE = -0.028, 0.06, (0.1, 0.2)
+"""m. A hand that pulls is at most 25 mm before the handle, one that has just pushed the drawer shut at least 32."""
 
 
 class MetaWorldExpert:
@@ -47,6 +49,8 @@ class MetaWorldExpert:
             _, where, offset = _SAME_MOTION[skill]
             full = full.copy()
             full[4:7] = full[where] + offset
+        if skill == DRAWER_OPEN and (over := _over_the_handle(full)) is not None:
+            return over
         with warnings.catch_warnings():
             # "Constant(s) may be too high": the clipping that it announces is done here.
             warnings.simplefilter("ignore")
@@ -58,3 +62,14 @@ class MetaWorldExpert:
         if name not in self._policies:
             self._policies[name] = ENV_POLICY_MAP[f"{name}-v3"]()
         return self._policies[name].get_action
+
+
+def _over_the_handle(full: Array) -> Array | None:
+    """The action of a hand that is before the handle, as after closing: Meta-World's policy, which is told of none that
+    begins there, would pull at nothing for ever. None where it knows what to do.
+    """
+    x, y, z = full[:3] - full[4:7]
+    if y >= _BEFORE_HANDLE or np.hypot(x, y) > _WITHIN or z >= _ABOVE[1]:
+        return None
+    aside = (0.0, 0.0) if z < _ABOVE[0] else (-x, -y)
+    return np.clip([10.0 * aside[0], 10.0 * aside[1], 1.0, -1.0], -1.0, 1.0).astype(np.float32)
