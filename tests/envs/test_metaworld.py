@@ -18,7 +18,6 @@ _OBJECT_1, _OBJECT_2 = slice(4, 7), slice(11, 14)
 
 _FINGERPRINT = """
 import hashlib, numpy as np
-from vla_dist.envs.drawer_button import SCENE_SEQUENCES
 from vla_dist.envs.metaworld import MetaWorldEnv
 env = MetaWorldEnv(("drawer-close", "push", "scene/button-press"))
 digest = hashlib.sha256()
