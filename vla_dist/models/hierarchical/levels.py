@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, pad, scaled_dot_product_attention
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from vla_dist.core.errors import DataError
 from vla_dist.models.hierarchical.config import HierarchicalVLAConfig
@@ -46,14 +46,7 @@ class Level(nn.Module):
 
     def recall_window(self, perceived: Tensor, is_step: Tensor) -> Tensor:
         """(B, K, D) from ``perceive`` and (B, K) bool to (B, K, D): each step as it is seen when it is the newest."""
-        if self.recollection is None:
-            return perceived
-        before = self.recollection.steps - 1
-        recent = pad(perceived, (0, 0, before, 0)).unfold(1, before + 1, 1).transpose(2, 3)
-        # A padded step sees itself, as a softmax over nothing would be NaN; nobody learns from it.
-        was_step = pad(is_step, (before, 0)).unfold(1, before + 1, 1).clone()
-        was_step[..., -1] = True
-        return self.recall(recent, was_step)
+        return perceived if self.recollection is None else self.recollection.over_window(perceived, is_step)
 
     def _perceive(self, states: Tensor, goals: Tensor | None, images: Mapping[str, Tensor]) -> Tensor:
         return gelu(self.norm(self.encoder(states, goals, self.encoder.encode_images(images))))
@@ -130,3 +123,22 @@ class Recollection(nn.Module):
         key, value = self.key_value(recent + self.age.weight.flip(0)).chunk(2, -1)
         seen = scaled_dot_product_attention(self.query(newest), key, value, attn_mask=is_step[..., None, :])
         return self.norm(newest + self.out(seen)).squeeze(-2)
+
+    def over_window(self, perceived: Tensor, is_step: Tensor) -> Tensor:
+        """(B, K, D) and (B, K) bool to the (B, K, D) that ``forward`` gives where each step is the newest.
+
+        What is linear in an age is added to the scores and to the outcome, so each step is projected once and not F
+        times. Source: Shaw et al. 2018, "Self-Attention with Relative Position Representations", section 3.3.
+        """
+        step = torch.arange(perceived.shape[1], device=perceived.device)
+        age = step[:, None] - step
+        # A padded step sees itself, as a softmax over nothing would be NaN; nobody learns from it.
+        is_seen = ((age >= 0) & (age < self.steps) & is_step[:, None]) | (age == 0)
+        age_of = age.clamp(0, self.steps - 1).expand(len(perceived), -1, -1)
+        query = self.query(perceived) * perceived.shape[-1] ** -0.5
+        key, value = self.key_value(perceived).chunk(2, -1)
+        key_of_age, value_of_age = linear(self.age.weight, self.key_value.weight).chunk(2, -1)
+        scores = query @ key.transpose(1, 2) + (query @ key_of_age.T).gather(2, age_of)
+        weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
+        by_age = query.new_zeros(*query.shape[:2], self.steps).scatter_add(2, age_of, weights)
+        return self.norm(perceived + self.out(weights @ value + by_age @ value_of_age))
