@@ -46,6 +46,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "several parts further than one policy?",
         protocol=protocol,
         skills=SKILLS,
+        judged=(_TASK,),
         config=lambda seed: _config(seed, protocol),
     )
 

@@ -28,24 +28,31 @@ from vla_dist.run.study_parts import Parts, Say
 _LABELS = ("flat", "hierarchy", "hierarchy, oracle subgoals", "hierarchy, random subgoals")
 _DIFFERENCE = "hierarchy less flat"
 MODELS = {
-    "hierarchy": "planner of one moment and controller of the last 16 steps, width 64 with a hidden layer of 128, "
-    "K 16, asked every 5 steps and where a skill is found done",
+    "hierarchy": "planner and controller of the last 16 steps, width 64 with a hidden layer of 128, K 16, asked every 5 "
+    "steps and where a skill is found done",
     "flat": "one token a step, 2 layers, K 16, the width that comes nearest to the hierarchy's parameters",
 }
 """For the protocol."""
 
 
 def compare_levels(
-    config: RunConfig, skills: Sequence[str], protocol: Mapping[str, Any], folder: Path, parts: Parts, say: Say
+    config: RunConfig,
+    skills: Sequence[str],
+    judged: Sequence[str],
+    protocol: Mapping[str, Any],
+    folder: Path,
+    parts: Parts,
+    say: Say,
 ) -> dict[str, Any]:
     """Successes and trials of each label, pairs and parameters; plain JSON.
 
     Args:
         config: of one seed, without its model.
         skills: that the planner chooses among.
+        judged: tasks of the suite; the others are only demonstrated.
         protocol: with ``updates`` and ``evaluation_episodes_per_task``.
     """
-    suite = suite_of(config, protocol["evaluation_episodes_per_task"])
+    suite = dataclasses.replace(suite_of(config, protocol["evaluation_episodes_per_task"]), tasks=tuple(judged))
     high, low = _models(config, skills)
     with open_study(config, folder, parts, say) as study:
         study.collect()
@@ -72,16 +79,18 @@ def run_levels(
     question: str,
     protocol: Mapping[str, Any],
     skills: Sequence[str],
+    judged: Sequence[str],
     config: Callable[[int], RunConfig],
 ) -> dict[str, Any]:
     """What ``compare_levels`` finds with each seed, as a benchmark answers.
 
     Args:
+        judged: tasks of the suite, of those that are demonstrated.
         config: seed to everything but the model.
     """
 
     def run_seed(seed: int, folder: Path, parts: Parts, say: Say) -> dict[str, Any]:
-        return compare_levels(config(seed), skills, protocol, folder, parts, say)
+        return compare_levels(config(seed), skills, judged, protocol, folder, parts, say)
 
     seeds = run_seeds(settings, name, protocol, config(0), run_seed)
     measures = {label: measure({seed: one[label] for seed, one in seeds.items()}) for label in _LABELS}
@@ -121,6 +130,7 @@ def _models(config: RunConfig, skills: Sequence[str]) -> tuple[ModelSettings, Mo
             "learned_termination=true",
             "context_steps=16",
             "controller_context_steps=16",
+            "planner_context_steps=16",
             "hold_steps=5",
             "hidden_dim=128",
         ),

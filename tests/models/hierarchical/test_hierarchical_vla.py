@@ -93,6 +93,15 @@ def test_skills_are_learned_from_nothing_but_their_order(skilled: HierarchicalVL
     assert metrics["planner_accuracy"] > 0.95
 
 
+def test_a_planner_that_is_told_a_wrong_skill_before_names_the_one_that_it_sees(skilled: HierarchicalVLA):
+    batch = composed_batch(skilled.config, 40, torch.Generator().manual_seed(9))
+    is_left = (batch.states[..., 0] > 0.5) ^ (batch.states[..., 1] > 0.5)
+    wrong = is_left.long() if SKILLS[0] == "left" else 1 - is_left.long()
+    with torch.no_grad():
+        plan = skilled.planner(skilled.planner.perceive(batch.states, None, {}), wrong).argmax(-1)
+    assert (plan != wrong).float().mean() > 0.95
+
+
 def test_learned_subgoals_do_what_the_oracles_do_and_random_ones_do_not(skilled: HierarchicalVLA):
     def oracle(observation: Observation) -> str:
         is_left = bool(observation.proprio[1]) ^ bool(observation.proprio[0])
@@ -323,6 +332,7 @@ def test_the_chapters_call():
         ({"hold_steps": 8}, "must exceed hold_steps"),
         ({"learned_termination": True}, "need named skills"),
         ({"controller": {"architecture": "memory"}}, "need named skills"),
+        ({"previous_skill_noise": 1.5}, "previous_skill_noise 1.5 must be within 0 and 1"),
         ({"skills": ["a", "a"]}, "distinct"),
         ({"horizon": 4}, "horizon 1"),
         ({"head": "flow"}, "built-in controller"),

@@ -28,6 +28,8 @@ class HierarchicalVLAConfig(PreTrainedConfig):
         controller_context_steps: how many of the last steps the built-in controller sees; 1: the moment alone.
         planner_context_steps: the same of the planner. It then looks at every step, not only at those where it is
             asked.
+        previous_skill_noise: in training, share of the steps at which the planner is told any skill of the episode's
+            as the one before: told the truth alone it copies it, whatever it sees.
         context_steps: K of a training window, at least either.
         horizon: H; 1 unless the controller is a member that chunks.
         head: ``tanh`` (squared error, actions in [-1, 1]) or ``discrete``; with another member, its own head's name.
@@ -50,6 +52,7 @@ class HierarchicalVLAConfig(PreTrainedConfig):
     controller: dict[str, Any] | None = None
     controller_context_steps: int = 1
     planner_context_steps: int = 1
+    previous_skill_noise: float = 0.5
     context_steps: int = 10
     horizon: int = 1
     head: str = "tanh"
@@ -70,6 +73,8 @@ class HierarchicalVLAConfig(PreTrainedConfig):
                     f"hierarchical {name} {getattr(self, name)} must be within 1 and context_steps "
                     f"{self.context_steps}: a window must hold what a level sees"
                 )
+        if not 0.0 <= self.previous_skill_noise <= 1.0:
+            raise ConfigError(f"hierarchical previous_skill_noise {self.previous_skill_noise} must be within 0 and 1")
         if min(self.hidden_dim, self.goal_dim, self.state_dim) < 0 or not (self.state_dim or self.cameras):
             raise ConfigError(
                 "hierarchical hidden_dim, goal_dim and state_dim must not be negative, nor all inputs absent"

@@ -219,7 +219,9 @@ class HierarchicalVLA(WholePreTrainedModel):
     def _plan_loss(
         self, high: Tensor, sketches: Sketches, running: Tensor, batch: TrainBatch, num_terms: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy against (B, K, N) skills; a step is told the skill before it or, half of the time, none."""
+        """Cross-entropy against (B, K, N) skills; a step is told the skill before it, another one of the episode's or,
+        half of the time, none.
+        """
         num_skills, steps = len(self.config.skills or ()), running.shape[1]
         index = sketches.skills[:, None].expand(-1, steps, -1)
         labels = torch.zeros(*running.shape[:2], num_skills, device=running.device, dtype=running.dtype)
@@ -228,7 +230,11 @@ class HierarchicalVLA(WholePreTrainedModel):
         is_known = torch.roll(batch.padding_mask, 1, 1)
         is_known[:, 0] = False
         if self.training:
-            is_known = is_known & (torch.rand(is_known.shape, device=is_known.device) < 0.5)
+            chance = torch.rand(3, *is_known.shape, device=is_known.device)
+            is_known = is_known & (chance[0] < 0.5)
+            drawn = (chance[1] * sketches.lengths[:, None]).long()
+            is_wrong = chance[2] < self.config.previous_skill_noise
+            before = torch.where(is_wrong, sketches.skills.gather(1, drawn), before)
         logits = self.planner(high, torch.where(is_known, before, num_skills))
         errors = cross_entropy(logits.transpose(1, 2), labels.transpose(1, 2), reduction="none")
         right = (logits.argmax(-1) == labels.argmax(-1)).float()
