@@ -1,7 +1,7 @@
 """Two tasks in a row, in one scene: does a planner of skills above a controller do what one policy cannot?
 
 Six sequences of opening, closing and pressing; a pressed button springs back, so what was done may no longer be seen.
-Each of the three is demonstrated alone as well: where only sequences are, what belongs to which skill is guessed wrongly.
+Each of the three is demonstrated alone as well: from sequences alone what belongs to which skill is guessed wrongly.
 The flat policy and the hierarchy have as many parameters, the same demonstrations, updates and batch. The ablations put
 another in the planner's place: an oracle that knows which task is due, and chance.
 """

@@ -28,8 +28,8 @@ from vla_dist.run.study_parts import Parts, Say
 _LABELS = ("flat", "hierarchy", "hierarchy, oracle subgoals", "hierarchy, random subgoals")
 _DIFFERENCE = "hierarchy less flat"
 MODELS = {
-    "hierarchy": "planner and controller of the last 16 steps, width 64 with a hidden layer of 128, K 16, asked every 5 "
-    "steps and where a skill is found done",
+    "hierarchy": "planner and controller of the last 16 steps, width 64 with a hidden layer of 128, K 16, asked every "
+    "5 steps and where a skill is found done; told a wrong skill before in half of the steps that are told one",
     "flat": "one token a step, 2 layers, K 16, the width that comes nearest to the hierarchy's parameters",
 }
 """For the protocol."""
