@@ -57,10 +57,10 @@ TASK_STEPS: Mapping[str, int] = MappingProxyType(
     }
 )
 """Step limit of each task: more than twice the longest of 40 episodes of the bot."""
-_OF_OTHERS: Mapping[str, tuple[str, Mapping[str, int]]] = MappingProxyType(
-    {"GoToSeqLocal": ("GoToSeq", {"room_size": 8, "num_rows": 1, "num_cols": 1, "num_dists": 8})}
+_OF_OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {"GoToSeqLocal": ("GoToSeq", {"room_size": 8, "num_rows": 1, "num_cols": 1, "num_dists": 8, "instr_kinds": ("seq",)})}
 )
-"""Tasks that BabyAI has no name for: its level, with other numbers. Sequences in the one room of GoToLocal."""
+"""Tasks that BabyAI has no name for: its level, with other settings. Nothing but sequences, in the room of GoToLocal."""
 ACTIONS = ("left", "right", "forward", "pickup", "drop", "toggle", "done")
 CAMERA = "view"
 _VIEW = 7
