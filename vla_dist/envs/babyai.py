@@ -51,16 +51,11 @@ TASK_STEPS: Mapping[str, int] = MappingProxyType(
         "Synth": 384,
         "GoToSeq": 512,
         "GoToSeqS5R2": 128,
-        "GoToSeqLocal": 64,
         "SynthSeq": 512,
         "BossLevel": 640,
     }
 )
 """Step limit of each task: more than twice the longest of 40 episodes of the bot."""
-_OF_OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
-    {"GoToSeqLocal": ("GoToSeq", {"room_size": 8, "num_rows": 1, "num_cols": 1, "num_dists": 8, "instr_kinds": ("seq",)})}
-)
-"""Tasks that BabyAI has no name for: its level, with other settings. Nothing but sequences, in the room of GoToLocal."""
 ACTIONS = ("left", "right", "forward", "pickup", "drop", "toggle", "done")
 CAMERA = "view"
 _VIEW = 7
@@ -128,8 +123,7 @@ class BabyAIEnv:
         if task not in self.tasks:
             raise NotFound(f"no task {task!r}; this environment was built for {', '.join(self.tasks)}")
         if task not in self._levels:
-            name, settings = _OF_OTHERS.get(task, (task, {}))
-            self._levels[task] = gym.make(f"BabyAI-{name}-v0", disable_env_checker=True, **settings).unwrapped
+            self._levels[task] = gym.make(f"BabyAI-{task}-v0", disable_env_checker=True).unwrapped
         self._level = self._levels[task]
         raw, _ = self._level.reset(seed=seed)
         self._level.max_steps = min(TASK_STEPS[task], self.spec.max_episode_steps)
