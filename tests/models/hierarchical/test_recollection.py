@@ -60,6 +60,17 @@ def test_acting_sees_what_training_saw_with_and_without_padding():
     assert changed.tolist() == [True] * 5 + [False] * 3, "it sees five steps and no more"
 
 
+def test_a_window_in_half_precision_comes_to_nearly_the_same():
+    torch.manual_seed(0)
+    model = HierarchicalVLA(configure(planner_context_steps=5)).eval()
+    states, is_step = torch.randn(4, 8, 3), torch.arange(8) >= torch.tensor([0, 1, 3, 7])[:, None]
+    with torch.no_grad():
+        exact = model.controller.recall_window(model.controller.perceive(states, {}), is_step)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model.controller.recall_window(model.controller.perceive(states, {}), is_step)
+    torch.testing.assert_close(rough.float(), exact, atol=0.1, rtol=0.1)
+
+
 def test_rows_of_a_batch_keep_their_own_past():
     torch.manual_seed(0)
     model = HierarchicalVLA(configure()).eval()

@@ -140,5 +140,5 @@ class Recollection(nn.Module):
         key_of_age, value_of_age = linear(self.age.weight, self.key_value.weight).chunk(2, -1)
         scores = query @ key.transpose(1, 2) + (query @ key_of_age.T).gather(2, age_of)
         weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
-        by_age = query.new_zeros(*query.shape[:2], self.steps).scatter_add(2, age_of, weights)
+        by_age = weights.new_zeros(*weights.shape[:2], self.steps).scatter_add(2, age_of, weights)
         return self.norm(perceived + self.out(weights @ value + by_age @ value_of_age))
