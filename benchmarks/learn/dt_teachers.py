@@ -262,7 +262,8 @@ def figure(result: dict[str, Any], path: Path) -> None:
         mean = np.mean([one["data"][level]["mean_return"] for one in result["by_seed"].values()])
         right.axhline(mean, color="gray", ls=style, lw=1, label=f"{level} data, mean")
     right.set(ylabel="return", title=result["protocol"]["teacher"]["environment"])
-    right.legend(fontsize=8)
+    right.set_ylim(top=1.25 * right.get_ylim()[1])  # room for the legend
+    right.legend(fontsize=8, ncols=3, loc="upper center")
     page.savefig(path, dpi=110)
     plt.close(page)
 
