@@ -105,6 +105,7 @@ class EnvSpec:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of the contract, 64 hexadecimal digits."""
+        # A service is asked for it at each session. Kept, which a class with slots could not.
         text = json.dumps(self.contract(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

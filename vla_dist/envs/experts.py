@@ -65,8 +65,9 @@ class MetaWorldExpert:
 
 
 def _over_the_handle(full: Array) -> Array | None:
-    """The action of a hand that is before the handle, as after closing: Meta-World's policy, which is told of none that
-    begins there, would pull at nothing for ever. None where it knows what to do.
+    """The action of a hand that is before the handle, as after closing; None elsewhere.
+
+    Meta-World's policy never begins there: it takes the hand to be behind the handle and pulls at nothing for ever.
     """
     x, y, z = full[:3] - full[4:7]
     if y >= _BEFORE_HANDLE or np.hypot(x, y) > _WITHIN or z >= _ABOVE[1]:
