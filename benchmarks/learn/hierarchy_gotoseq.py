@@ -46,7 +46,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "several parts further than one policy?",
         protocol=protocol,
         skills=SKILLS,
-        judged=(_TASK,),
+        groups={"": (_TASK,)},
         config=lambda seed: _config(seed, protocol),
     )
 

@@ -1,7 +1,7 @@
 """A flat policy and a hierarchy of equal size on the same demonstrations, and the hierarchy under other planners.
 
 An oracle in the planner's place knows which part of the task is due; chance does not. Which skill ran when is stored
-nowhere; the hierarchy finds the change itself (Shiarlis et al. 2018).
+nowhere; the hierarchy finds the change itself (Shiarlis et al. 2018). Groups of tasks are answered apart.
 """
 
 import contextlib
@@ -25,49 +25,71 @@ from vla_dist.run.phrases import phrase_source
 from vla_dist.run.study import Study, Trained, open_study
 from vla_dist.run.study_parts import Parts, Say
 
-_LABELS = ("flat", "hierarchy", "hierarchy, oracle subgoals", "hierarchy, random subgoals")
+_SENTENCE_DIM = 384
+_FLAT, _HIERARCHY, _LOOKING = "flat", "hierarchy", "hierarchy, planner that looks"
+_ABLATIONS = {"hierarchy, oracle subgoals": "oracle", "hierarchy, random subgoals": "random"}
 _DIFFERENCE = "hierarchy less flat"
+_CONTROLLER = "controller of the last 16 steps, width 64 with a hidden layer of 128, K 16"
+_LOOKS = (
+    "planner of the last 16 steps, of the controller's widths, asked every 5 steps and where a skill is found done; "
+    "told any skill of the episode as the one before in half of the steps that are told one"
+)
 MODELS = {
-    "hierarchy": "planner and controller of the last 16 steps, width 64 with a hidden layer of 128, K 16, asked every "
-    "5 steps and where a skill is found done; told a wrong skill before in half of the steps that are told one",
+    "hierarchy": f"{_LOOKS}; {_CONTROLLER}",
     "flat": "one token a step, 2 layers, K 16, the width that comes nearest to the hierarchy's parameters",
 }
-"""For the protocol."""
+READING_MODELS = {
+    "hierarchy": f"planner that reads the order of skills clause by clause and goes on where one is found done; "
+    f"{_CONTROLLER}",
+    "planner that looks": _LOOKS,
+    "flat": "one token a step, 2 layers, K 16, the width that comes nearest to the larger hierarchy's parameters",
+    "words": "MiniLM, each clause by itself, for all alike",
+}
+"""For the protocol; with a planner that reads a sketch, the one that looks is another line."""
 
 
 def compare_levels(
     config: RunConfig,
     skills: Sequence[str],
-    judged: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
     protocol: Mapping[str, Any],
     folder: Path,
     parts: Parts,
     say: Say,
+    *,
+    reads: bool = False,
 ) -> dict[str, Any]:
-    """Successes and trials of each label, pairs and parameters; plain JSON.
+    """Successes and trials of each label and group, pairs and parameters; plain JSON.
 
     Args:
-        config: of one seed, without its model.
+        config: of one seed, without its model; its tasks are demonstrated.
         skills: that the planner chooses among.
-        judged: tasks of the suite; the others are only demonstrated.
+        groups: name -> tasks of the suite.
         protocol: with ``updates`` and ``evaluation_episodes_per_task``.
+        reads: the hierarchy reads a sketch, and one that looks is compared as well.
     """
-    suite = dataclasses.replace(suite_of(config, protocol["evaluation_episodes_per_task"]), tasks=tuple(judged))
-    high, low = _models(config, skills)
+    judged = tuple(task for tasks in groups.values() for task in tasks)
+    shows_all = dataclasses.replace(config, env=dataclasses.replace(config.env, tasks=judged))
+    suite = suite_of(shows_all, protocol["evaluation_episodes_per_task"])
+    models = _models(config, skills, reads=reads)
+    found: dict[str, list[EpisodeOutcome]] = {}
     with open_study(config, folder, parts, say) as study:
         study.collect()
-        updates = protocol["updates"]
-        hierarchy = study.train("hierarchy", trained_for(dataclasses.replace(config, model=high), updates))
-        flat = study.train("flat", trained_for(dataclasses.replace(config, model=low), updates))
-        found: dict[str, list[EpisodeOutcome]] = dict(
-            zip(_LABELS, [*study.judge(flat, suite), *study.judge(hierarchy, suite)], strict=False)
-        )
-        for label, subgoals in ((_LABELS[2], "oracle"), (_LABELS[3], "random")):
+        trained = {
+            label: study.train(name, trained_for(dataclasses.replace(config, model=model), protocol["updates"]))
+            for (label, model), name in zip(models.items(), ("flat", "hierarchy", "looking"), strict=False)
+        }
+        for label, one in trained.items():
+            (found[label],) = study.judge(one, suite, config=shows_all)
+        for label, subgoals in _ABLATIONS.items():
             say(label)
-            found[label] = _judge_ablation(study, hierarchy, suite, subgoals)
-    answered: dict[str, Any] = {label: count(outcomes) for label, outcomes in found.items()}
-    answered["pairs"] = difference(found["flat"], found["hierarchy"])
-    answered["parameters"] = {name: _size(config, model) for name, model in (("hierarchy", high), ("flat", low))}
+            found[label] = _judge_ablation(study, trained[_HIERARCHY], suite, shows_all, subgoals)
+    answered: dict[str, Any] = {"groups": {}}
+    for group, tasks in groups.items():
+        these = {label: [one for one in outcomes if one.task in tasks] for label, outcomes in found.items()}
+        answered["groups"][group] = {label: count(outcomes) for label, outcomes in these.items()}
+        answered["groups"][group]["pairs"] = difference(these[_FLAT], these[_HIERARCHY])
+    answered["parameters"] = {label: _size(config, model) for label, model in models.items()}
     return answered
 
 
@@ -79,29 +101,40 @@ def run_levels(
     question: str,
     protocol: Mapping[str, Any],
     skills: Sequence[str],
-    judged: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
     config: Callable[[int], RunConfig],
+    reads: bool = False,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What ``compare_levels`` finds with each seed, as a benchmark answers.
 
     Args:
-        judged: tasks of the suite, of those that are demonstrated.
+        groups: name -> tasks of the suite; a name of "" goes without saying.
         config: seed to everything but the model.
     """
 
     def run_seed(seed: int, folder: Path, parts: Parts, say: Say) -> dict[str, Any]:
-        return compare_levels(config(seed), skills, judged, protocol, folder, parts, say)
+        return compare_levels(config(seed), skills, groups, protocol, folder, parts, say, reads=reads)
 
     seeds = run_seeds(settings, name, protocol, config(0), run_seed)
-    measures = {label: measure({seed: one[label] for seed, one in seeds.items()}) for label in _LABELS}
-    measures[_DIFFERENCE] = paired({seed: one["pairs"] for seed, one in seeds.items()})
-    means = {label: measures[label]["mean"] for label in _LABELS}
-    targets = [
-        target("lower end of hierarchy less flat", measures[_DIFFERENCE]["low"], 0.0),
-        target("oracle less learned subgoals", means[_LABELS[2]] - means["hierarchy"], 0.0),
-        target("learned less random subgoals", means["hierarchy"] - means[_LABELS[3]], 0.0),
-    ]
+    measures: dict[str, dict[str, Any]] = {}
+    targets: list[dict[str, Any]] = []
+    for group in groups:
+        of_seeds = {seed: one["groups"][group] for seed, one in seeds.items()}
+        labels = [label for label in next(iter(of_seeds.values())) if label != "pairs"]
+        here = {label: measure({seed: one[label] for seed, one in of_seeds.items()}) for label in labels}
+        here[_DIFFERENCE] = paired({seed: one["pairs"] for seed, one in of_seeds.items()})
+        tail = f": {group}" if group else ""
+        measures |= {f"{label}{tail}": value for label, value in here.items()}
+        means = {label: value["mean"] for label, value in here.items()}
+        oracle, chance = (means[label] for label in _ABLATIONS)
+        targets += [
+            target(f"lower end of hierarchy less flat{tail}", here[_DIFFERENCE]["low"], 0.0),
+            target(f"oracle less learned subgoals{tail}", oracle - means[_HIERARCHY], 0.0),
+            target(f"learned less random subgoals{tail}", means[_HIERARCHY] - chance, 0.0),
+        ]
     sizes = next(iter(seeds.values()))["parameters"]
+    told = ", ".join(f"{label} {size:,}" for label, size in sizes.items())
     return answer(
         settings,
         name=name,
@@ -111,37 +144,47 @@ def run_levels(
         seeds=seeds,
         measures=measures,
         targets=targets,
-        notes=[f"Parameters: {sizes['hierarchy']:,} of the hierarchy, {sizes['flat']:,} of the flat policy."],
+        notes=[*notes, f"Parameters: {told}."],
     )
 
 
 def draw_levels(result: dict[str, Any], path: Path, *, what: str, title: str) -> None:
-    bars = {label: found for label, found in result["measures"].items() if label != _DIFFERENCE}
-    draw_bars(path, {what: bars}, title=title)
+    """Args:
+    what: the group that goes without saying.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, found in result["measures"].items():
+        label, _, group = name.partition(": ")
+        if label != _DIFFERENCE:
+            groups.setdefault(group or what, {})[label] = found
+    draw_bars(path, groups, title=title)
 
 
-def _models(config: RunConfig, skills: Sequence[str]) -> tuple[ModelSettings, ModelSettings]:
-    """The hierarchy, and the flat policy whose size is nearest."""
-    high = ModelSettings(
-        architecture="hierarchical",
-        preset="tiny",
-        changes=(
-            f"skills={json.dumps(list(skills))}",
-            "learned_termination=true",
-            "context_steps=16",
-            "controller_context_steps=16",
-            "planner_context_steps=16",
-            "hold_steps=5",
-            "hidden_dim=128",
-        ),
-        conditioning="none",
+def _models(config: RunConfig, skills: Sequence[str], *, reads: bool) -> dict[str, ModelSettings]:
+    """Label -> model; the flat policy is the one whose size is nearest to the largest hierarchy's."""
+    clauses = ("goal_clauses=2", f"goal_dim={2 * _SENTENCE_DIM}") if reads else ()
+    both = (
+        f"skills={json.dumps(list(skills))}",
+        "learned_termination=true",
+        "context_steps=16",
+        "controller_context_steps=16",
+        "hidden_dim=128",
+        *clauses,
     )
-    wanted = _size(config, high)
+    looks = ("planner_context_steps=16", "hold_steps=5")
+    changes = {_HIERARCHY: (*both, "planner=sketch") if reads else (*both, *looks)}
+    if reads:
+        changes[_LOOKING] = (*both, *looks)
+    models = {
+        label: ModelSettings(architecture="hierarchical", preset="tiny", changes=those, conditioning="none")
+        for label, those in changes.items()
+    }
+    wanted = max(_size(config, model) for model in models.values())
     flat = [
-        ModelSettings(preset="tiny", hidden_dim=width, context_steps=16, conditioning="none")
+        ModelSettings(preset="tiny", hidden_dim=width, context_steps=16, changes=clauses, conditioning="none")
         for width in range(32, 164, 4)
     ]
-    return high, min(flat, key=lambda model: abs(_size(config, model) - wanted))
+    return {_FLAT: min(flat, key=lambda model: abs(_size(config, model) - wanted)), **models}
 
 
 def _size(config: RunConfig, model: ModelSettings) -> int:
@@ -164,13 +207,14 @@ def _spec(config: RunConfig) -> EnvSpec:
     return _specs[key]
 
 
-def _judge_ablation(study: Study, hierarchy: Trained, suite: SuiteConfig, subgoals: str) -> list[EpisodeOutcome]:
+def _judge_ablation(
+    study: Study, hierarchy: Trained, suite: SuiteConfig, config: RunConfig, subgoals: str
+) -> list[EpisodeOutcome]:
     """The trained controller under another planner, one episode at a time: an oracle looks into its environment."""
     from vla_dist.models.auto import build_model
     from vla_dist.models.hierarchical.hierarchical_vla import HierarchicalVLA
     from vla_dist.models.hierarchical.policy import HierarchicalPolicy
 
-    config = study.place.config
     artifact = study.artifact(hierarchy)
     model, conditioning, goals = build_model(artifact)
     assert isinstance(model, HierarchicalVLA)

@@ -23,6 +23,7 @@ from vla_dist.learner.loader import Collator, Loader
 from vla_dist.learner.statistics import ReplayStatistics
 from vla_dist.learner.train_step import TrainStep
 from vla_dist.models.auto import load_tensors, make_artifact
+from vla_dist.models.clauses import goal_embed
 from vla_dist.models.conditioning import ReturnConditioning
 from vla_dist.models.goals import Embed, GoalTable
 from vla_dist.models.member import PolicyModel, as_module, own_settings, setting_changes
@@ -85,7 +86,7 @@ class Learner:
         self._table = table
         self._registry = registry
         self._phrases = dict(phrases or {})
-        self._goals = GoalTable(embed)
+        self._goals = GoalTable(goal_embed(embed, model.config))
         self._parent = parent
         self._git_revision = git_revision
         self._run_config = dict(run_config or {})

@@ -15,6 +15,7 @@ from vla_dist.core.protocols import Policy
 from vla_dist.core.specs import EnvSpec
 from vla_dist.core.types import Array, PolicyArtifact, PolicyManifest
 from vla_dist.models.chunking import ChunkExecution
+from vla_dist.models.clauses import goal_embed
 from vla_dist.models.conditioning import ReturnConditioning
 from vla_dist.models.goals import Embed, GoalTable
 from vla_dist.models.language_encoder import MINILM, shared_embedder
@@ -73,7 +74,8 @@ def build_model(
     goals = None
     if goal_dim:
         known = instructions if table is not None else []
-        goals = GoalTable(embed or shared_embedder(language_model).embed, instructions=known, embeddings=table)
+        whole = embed or shared_embedder(language_model).embed
+        goals = GoalTable(goal_embed(whole, config), instructions=known, embeddings=table)
     return model, conditioning, goals
 
 

@@ -200,13 +200,17 @@ def test_a_batch_asks_the_planner_only_for_rows_whose_subgoal_is_due(skills: lis
 def test_a_skill_that_ends_early_asks_the_planner_for_its_own_row_alone():
     model = HierarchicalVLA(configure(skills=list(SKILLS), hold_steps=1000, learned_termination=True))
     assert model.terminate is not None
-    torch.nn.init.zeros_(model.terminate.weight)
+    for parameter in model.terminate.parameters():
+        torch.nn.init.zeros_(parameter)
     policy, states = make_policy(model), []
     for skill in (0, 1, 0):
         states.append(replace(policy.initial_state(timestep=1), skill=skill, age=0))
     with torch.no_grad():  # a skill's own vector says whether it is over
-        model.terminate.weight[0, model.config.low_level_dim :] = model.embed_skill(torch.tensor(1))
-        model.terminate.bias.fill_(-float(model.embed_skill(torch.tensor(1)).square().sum()) / 2)
+        over = model.embed_skill(torch.tensor(1))
+        model.terminate.widen.weight[0, model.config.low_level_dim :] = over
+        model.terminate.widen.bias[0] = -float(over.square().sum()) / 2
+        model.terminate.head.weight[0, 0] = 10.0
+        model.terminate.head.bias.fill_(-5.0)
     over = [bool(logit > 0) for logit in policy_stops(model, (0, 1, 0))]
     assert over == [False, True, False]
     planner = count_rows(model.planner)
@@ -247,14 +251,28 @@ def test_a_batch_in_parts_weighs_as_much_as_in_one_whatever_the_controller(chang
 def test_a_skill_that_says_it_is_done_makes_way_for_another():
     model = HierarchicalVLA(configure(skills=list(SKILLS), hold_steps=1000, learned_termination=True))
     assert model.terminate is not None
-    torch.nn.init.zeros_(model.terminate.weight)
-    torch.nn.init.constant_(model.terminate.bias, 5.0)
+    torch.nn.init.zeros_(model.terminate.head.weight)
+    torch.nn.init.constant_(model.terminate.head.bias, 5.0)
     policy, seen = make_policy(model), []
     state = policy.initial_state(timestep=1)
     for _ in range(4):
         _, (state,) = policy.act([observe(0, 0, 0)], [state])
         seen.append(state.skill)
     assert seen in ([0, 1, 0, 1], [1, 0, 1, 0])
+
+
+def test_a_skill_ends_at_the_median_of_when_it_may():
+    model = HierarchicalVLA(configure(skills=list(SKILLS), hold_steps=1000, learned_termination=True))
+    assert model.terminate is not None
+    torch.nn.init.zeros_(model.terminate.head.weight)
+    torch.nn.init.constant_(model.terminate.head.bias, float(torch.logit(torch.tensor(0.2))))
+    policy, seen = make_policy(model), []
+    state = policy.initial_state(timestep=1)
+    for _ in range(10):
+        _, (state,) = policy.act([observe(0, 0, 0)], [state])
+        seen.append(state.skill)
+    # 0.8 to the power of 3 is above one half, to the power of 4 below.
+    assert [skill == seen[0] for skill in seen] == [True] * 4 + [False] * 4 + [True] * 2
 
 
 def test_replayed_observations_rebuild_a_latent_plan():

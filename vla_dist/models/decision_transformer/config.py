@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedConfig
 
 from vla_dist.core.errors import ConfigError
+from vla_dist.models.clauses import require_clauses
 from vla_dist.models.settings import require_heads
 from vla_dist.models.transformer import ACTIVATIONS
 from vla_dist.models.visual_encoder import require_visual
@@ -34,6 +35,7 @@ class VlaDecisionTransformerConfig(PreTrainedConfig):
         position: ``window`` numbers the valid steps of the window, so a policy rebuilt from its last K observations is
             the same policy; ``timestep`` numbers the steps of the episode, as in the paper.
         goal_dim: G of the sentence embedding; 0: no language.
+        goal_clauses: M clauses that are embedded one by one, side by side in G; 1: the sentence as a whole.
         goal_fusion: ``prefix`` puts goal tokens before the first step; ``add`` adds the goal to each state token.
         num_goal_tokens: prefix tokens made from one sentence embedding.
         use_returns: whether steps have a return token.
@@ -62,6 +64,7 @@ class VlaDecisionTransformerConfig(PreTrainedConfig):
     window: str = "slide"
     position: str = "window"
     goal_dim: int = 384
+    goal_clauses: int = 1
     goal_fusion: str = "prefix"
     num_goal_tokens: int = 1
     use_returns: bool = True
@@ -104,6 +107,7 @@ class VlaDecisionTransformerConfig(PreTrainedConfig):
             raise ConfigError(f"num_bins {self.num_bins} must be at least 2")
         if self.goal_dim < 0:
             raise ConfigError(f"goal_dim {self.goal_dim} must be 0 (no language) or the size of an embedding")
+        require_clauses(self.goal_dim, self.goal_clauses)
 
     @property
     def horizon(self) -> int:

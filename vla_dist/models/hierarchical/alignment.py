@@ -16,18 +16,17 @@ import torch
 from torch import Tensor
 
 from vla_dist.core.errors import DataError
+from vla_dist.models.clauses import clauses_of
 
 _IMPOSSIBLE = -1e9
-_JOINTS = re.compile(r",?\s+(?:and\s+then|then|and)\s+|\s*[,;+]\s*", re.IGNORECASE)
-_AFTER = re.compile(r"^(?P<later>.+?),?\s+after\s+you\s+(?P<first>.+)$", re.IGNORECASE)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\s+", re.IGNORECASE)
 
 
 def sketch_of(task: str, instruction: str, skills: Sequence[str]) -> tuple[int, ...]:
     """The skills that a task names, in the order of execution, as indices of the vocabulary.
 
-    Looked for in this order: the task is a skill; the task is skills joined by ``+``; the words are a skill; the words
-    are skills joined by "and", "then", a comma, or "X after you Y" (which is Y, then X). Articles do not matter.
+    Looked for in this order: the task is a skill; its clauses are (``+`` joins them); the words are one; their clauses
+    are. Articles do not matter.
 
     Raises:
         DataError: neither the task nor the words are made of known skills.
@@ -36,9 +35,7 @@ def sketch_of(task: str, instruction: str, skills: Sequence[str]) -> tuple[int, 
     for text in (task, instruction):
         if _plain(text) in known:
             return (known[_plain(text)],)
-        after = _AFTER.match(text)
-        clauses = [after["first"], after["later"]] if after else [text]
-        parts = [_plain(part) for clause in clauses for part in _JOINTS.split(clause) if part.strip()]
+        parts = [_plain(clause) for clause in clauses_of(text)]
         if parts and all(part in known for part in parts):
             return tuple(known[part] for part in parts)
     raise DataError(

@@ -5,9 +5,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from vla_dist.core.errors import ConfigError
+from vla_dist.models.clauses import require_clauses
 from vla_dist.models.visual_encoder import require_visual
 
 HEADS = ("tanh", "discrete")
+PLANNERS = ("reactive", "sketch")
 
 
 class HierarchicalVLAConfig(PreTrainedConfig):
@@ -26,14 +28,17 @@ class HierarchicalVLAConfig(PreTrainedConfig):
         controller: None: built in. Else ``{"architecture": name, ...}``: another member of the zoo with its own
             settings, whose goal is the skill; needs skills and ``goal_dim`` or words in that member.
         controller_context_steps: how many of the last steps the built-in controller sees; 1: the moment alone.
+        planner: ``reactive``, which looks and names a skill each time it is asked, or ``sketch``, which reads the order
+            of skills from the clauses of the words and goes on to the next where the termination says that one is done.
         planner_context_steps: the same of the planner. It then looks at every step, not only at those where it is
-            asked.
+            asked. Of a reactive planner.
         previous_skill_noise: in training, share of the steps at which the planner is told any skill of the episode's
             as the one before: told the truth alone it copies it, whatever it sees.
         context_steps: K of a training window, at least either.
         horizon: H; 1 unless the controller is a member that chunks.
         head: ``tanh`` (squared error, actions in [-1, 1]) or ``discrete``; with another member, its own head's name.
         goal_dim: G of the sentence embedding that the planner reads; 0: no language.
+        goal_clauses: M clauses that are embedded one by one, side by side in G; 1: the sentence as a whole.
         cameras: names of the views.
         visual: settings of the VisualEncoder of each level.
     """
@@ -51,12 +56,14 @@ class HierarchicalVLAConfig(PreTrainedConfig):
     learned_termination: bool = False
     controller: dict[str, Any] | None = None
     controller_context_steps: int = 1
+    planner: str = "reactive"
     planner_context_steps: int = 1
     previous_skill_noise: float = 0.5
     context_steps: int = 10
     horizon: int = 1
     head: str = "tanh"
     goal_dim: int = 384
+    goal_clauses: int = 1
     cameras: list[str] | None = None
     visual: dict[str, Any] | None = None
 
@@ -81,8 +88,13 @@ class HierarchicalVLAConfig(PreTrainedConfig):
             )
         if len(set(self.skills)) != len(self.skills):
             raise ConfigError(f"hierarchical skills {self.skills} must be distinct")
+        require_clauses(self.goal_dim, self.goal_clauses)
         if not self.skills:
             self._require_latent()
+        if self.planner not in PLANNERS:
+            raise ConfigError(f"hierarchical planner {self.planner!r} must be one of {', '.join(PLANNERS)}")
+        if self.planner == "sketch":
+            self._require_sketch()
         if self.controller is not None and self.controller_context_steps != 1:
             raise ConfigError("controller_context_steps is of the built-in controller; another one has its own context")
         if self.controller is None and (self.horizon != 1 or self.head not in HEADS):
@@ -90,6 +102,15 @@ class HierarchicalVLAConfig(PreTrainedConfig):
                 f"the built-in controller has horizon 1 and a head of {', '.join(HEADS)}, got {self.horizon} and "
                 f"{self.head!r}; name another controller for more"
             )
+
+    def _require_sketch(self) -> None:
+        if not (self.skills and self.learned_termination and self.goal_dim) or self.controller is not None:
+            raise ConfigError(
+                "a planner that follows a sketch reads words (goal_dim) that name skills, and goes on where "
+                "learned_termination says so, which needs the built-in controller"
+            )
+        if self.planner_context_steps != 1:
+            raise ConfigError("a planner that follows a sketch looks at words alone; planner_context_steps must be 1")
 
     def _require_latent(self) -> None:
         if self.learned_termination or self.controller is not None:

@@ -16,7 +16,8 @@ from vla_dist.core.errors import ConfigError
 from vla_dist.models.batch import TrainBatch
 from vla_dist.models.hierarchical.alignment import Sketches, log_likelihood, posterior
 from vla_dist.models.hierarchical.config import HierarchicalVLAConfig
-from vla_dist.models.hierarchical.levels import Controller, Planner
+from vla_dist.models.hierarchical.levels import Controller, Planner, Termination
+from vla_dist.models.hierarchical.sketch_planner import SketchPlanner
 from vla_dist.models.member import masked_mean, require_batch, setting_types
 from vla_dist.models.pretrained import WholePreTrainedModel
 from vla_dist.models.settings import build_config, require_settings
@@ -62,13 +63,11 @@ class HierarchicalVLA(WholePreTrainedModel):
             sizes = {"high_level_dim": high_level_dim, "low_level_dim": low_level_dim, "action_dim": action_dim}
             config = build_config(HierarchicalVLAConfig, {"state_dim": low_level_dim, **settings}, **sizes)
         super().__init__(config)
-        self.planner = Planner(config)
+        self.planner: Any = SketchPlanner(config) if config.planner == "sketch" else Planner(config)
         self.controller: Any = Controller(config) if config.controller is None else _build_member(config)
         self.embed_skill = nn.Embedding(len(config.skills or ()), config.subgoal_dim) if config.skills else None
         self.embed_displacement = None if config.skills else nn.Linear(config.state_dim, config.subgoal_dim)
-        self.terminate = None
-        if config.learned_termination:
-            self.terminate = nn.Linear(config.low_level_dim + config.subgoal_dim, 1)
+        self.terminate = Termination(config) if config.learned_termination else None
         self.post_init()
 
     @torch.no_grad()
@@ -76,7 +75,8 @@ class HierarchicalVLA(WholePreTrainedModel):
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
             # At first a skill goes on for some ten steps.
-            init.constant_(module.bias, -2.0 if module is self.terminate else 0.0)
+            stops = self.terminate is not None and module is self.terminate.head
+            init.constant_(module.bias, -2.0 if stops else 0.0)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=1.0)
         elif isinstance(module, nn.LayerNorm):
@@ -112,11 +112,12 @@ class HierarchicalVLA(WholePreTrainedModel):
             (B, A) action in [-1, 1], or logits where the head is ``discrete``.
 
         Raises:
-            ConfigError: the controller is another member of the zoo, which reads more than a vector; use the policy.
+            ConfigError: the controller is another member of the zoo, which reads more than a vector, or the planner
+                follows a sketch, which is in no state; use the policy.
         """
-        if self.config.controller is not None:
+        if self.config.controller is not None or self.config.planner == "sketch":
             raise ConfigError(
-                "forward acts with the built-in controller; this model's is another member: use its policy"
+                "forward acts with the built-in controller under a reactive planner; use this model's policy"
             )
         plan = self.planner(high_level_state, previous_skill).detach()
         subgoal = self.embed_subgoal(plan.argmax(-1) if self.config.skills else plan)
@@ -131,9 +132,7 @@ class HierarchicalVLA(WholePreTrainedModel):
 
     def stop_logits(self, low_level_state: Tensor, subgoal: Tensor) -> Tensor | None:
         """(..., low_level_dim) and (..., Z) to (...) that the subgoal is done; None where only the clock decides."""
-        if self.terminate is None:
-            return None
-        return self.terminate(torch.cat([low_level_state, subgoal], -1)).squeeze(-1)
+        return None if self.terminate is None else self.terminate(low_level_state, subgoal)
 
     def loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """What both levels learn from windows of a replay, which stores no subgoals.
@@ -141,6 +140,8 @@ class HierarchicalVLA(WholePreTrainedModel):
         * With skills: a window's ``tasks`` or ``instructions`` name one skill or several in order. One labels all
           steps. Of several, the changes are latent: the controller and its termination maximise the likelihood of the
           actions over all alignments, and the planner learns the skills that are most probably running.
+        * With a planner that follows a sketch: as above, and it learns which clause of the words names which skill,
+          from windows whose words have as many clauses as there are skills.
         * Without: the state at the end of each hold within the window is the subgoal of the steps before it. The newest
           step, whose future is not in the window, teaches nothing.
         * A controller that is another member learns with each window's skill as its goal and its words; windows of
@@ -153,15 +154,12 @@ class HierarchicalVLA(WholePreTrainedModel):
             DataError: the batch is of another robot or model, or a window names no known skill.
         """
         require_batch(batch, self.config)
-        goals = None if batch.goals is None else batch.goals[:, None].expand(*batch.states.shape[:2], -1)
-        high = self.planner.perceive(batch.states, goals, batch.images)
-        high = self.planner.recall_window(high, batch.padding_mask)
         if self.config.controller is not None:
-            loss, metrics = self._member_loss(batch, high)
+            loss, metrics = self._member_loss(batch)
         elif self.config.skills:
-            loss, metrics = self._skill_loss(batch, high)
+            loss, metrics = self._skill_loss(batch)
         else:
-            loss, metrics = self._latent_loss(batch, high)
+            loss, metrics = self._latent_loss(batch)
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in metrics.items()}}
 
     def loss_count(self, batch: TrainBatch) -> Tensor:
@@ -171,7 +169,12 @@ class HierarchicalVLA(WholePreTrainedModel):
         imitated = batch.padding_mask if self.config.skills else batch.padding_mask[:, :-1]
         return imitated.sum().float()
 
-    def _latent_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _high_of(self, batch: TrainBatch) -> Tensor:
+        """(B, K, high_level_dim)."""
+        goals = None if batch.goals is None else batch.goals[:, None].expand(*batch.states.shape[:2], -1)
+        return self.planner.recall_window(self.planner.perceive(batch.states, goals, batch.images), batch.padding_mask)
+
+    def _latent_loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         hold, last = self.config.hold_steps, batch.states.shape[1] - 1
         low = self._low_of(batch)
         state = self.controller.encoder.normalised(batch.states)
@@ -181,7 +184,7 @@ class HierarchicalVLA(WholePreTrainedModel):
         output = self.controller(low[:, :-1], self.embed_subgoal(state[:, ends] - state[:, :-1]))
         errors, measured = self._action_errors(output, batch.target_actions[:, :-1])
         num_planned = last + 1 - hold
-        planned = self.planner(high, None)[:, :num_planned]
+        planned = self.planner(self._high_of(batch), None)[:, :num_planned]
         plan_errors = (planned - (state[:, hold:] - state[:, :num_planned])).square().mean(-1)
         weights, count = batch.weights_of_steps, self.loss_count(batch)
         plan_loss = _weighted_sum(plan_errors, batch.padding_mask[:, :num_planned], _first(weights, num_planned), count)
@@ -189,7 +192,7 @@ class HierarchicalVLA(WholePreTrainedModel):
         controller_loss = _weighted_sum(errors, mask, _first(weights, last), count)
         return controller_loss + plan_loss, {**metrics, "planner_loss": plan_loss}
 
-    def _skill_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _skill_loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         sketches = Sketches.of(batch.tasks, batch.instructions, self.config.skills or (), batch.states.device)
         num, steps, count = *batch.states.shape[:2], sketches.skills.shape[1]
         low = self._low_of(batch)
@@ -212,12 +215,23 @@ class HierarchicalVLA(WholePreTrainedModel):
             # The likelihood of a window cannot be weighed step by step.
             weights = (weights * batch.padding_mask).sum(1) / batch.padding_mask.sum(1).clamp(min=1)
         controller_loss = _weighted_sum(surprise, torch.ones_like(begins), weights, num_terms)
-        plan_loss, accuracy = self._plan_loss(high, sketches, running, batch, num_terms)
+        if self.config.planner == "sketch":
+            plan_loss, accuracy = self._reading_loss(sketches, batch, num_terms)
+        else:
+            plan_loss, accuracy = self._plan_loss(sketches, running, batch, num_terms)
         metrics = {name: masked_mean((value * running).sum(-1), batch.padding_mask) for name, value in measured.items()}
         return controller_loss + plan_loss, {**metrics, "planner_loss": plan_loss, "planner_accuracy": accuracy}
 
+    def _reading_loss(self, sketches: Sketches, batch: TrainBatch, num_terms: Tensor) -> tuple[Tensor, Tensor]:
+        """Each window's clauses count as much as its steps."""
+        assert batch.goals is not None  # require_batch has seen to it
+        errors, right, is_told = self.planner.errors(batch.goals, sketches)
+        steps = batch.padding_mask & is_told[:, None]
+        loss = _weighted_sum(errors[:, None].expand(steps.shape), steps, batch.weights_of_steps, num_terms)
+        return loss, masked_mean(right, is_told)
+
     def _plan_loss(
-        self, high: Tensor, sketches: Sketches, running: Tensor, batch: TrainBatch, num_terms: Tensor
+        self, sketches: Sketches, running: Tensor, batch: TrainBatch, num_terms: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy against (B, K, N) skills; a step is told the skill before it, another one of the episode's or,
         half of the time, none.
@@ -235,13 +249,13 @@ class HierarchicalVLA(WholePreTrainedModel):
             drawn = (chance[1] * sketches.lengths[:, None]).long()
             is_wrong = chance[2] < self.config.previous_skill_noise
             before = torch.where(is_wrong, sketches.skills.gather(1, drawn), before)
-        logits = self.planner(high, torch.where(is_known, before, num_skills))
+        logits = self.planner(self._high_of(batch), torch.where(is_known, before, num_skills))
         errors = cross_entropy(logits.transpose(1, 2), labels.transpose(1, 2), reduction="none")
         right = (logits.argmax(-1) == labels.argmax(-1)).float()
         loss = _weighted_sum(errors, batch.padding_mask, batch.weights_of_steps, num_terms)
         return loss, masked_mean(right, batch.padding_mask)
 
-    def _member_loss(self, batch: TrainBatch, high: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _member_loss(self, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
         skills = self.config.skills or []
         sketches = Sketches.of(batch.tasks, batch.instructions, skills, batch.states.device)
         is_single = sketches.lengths == 1
@@ -255,9 +269,9 @@ class HierarchicalVLA(WholePreTrainedModel):
         )
         controller_loss, metrics = self.controller.loss(alone)
         first = torch.nn.functional.one_hot(torch.zeros_like(skill), sketches.skills.shape[1]).float()
-        running = (first[:, None] * batch.padding_mask[..., None]).to(high.dtype)
+        running = first[:, None] * batch.padding_mask[..., None]
         told = replace(batch, weights=alone.weights)
-        plan_loss, accuracy = self._plan_loss(high, sketches, running, told, self.loss_count(batch))
+        plan_loss, accuracy = self._plan_loss(sketches, running, told, self.loss_count(batch))
         named = {f"controller_{name}": value for name, value in metrics.items()}
         return controller_loss + plan_loss, {**named, "planner_loss": plan_loss, "planner_accuracy": accuracy}
 

@@ -103,6 +103,24 @@ class Controller(Level):
         return output.tanh() if self.squash else output
 
 
+class Termination(nn.Module):
+    """What the controller acts on and its subgoal to the logit that the subgoal had been reached before this step.
+
+    With a hidden layer: when a drawer is open, an opening is over and a closing has not begun. A linear one could only
+    add what the state says to what the subgoal says.
+    """
+
+    def __init__(self, config: HierarchicalVLAConfig) -> None:
+        super().__init__()
+        joined = config.low_level_dim + config.subgoal_dim
+        self.widen = nn.Linear(joined, config.hidden_dim or config.low_level_dim)
+        self.head = nn.Linear(self.widen.out_features, 1)
+
+    def forward(self, low: Tensor, subgoal: Tensor) -> Tensor:
+        """(..., D) and (..., Z) to (...)."""
+        return self.head(gelu(self.widen(torch.cat([low, subgoal], -1)))).squeeze(-1)
+
+
 class Recollection(nn.Module):
     """What the newest step makes of the last F: it asks them by attention of one head, each told by its age."""
 

@@ -3,12 +3,14 @@
 Shapes: B rows, P proprio, A action, H chunk horizon.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from torch.nn.functional import logsigmoid
 
 from vla_dist.core.errors import ConfigError, NotFound
 from vla_dist.core.specs import EnvSpec
@@ -19,6 +21,9 @@ from vla_dist.models.goals import GoalTable
 from vla_dist.models.hierarchical.hierarchical_vla import HierarchicalVLA
 from vla_dist.models.hierarchical.recent import frozen, nothing_recent, recall
 from vla_dist.models.observations import camera_frames, goal_rows, proprio_rows, require_fit
+
+_HALF = math.log(0.5)
+"""A skill is taken to have ended at the median of when it does: at no single step need that be likelier than not."""
 
 SubgoalSource = Literal["learned", "random", "oracle"]
 Oracle = Callable[[Observation], Array | str]
@@ -35,6 +40,12 @@ class HierarchicalState:
     """(P,) float32, the state to reach in normalised units; (0,) where the model has skills. Read-only."""
     age: int
     """Steps since the planner was asked; -1 before the first time."""
+    lasting: float
+    """Log probability that the skill has not ended since it began; 0.0 where no termination is learned."""
+    clause: int
+    """Of the sketch that is followed: which of its skills is due; 0 under a planner that looks."""
+    instruction: str
+    """The words that the sketch was read from."""
     timestep: int
     """Index within the episode of the next observation."""
     recent_low: Array
@@ -49,8 +60,8 @@ class HierarchicalState:
 class HierarchicalPolicy:
     """Asks the planner at every multiple of k steps of the episode, and where the skill says that it is done.
 
-    K observations rebuild the state but for one thing: a planner with skills is told the skill before, which goes back
-    to the episode's beginning.
+    K observations rebuild the state but for one thing: a planner with skills is told the skill before, or follows its
+    sketch, and either goes back to the episode's beginning.
     """
 
     def __init__(
@@ -86,6 +97,7 @@ class HierarchicalPolicy:
         self._codec = ActionCodec.of(spec)
         self._device = next(model.parameters()).device
         self._skills = tuple(config.skills or ())
+        self._follows = config.planner == "sketch" and subgoals == "learned"
         self._low_level: Any = None
         if config.controller is not None:
             self._low_level = _member_policy(model, spec, conditioning)
@@ -113,6 +125,9 @@ class HierarchicalPolicy:
             skill=-1,
             target=frozen(np.zeros(0 if self._skills else self._spec.proprio_dim, np.float32)),
             age=-1,
+            lasting=0.0,
+            clause=0,
+            instruction="",
             timestep=timestep,
             recent_low=nothing_recent(self._model.config.low_level_dim),
             recent_high=nothing_recent(self._model.config.high_level_dim),
@@ -142,16 +157,17 @@ class HierarchicalPolicy:
             reading = self._tensor(proprio if self._model.config.state_dim else proprio[:, :0])
             views = {name: frame.to(self._device) for name, frame in frames.items()}
             low, recent_low = self._perceive(reading, views, states)
-            is_done = self._is_done(low, states)
-            is_due = [
-                state.age < 0 or done or state.timestep % self._model.config.hold_steps == 0
-                for state, done in zip(states, is_done, strict=True)
+            lasting = self._lasting(low, states)
+            is_done = [value < _HALF for value in lasting]
+            asked = [
+                row
+                for row, (observation, state) in enumerate(zip(observations, states, strict=True))
+                if is_done[row] or self._is_due(observation, state)
             ]
-            asked = [row for row, due in enumerate(is_due) if due]
             high, recent_high = self._overlook(observations, reading, views, states, asked)
             planned = [
-                replace(state, recent_low=lately, recent_high=before)
-                for state, lately, before in zip(states, recent_low, recent_high, strict=True)
+                replace(state, recent_low=lately, recent_high=before, lasting=value)
+                for state, lately, before, value in zip(states, recent_low, recent_high, lasting, strict=True)
             ]
             if asked:
                 ended = [is_done[row] for row in asked]
@@ -164,6 +180,14 @@ class HierarchicalPolicy:
         actions = self._codec.decode(output.float().cpu().numpy())
         after = [replace(state, age=state.age + 1, timestep=state.timestep + 1) for state in planned]
         return list(actions[:, None]), after
+
+    def _is_due(self, observation: Observation, state: HierarchicalState) -> bool:
+        """Whether the planner is asked although the skill goes on."""
+        if state.age < 0:
+            return True
+        if self._follows:
+            return state.instruction != observation.instruction
+        return state.timestep % self._model.config.hold_steps == 0
 
     def _perceive(
         self, reading: torch.Tensor, views: dict[str, torch.Tensor], states: Sequence[HierarchicalState]
@@ -181,10 +205,10 @@ class HierarchicalPolicy:
         views: dict[str, torch.Tensor],
         states: Sequence[HierarchicalState],
         asked: Sequence[int],
-    ) -> tuple[torch.Tensor | None, list[Array]]:
-        """What the planner decides on in the rows that ask it, and the ``recent_high`` of all states that follow.
+    ) -> tuple[Any, list[Array]]:
+        """What the planner decides on in the rows that ask it, and the ``recent_high`` of all states that come after.
 
-        One with a context looks at every step, one without only where it is asked.
+        One with a context looks at every step, one without only where it is asked; of one that follows sketches, these.
         """
         planner, recent = self._model.planner, [state.recent_high for state in states]
         if self._subgoals != "learned":
@@ -196,6 +220,8 @@ class HierarchicalPolicy:
         if not asked:
             return None, recent
         task = self._task([observations[row] for row in asked])
+        if self._follows:
+            return planner.read(task), recent
         some = {name: view[asked] for name, view in views.items()}
         return planner.perceive(reading[asked], task, some), recent
 
@@ -206,23 +232,31 @@ class HierarchicalPolicy:
         nothing = self._model.planner.encoder.goal_mean.cpu().numpy()
         return self._tensor(goal_rows([o.instruction for o in observations], self._goals, nothing))
 
-    def _is_done(self, low: torch.Tensor | None, states: Sequence[HierarchicalState]) -> list[bool]:
+    def _lasting(self, low: torch.Tensor | None, states: Sequence[HierarchicalState]) -> list[float]:
+        """Of each row, with what its termination says now."""
+        before = [state.lasting for state in states]
         if low is None or self._model.terminate is None:
-            return [False] * len(states)
+            return before
         skills = torch.tensor([max(0, state.skill) for state in states], device=self._device)
         logits = self._model.stop_logits(low, self._model.embed_subgoal(skills))
         assert logits is not None
-        return [bool(logit > 0) and state.skill >= 0 for logit, state in zip(logits.tolist(), states, strict=True)]
+        went_on = logsigmoid(-logits).tolist()
+        return [
+            value + now if state.skill >= 0 else 0.0 for value, now, state in zip(before, went_on, states, strict=True)
+        ]
 
     def _plan(
         self,
         rows: Sequence[tuple[Observation, HierarchicalState]],
         reading: torch.Tensor,
-        high: torch.Tensor | None,
+        high: Any,
         ended: Sequence[bool],
         generator: np.random.Generator | None,
     ) -> list[HierarchicalState]:
         """The states with a new subgoal, held for no step yet."""
+        if self._follows:
+            asked = zip(rows, high, ended, strict=True)
+            return [_next_of(sketch, observation, state, over) for (observation, state), sketch, over in asked]
         if high is not None:
             plans = self._learned(high, reading, [state for _, state in rows], ended)
         elif self._subgoals == "oracle":
@@ -231,7 +265,11 @@ class HierarchicalPolicy:
         else:
             plans = [self._draw(generator or np.random.default_rng(state.timestep)) for _, state in rows]
         if self._skills:
-            return [replace(s, skill=int(plan), age=0) for (_, s), plan in zip(rows, plans, strict=True)]
+            named = zip(rows, map(int, plans), ended, strict=True)
+            return [
+                replace(s, skill=plan, age=0, lasting=s.lasting if plan == s.skill and not is_over else 0.0)
+                for (_, s), plan, is_over in named
+            ]
         return [
             replace(s, target=frozen(np.asarray(plan, np.float32)), age=0)
             for (_, s), plan in zip(rows, plans, strict=True)
@@ -289,6 +327,16 @@ class HierarchicalPolicy:
 
     def _tensor(self, array: Array) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def _next_of(
+    sketch: Sequence[int], observation: Observation, state: HierarchicalState, is_over: bool
+) -> HierarchicalState:
+    """With the skill that is due: the first of new words, else the next where one is over, if there is a next."""
+    is_new = state.age < 0 or state.instruction != observation.instruction
+    clause = 0 if is_new else min(state.clause + is_over, len(sketch) - 1)
+    words = observation.instruction
+    return replace(state, skill=sketch[clause], clause=clause, instruction=words, age=0, lasting=0.0)
 
 
 def _member_policy(model: HierarchicalVLA, spec: EnvSpec, conditioning: ReturnConditioning) -> Any:
