@@ -8,6 +8,7 @@ import torch
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.core.types import Observation
+from vla_dist.models.auto import build_policy, make_artifact
 from vla_dist.models.batch import TrainBatch
 from vla_dist.models.clauses import by_clause
 from vla_dist.models.conditioning import ReturnConditioning
@@ -129,6 +130,16 @@ def test_the_last_skill_goes_on_when_it_says_that_it_is_done(skilled: Hierarchic
 def test_an_oracle_stands_in_for_the_sketch(skilled: HierarchicalVLA):
     policy = make_policy(skilled, subgoals="oracle", oracle=lambda observation: "right")
     assert carried_out(policy, "left, then up") == ["right"]
+
+
+def test_a_published_policy_reads_sentences_that_it_was_not_published_with(skilled: HierarchicalVLA):
+    goals = GoalTable(EMBED)
+    goals.remember(SHOWN)
+    artifact = make_artifact(skilled, name="reader", spec=SPEC, conditioning=ReturnConditioning(), goals=goals)
+    policy = build_policy(artifact, embed=embed)
+    assert isinstance(policy, HierarchicalPolicy)
+    for words in (SHOWN[-1], *NEVER_SHOWN):
+        assert carried_out(policy, words) == words.split(", then ")
 
 
 def test_windows_whose_words_do_not_match_their_sketch_teach_no_reading():
