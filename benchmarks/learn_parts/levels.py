@@ -29,19 +29,19 @@ _SENTENCE_DIM = 384
 _FLAT, _HIERARCHY, _LOOKING = "flat", "hierarchy", "hierarchy, planner that looks"
 _ABLATIONS = {"hierarchy, oracle subgoals": "oracle", "hierarchy, random subgoals": "random"}
 _DIFFERENCE = "hierarchy less flat"
-_CONTROLLER = "controller of the last 16 steps, width 64 with a hidden layer of 128, K 16"
+_CONTROLLER = "controller of the last {} steps, width 64 with a hidden layer of 128, K 16"
 _LOOKS = (
     "planner of the last 16 steps, of the controller's widths, asked every 5 steps and where a skill is found done; "
     "told any skill of the episode as the one before in half of the steps that are told one"
 )
 MODELS = {
-    "hierarchy": f"{_LOOKS}; {_CONTROLLER}",
+    "hierarchy": f"{_LOOKS}; {_CONTROLLER.format(16)}",
     "flat": "one token a step, 2 layers, K 16, the width that comes nearest to the hierarchy's parameters",
 }
 READING_MODELS = {
     "hierarchy": f"planner that reads the order of skills clause by clause and goes on where one is found done; "
-    f"{_CONTROLLER}",
-    "planner that looks": _LOOKS,
+    f"{_CONTROLLER.format(4)}",
+    "planner that looks": f"{_LOOKS}; the same controller",
     "flat": "one token a step, 2 layers, K 16, the width that comes nearest to the larger hierarchy's parameters",
     "words": "MiniLM, each clause by itself, for all alike",
 }
@@ -167,7 +167,8 @@ def _models(config: RunConfig, skills: Sequence[str], *, reads: bool) -> dict[st
         f"skills={json.dumps(list(skills))}",
         "learned_termination=true",
         "context_steps=16",
-        "controller_context_steps=16",
+        # What was done before a skill began is none of its business, where any may have come before.
+        f"controller_context_steps={4 if reads else 16}",
         "hidden_dim=128",
         *clauses,
     )

@@ -86,7 +86,7 @@ def skilled() -> HierarchicalVLA:
     return model.eval()
 
 
-def carried_out(policy: HierarchicalPolicy, words: str, *, steps: int = 10) -> list[str]:
+def carried_out(policy: HierarchicalPolicy, words: str, *, steps: int = 40) -> list[str]:
     """What a robot does in a world where each skill takes three steps."""
     state, done, spent, did = policy.initial_state(), np.zeros(3), np.zeros(3), []
     for _ in range(steps):
@@ -111,7 +111,7 @@ def test_rows_follow_their_own_words_and_new_words_begin_anew(skilled: Hierarchi
     _, states = policy.act(both, [start, start])
     assert [SKILLS[state.skill] for state in states] == ["left", "up"]
     both = [observe(np.array([1, 0, 0]), "left, then up"), observe(fresh, "up, then right")]
-    for _ in range(3):
+    for _ in range(20):
         _, states = policy.act(both, states)
     assert [(SKILLS[state.skill], state.clause) for state in states] == [("up", 1), ("up", 0)]
     both = [replace(both[0], instruction="right, then left"), both[1]]
@@ -122,7 +122,7 @@ def test_rows_follow_their_own_words_and_new_words_begin_anew(skilled: Hierarchi
 def test_the_last_skill_goes_on_when_it_says_that_it_is_done(skilled: HierarchicalVLA):
     policy = make_policy(skilled)
     state, everything = policy.initial_state(), np.ones(3)
-    for _ in range(8):
+    for _ in range(60):
         _, (state,) = policy.act([observe(everything, "left, then up")], [state])
     assert (SKILLS[state.skill], state.clause) == ("up", 1)
 

@@ -22,8 +22,9 @@ from vla_dist.models.hierarchical.hierarchical_vla import HierarchicalVLA
 from vla_dist.models.hierarchical.recent import frozen, nothing_recent, recall
 from vla_dist.models.observations import camera_frames, goal_rows, proprio_rows, require_fit
 
-_HALF = math.log(0.5)
-"""A skill is taken to have ended at the median of when it does: at no single step need that be likelier than not."""
+_OVER = math.log(0.1)
+"""A skill that still lasts with less probability is over. At no single step need its end be likelier than not, so all
+steps since it began count; and to go on a little costs less than to end too early."""
 
 SubgoalSource = Literal["learned", "random", "oracle"]
 Oracle = Callable[[Observation], Array | str]
@@ -158,7 +159,7 @@ class HierarchicalPolicy:
             views = {name: frame.to(self._device) for name, frame in frames.items()}
             low, recent_low = self._perceive(reading, views, states)
             lasting = self._lasting(low, states)
-            is_done = [value < _HALF for value in lasting]
+            is_done = [value < _OVER for value in lasting]
             asked = [
                 row
                 for row, (observation, state) in enumerate(zip(observations, states, strict=True))
