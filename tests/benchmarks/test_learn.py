@@ -238,7 +238,7 @@ def test_results_call_a_missed_figure_missed():
 
 
 def test_demonstrations_that_were_needed_are_those_of_the_first_size_that_reached():
-    from learn.babyai_interactive import _describe, _needed, _ratio
+    from learn.babyai_interactive import _describe, _needed, _ratio, _ratio_of_means
 
     quick, slow = [(100, (60, 100)), (150, (96, 100)), (230, (99, 100))], [(100, (60, 100)), (900, (97, 100))]
     curves = {"interactive": quick, "passive": slow}
@@ -248,6 +248,9 @@ def test_demonstrations_that_were_needed_are_those_of_the_first_size_that_reache
     assert "passive not with 900; at least 3.9 times" in _describe(3, curves, 0.99)
     assert _describe(3, curves, 1.0).endswith("interactive not with 230, passive not with 900.")
     assert _ratio(curves, 1.0) == 0.0
+    seeds = {0: curves, 1: {"interactive": [(100, (95, 100))], "passive": [(100, (95, 100))]}}
+    assert _ratio_of_means(seeds, 0.95) == (900 + 100) / (150 + 100)
+    assert _ratio_of_means(seeds, 0.99) == 0.0
 
 
 def test_shuffled_words_are_the_same_words_on_other_episodes():
