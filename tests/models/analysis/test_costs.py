@@ -35,6 +35,16 @@ def test_every_member_can_be_measured(name):
     assert (costs.context_steps, costs.horizon) == (one.config.context_steps, one.config.horizon)
 
 
+@pytest.mark.parametrize("planner", ["reactive", "sketch"])
+def test_a_hierarchy_of_named_skills_can_be_measured(planner):
+    skills = {"skills": ["open", "close"], "learned_termination": True}
+    one = subject(architecture("hierarchical"), "tiny", planner=planner, goal_clauses=2, goal_dim=768, **skills)
+    costs = measure_costs(one, clock=ticking(), num_acts=7, batches=(1,))
+    assert costs.act_flops_closed_form == pytest.approx(costs.act_flops, rel=0.01)
+    assert costs.training_forward_flops_closed_form == pytest.approx(costs.training_forward_flops, rel=0.01)
+    assert "terminate" in costs.parameters_by_module
+
+
 def test_times_are_those_of_the_clock(tiny):
     costs = measure_costs(tiny, clock=ticking(0.002), num_acts=9, batches=(1, 4))
     assert costs.latency_ms == pytest.approx({"p50": 2.0, "p95": 2.0, "p99": 2.0, "num": 9})

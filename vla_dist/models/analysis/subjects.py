@@ -3,6 +3,7 @@
 Shapes: B windows, K context steps, H horizon, P proprio, A action, G goal.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,7 +75,7 @@ class Subject:
             target_chunks=targets[:, steps - 1 :],
             chunk_mask=torch.ones(num, horizon, dtype=torch.bool),
             instructions=(_WORDS,) * num,
-            tasks=("analysis",) * num,
+            tasks=(_task_of(config),) * num,
             success=torch.ones(num, dtype=torch.bool),
             interventions=torch.zeros(num, steps, dtype=torch.bool),
             goals=torch.randn(num, config.goal_dim) if config.goal_dim else None,
@@ -104,6 +105,12 @@ def subject(member: Architecture, preset: str, spec: EnvSpec | None = None, **ch
     except ConfigError:
         seeing = replace(plain, cameras=(_CAMERA,))
         return Subject(member=member, preset=preset, spec=seeing, config=member.configure(preset, seeing, **changes))
+
+
+def _task_of(config: Any) -> str:
+    """One that a member with named skills learns from."""
+    skills: Sequence[str] = getattr(config, "skills", None) or ()
+    return skills[0] if skills else "analysis"
 
 
 def _refuse(texts: Any) -> Array:
