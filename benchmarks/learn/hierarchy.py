@@ -16,18 +16,14 @@ from learn_parts.seeds import for_comparison
 
 from learn.settings import Settings
 from vla_dist.run.config import RunConfig
-from vla_dist.run.presets import SHARED_SCENE_TASKS, preset
+from vla_dist.run.presets import NEVER_SHOWN_SEQUENCES, SHARED_SCENE_TASKS, SHOWN_SEQUENCES, preset
 
 _SHOWN, _UNSHOWN = "sequences shown", "sequences never shown"
-_NEVER_SHOWN = ("scene/drawer-close+scene/button-press", "scene/button-press+scene/drawer-open")
-"""Each task is still shown as the first of a sequence and as the second."""
-_SEQUENCES = tuple(f"{a}+{b}" for a in SHARED_SCENE_TASKS for b in SHARED_SCENE_TASKS if a != b)
 
 
 def run(settings: Settings) -> dict[str, Any]:
     quick = settings.quick
-    shown = [task for task in _SEQUENCES if task not in _NEVER_SHOWN][: 1 if quick else None]
-    never_shown = _NEVER_SHOWN[: 1 if quick else None]
+    shown, never_shown = (group[: 1 if quick else None] for group in (SHOWN_SEQUENCES, NEVER_SHOWN_SEQUENCES))
     protocol = {
         "demonstrated": [*shown, *SHARED_SCENE_TASKS],
         "never_demonstrated": list(never_shown),

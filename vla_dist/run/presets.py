@@ -20,6 +20,10 @@ from vla_dist.run.config import (
 
 SINGLE_SCENE_TASKS = ("drawer-open", "drawer-close", "window-open", "window-close", "button-press-topdown")
 SHARED_SCENE_TASKS = ("scene/drawer-open", "scene/drawer-close", "scene/button-press")
+SEQUENCES = tuple(f"{a}+{b}" for a in SHARED_SCENE_TASKS for b in SHARED_SCENE_TASKS if a != b)
+NEVER_SHOWN_SEQUENCES = ("scene/drawer-close+scene/button-press", "scene/button-press+scene/drawer-open")
+"""Kept for evaluation; each task is still shown as the first of a sequence and as the second."""
+SHOWN_SEQUENCES = tuple(task for task in SEQUENCES if task not in NEVER_SHOWN_SEQUENCES)
 MT10_TASKS = (
     *("reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close", "button-press-topdown"),
     *("peg-insert-side", "window-open", "window-close"),
@@ -207,6 +211,29 @@ def hierarchical_tiny() -> RunConfig:
     )
 
 
+def hierarchical_sketch() -> RunConfig:
+    """Two of three tasks in a row: a planner reads their order from the words, and each skill says when it is over."""
+    skills = ",".join(f'"{task}"' for task in SHARED_SCENE_TASKS)
+    changes = (
+        f"skills=[{skills}]",
+        *("learned_termination=true", "planner=sketch", "goal_clauses=2", "goal_dim=768"),
+        *("context_steps=16", "controller_context_steps=4", "hidden_dim=128"),
+    )
+    return RunConfig(
+        preset="hierarchical-sketch",
+        env=EnvSettings(
+            tasks=(*SHOWN_SEQUENCES, *SHARED_SCENE_TASKS), language_tasks=SHARED_SCENE_TASKS, max_episode_steps=300
+        ),
+        replay=ReplaySettings(min_steps=1_500, samples_per_insert=20.0, strata=_WORTH_IMITATING),
+        rollout=RolloutSettings(episodes_per_task=40),
+        model=ModelSettings(architecture="hierarchical", preset="tiny", changes=changes, conditioning="none"),
+        learner=LearnerSettings(total_updates=4_000, publish_updates=(0, 1_500, 4_000)),
+        fleet=FleetSettings(num_robots=1),
+        evaluation=EvaluationSettings(episodes_per_task=3, final_episodes_per_task=10, num_envs=4),
+        min_memory_gib=3.0,
+    )
+
+
 def rt1_tiny() -> RunConfig:
     """BabyAI through RT-1's eyes: the agent's view as a camera beside its symbols."""
     return _missions("rt1-tiny", ModelSettings(architecture="rt1", preset="tiny", conditioning="none"), cameras=_VIEW)
@@ -260,6 +287,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "metaworld-mt10": metaworld_mt10,
     "memory-tiny": memory_tiny,
     "hierarchical-tiny": hierarchical_tiny,
+    "hierarchical-sketch": hierarchical_sketch,
     "rt1-tiny": rt1_tiny,
     "bcz-tiny": bcz_tiny,
     "vla-tiny": vla_tiny,
