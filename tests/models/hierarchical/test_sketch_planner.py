@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vla_dist.core.errors import ConfigError
+from vla_dist.core.state_tree import rebuild_state, state_leaves
 from vla_dist.core.types import Observation
 from vla_dist.models.auto import build_policy, make_artifact
 from vla_dist.models.batch import TrainBatch
@@ -117,6 +118,18 @@ def test_rows_follow_their_own_words_and_new_words_begin_anew(skilled: Hierarchi
     both = [replace(both[0], instruction="right, then left"), both[1]]
     _, states = policy.act(both, states)
     assert [(SKILLS[state.skill], state.clause) for state in states] == [("right", 0), ("up", 0)]
+
+
+def test_a_state_that_has_travelled_goes_on_where_it_was(skilled: HierarchicalVLA):
+    policy = make_policy(skilled)
+    done, words = np.array([1.0, 0.0, 0.0]), "left, then up"
+    state = policy.initial_state()
+    for _ in range(20):
+        _, (state,) = policy.act([observe(done, words)], [state])
+    arrived = rebuild_state(policy.initial_state(), dict(state_leaves(state)))
+    assert (arrived.clause, arrived.words) == (state.clause, state.words)
+    _, (here, there) = policy.act([observe(done, words)] * 2, [state, arrived])
+    assert here.skill == there.skill == SKILLS.index("up")
 
 
 def test_the_last_skill_goes_on_when_it_says_that_it_is_done(skilled: HierarchicalVLA):

@@ -4,6 +4,7 @@ Shapes: B rows, P proprio, A action, H chunk horizon.
 """
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -45,8 +46,8 @@ class HierarchicalState:
     """Log probability that the skill has not ended since it began; 0.0 where no termination is learned."""
     clause: int
     """Of the sketch that is followed: which of its skills is due; 0 under a planner that looks."""
-    instruction: str
-    """The words that the sketch was read from."""
+    words: int
+    """CRC-32 of those that the sketch was read from; 0 before the first."""
     timestep: int
     """Index within the episode of the next observation."""
     recent_low: Array
@@ -128,7 +129,7 @@ class HierarchicalPolicy:
             age=-1,
             lasting=0.0,
             clause=0,
-            instruction="",
+            words=0,
             timestep=timestep,
             recent_low=nothing_recent(self._model.config.low_level_dim),
             recent_high=nothing_recent(self._model.config.high_level_dim),
@@ -187,7 +188,7 @@ class HierarchicalPolicy:
         if state.age < 0:
             return True
         if self._follows:
-            return state.instruction != observation.instruction
+            return state.words != _crc(observation.instruction)
         return state.timestep % self._model.config.hold_steps == 0
 
     def _perceive(
@@ -334,10 +335,14 @@ def _next_of(
     sketch: Sequence[int], observation: Observation, state: HierarchicalState, is_over: bool
 ) -> HierarchicalState:
     """With the skill that is due: the first of new words, else the next where one is over, if there is a next."""
-    is_new = state.age < 0 or state.instruction != observation.instruction
+    words = _crc(observation.instruction)
+    is_new = state.age < 0 or state.words != words
     clause = 0 if is_new else min(state.clause + is_over, len(sketch) - 1)
-    words = observation.instruction
-    return replace(state, skill=sketch[clause], clause=clause, instruction=words, age=0, lasting=0.0)
+    return replace(state, skill=sketch[clause], clause=clause, words=words, age=0, lasting=0.0)
+
+
+def _crc(words: str) -> int:
+    return zlib.crc32(words.encode())
 
 
 def _member_policy(model: HierarchicalVLA, spec: EnvSpec, conditioning: ReturnConditioning) -> Any:
