@@ -189,11 +189,12 @@ def count_lines(path):
 
 
 def damage_newest(storage):
-    """Only where one before it can be gone back to; whether it did."""
+    """Whether it did; only where an older one can be gone back to and none is damaged yet: of two one is whole."""
     found = sorted(storage.glob("run/update-*/tensors.safetensors"))
-    if len(found) < 2:
+    if len(found) < 2 or list(storage.glob("run/update-*/damaged")):
         return False
     try:
+        (found[-1].parent / "damaged").touch()
         data = bytearray(found[-1].read_bytes())
         data[-3] ^= 1
         found[-1].write_bytes(data)

@@ -113,7 +113,7 @@ def _mean_action(algorithm, goals):
     import torch
 
     module = learnt_module(algorithm)
-    observations = torch.tensor([[0.0, goal] for goal in goals])
+    observations = torch.tensor([[0.0, goal] for goal in goals], dtype=torch.float32)
     return module.forward_inference({Columns.OBS: observations})[Columns.ACTION_DIST_INPUTS][:, 0].detach().numpy()
 
 

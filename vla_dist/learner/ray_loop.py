@@ -57,7 +57,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     post: MetricsSink | None = config.get("post") if rank.index == 0 else None
     start = _find_start(rank)
     learner = build(replace(rank, first_update=updates_of(start)))
-    unknown_to_ray = _unknown_to_ray(start)
+    unknown_to_ray = _unknown_to_ray() if rank.index == 0 else []
     try:
         if start:
             learner.resume(_read(start))
@@ -70,9 +70,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
                 post(metrics)
             if learner.config.is_checkpoint(learner.updates):
                 _report(learner, metrics)
-                if unknown_to_ray and rank.index == 0:
-                    _remove(unknown_to_ray)
-                unknown_to_ray = ""
+                while unknown_to_ray:
+                    _remove(unknown_to_ray.pop())
     finally:
         learner.close()
         if post is not None:
@@ -121,9 +120,13 @@ def _find_start(rank: Rank) -> str:
     return str(choice["path"])
 
 
-def _unknown_to_ray(start: str) -> str:
-    """The checkpoint to start from, where it was never reported, so that Ray Train will not remove it in its time."""
-    return start if start and updates_of(start) > updates_of(_reported()) else ""
+def _unknown_to_ray() -> list[str]:
+    """Checkpoints whose report never arrived, so that Ray Train will not remove them in their time: the one that a rank
+    died after writing, and those before it that the controller had not asked for yet.
+    """
+    storage, newest = _storage(), updates_of(_reported())
+    found = uploaded_checkpoints(storage.storage_filesystem, storage.experiment_fs_path)
+    return [path for path in found if updates_of(path) > newest]
 
 
 def _reported() -> str:
