@@ -38,7 +38,9 @@ def draw_bars(
     axes.set_xticks(range(len(groups)), list(groups), fontsize=9 if len(groups) < 5 else 8)
     axes.set(ylim=(-0.02, 1.05), ylabel=label, title=title)
     axes.grid(axis="y", alpha=0.3)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=min(5, len(names)))
+    # Five short names fit beside each other, three long ones.
+    columns = 5 if sum(map(len, names)) < 80 else 3
+    figure.legend(fontsize=8, loc="outside lower center", ncols=min(columns, len(names)))
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
