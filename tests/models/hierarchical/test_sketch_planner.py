@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vla_dist.core.errors import ConfigError
+from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.core.state_tree import rebuild_state, state_leaves
 from vla_dist.core.types import Observation
 from vla_dist.models.auto import build_policy, make_artifact
@@ -163,6 +163,13 @@ def test_windows_whose_words_do_not_match_their_sketch_teach_no_reading():
     loss, metrics = model.loss(told)
     assert metrics["planner_loss"] == 0.0
     assert torch.isfinite(loss)
+
+
+def test_a_sketch_that_is_longer_than_what_is_read_is_refused():
+    model = HierarchicalVLA(configure())
+    batch = shown_batch(model.config, 7, torch.Generator().manual_seed(0))
+    with pytest.raises(DataError, match=r"3 skills .* 2 clauses"):
+        model.loss(replace(batch, tasks=("left+right+up",) * 7))
 
 
 def test_a_batch_in_parts_weighs_as_much_as_in_one():

@@ -23,7 +23,7 @@ class HierarchicalVLAConfig(PreTrainedConfig):
         subgoal_dim: Z, width of a subgoal where the controller reads it.
         hidden_dim: of both levels' hidden layer; 0: the controller is one linear layer.
         skills: S names, as tasks or instructions call them; empty: a subgoal is a state to be reached.
-        hold_steps: k, the planner is asked every k steps.
+        hold_steps: k, a reactive planner is asked every k steps.
         learned_termination: it is also asked where the controller finds the skill done; needs skills.
         controller: None: built in. Else ``{"architecture": name, ...}``: another member of the zoo with its own
             settings, whose goal is the skill; needs skills and ``goal_dim`` or words in that member.

@@ -60,7 +60,8 @@ class HierarchicalState:
 
 
 class HierarchicalPolicy:
-    """Asks the planner at every multiple of k steps of the episode, and where the skill says that it is done.
+    """Asks the planner at every multiple of k steps of the episode, and where the skill says that it is done; one that
+    follows a sketch only there, and where the words change.
 
     K observations rebuild the state but for one thing: a planner with skills is told the skill before, or follows its
     sketch, and either goes back to the episode's beginning.
@@ -210,7 +211,7 @@ class HierarchicalPolicy:
     ) -> tuple[Any, list[Array]]:
         """What the planner decides on in the rows that ask it, and the ``recent_high`` of all states that come after.
 
-        One with a context looks at every step, one without only where it is asked; of one that follows sketches, these.
+        One with a context looks at every step, one without only where it is asked; one that reads gives sketches.
         """
         planner, recent = self._model.planner, [state.recent_high for state in states]
         if self._subgoals != "learned":

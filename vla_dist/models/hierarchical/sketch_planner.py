@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from vla_dist.core.errors import DataError
 from vla_dist.models.hierarchical.alignment import Sketches
 from vla_dist.models.hierarchical.config import HierarchicalVLAConfig
 from vla_dist.models.scales import InputScales
@@ -49,8 +50,16 @@ class SketchPlanner(nn.Module):
     def errors(self, goals: Tensor, sketches: Sketches) -> tuple[Tensor, Tensor, Tensor]:
         """(B,) cross-entropy of a window's clauses, (B,) share of them that is read rightly, and (B,) bool, which
         windows have as many clauses as their sketch has skills: of others nobody knows which clause names what.
+
+        Raises:
+            DataError: a sketch has more skills than there are clauses, so that it could never be read.
         """
-        size = min(self.num_clauses, sketches.skills.shape[1])
+        if sketches.skills.shape[1] > self.num_clauses:
+            raise DataError(
+                f"a task names {sketches.skills.shape[1]} skills in a row and the planner reads {self.num_clauses} "
+                "clauses; give the config a larger goal_clauses, and goal_dim with it"
+            )
+        size = sketches.skills.shape[1]
         labels, exists = sketches.skills[:, :size], sketches.exists[:, :size]
         logits = self(goals)[:, :size]
         errors = cross_entropy(logits.transpose(1, 2), labels, reduction="none")
