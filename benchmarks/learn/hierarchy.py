@@ -11,13 +11,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from learn_parts.levels import READING_MODELS, draw_levels, run_levels
+from learn_parts.levels import LevelModels, draw_levels, run_levels
 from learn_parts.seeds import for_comparison
 
 from learn.settings import Settings
 from vla_dist.run.config import RunConfig
 from vla_dist.run.presets import NEVER_SHOWN_SEQUENCES, SHARED_SCENE_TASKS, SHOWN_SEQUENCES, preset
 
+_MODELS = LevelModels(clauses=2, looks=True)
 _SHOWN, _UNSHOWN = "sequences shown", "sequences never shown"
 
 
@@ -32,7 +33,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "noise": [0.0, 0.2],
         "updates": 12 if quick else 6_000,
         "batch": 64,
-        **READING_MODELS,
+        **_MODELS.protocol(),
         "max_episode_steps": 60 if quick else 300,
         "evaluation_episodes_per_task": 1 if quick else 30,
     }
@@ -47,7 +48,7 @@ def run(settings: Settings) -> dict[str, Any]:
         skills=SHARED_SCENE_TASKS,
         groups={_SHOWN: shown, _UNSHOWN: never_shown},
         config=lambda seed: _config(seed, protocol),
-        reads=True,
+        sizes=_MODELS,
         notes=[
             "`hierarchy` reads the order of skills from the words and goes on where a skill says that it is done; "
             "`planner that looks` names a skill from what it sees, every five steps."

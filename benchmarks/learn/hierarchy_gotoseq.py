@@ -1,22 +1,27 @@
 """Go to this, then to that: ``hierarchy`` on missions of BabyAI's GoToSeq, told in a sentence of up to four parts.
 
-The level is BabyAI's own smallest form of it, four rooms of 3 x 3 cells with four objects: the large one needs more
-demonstrations than two cores collect. A skill is to go to one kind of thing, of one colour or any. The robot sees the
-7 x 7 cells before it, so it also has to look for what is in another room.
+The level is BabyAI's generator of it in a single room with eight things: the large one, nine rooms, needs more
+demonstrations than two cores collect. A skill is to go to one kind of thing, of one colour or any; each alone is
+demonstrated as well (GoToLocal, the same room). The robot sees the 7 x 7 cells before it.
+
+**The limit of steps makes the words necessary.** Nothing is spoilt by going to a wrong thing, so whoever walks about
+long enough has been to the right ones in the right order. The bot takes 13 steps in the mean, and 24 or fewer in 94 of
+100 missions.
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-from learn_parts.levels import MODELS, draw_levels, run_levels
+from learn_parts.levels import LevelModels, draw_levels, run_levels
 from learn_parts.seeds import for_comparison
 
 from learn.settings import Settings
 from vla_dist.run.config import RunConfig
 from vla_dist.run.presets import preset
 
-_TASK = "GoToSeqS5R2"
+_TASK, _PART = "GoToSeqLocal", "GoToLocal"
+_MODELS = LevelModels(clauses=4, width=128, hidden=256, subgoal=32, fusion="film")
 _COLOURS = ("", "red", "green", "blue", "purple", "yellow", "grey")
 SKILLS = tuple(
     " ".join(filter(None, ("go to", colour, kind))) for kind in ("ball", "box", "key", "door") for colour in _COLOURS
@@ -27,14 +32,15 @@ def run(settings: Settings) -> dict[str, Any]:
     quick = settings.quick
     protocol = {
         "task": _TASK,
+        "demonstrated": [_TASK, _PART],
         "layouts": "split",
-        "demonstrations": 60 if quick else 2_000,
+        "demonstrations_of_each": 60 if quick else 2_500,
         "noise": [0.0, 0.1],
         "updates": 12 if quick else 4_000,
         "batch": 64,
-        **MODELS,
+        **_MODELS.protocol(),
         "skills": f"{len(SKILLS)}: go to a ball, box, key or door of one colour or any",
-        "max_episode_steps": 32 if quick else 128,
+        "max_episode_steps": 24,
         "evaluation_episodes_per_task": 8 if quick else 200,
     }
 
@@ -48,11 +54,12 @@ def run(settings: Settings) -> dict[str, Any]:
         skills=SKILLS,
         groups={"": (_TASK,)},
         config=lambda seed: _config(seed, protocol),
+        sizes=_MODELS,
     )
 
 
 def figure(result: dict[str, Any], path: Path) -> None:
-    draw_levels(result, path, what=_TASK, title="BabyAI GoToSeq: flat and hierarchical")
+    draw_levels(result, path, what=_TASK, title="BabyAI, go to this and then to that: flat and hierarchical")
 
 
 def _config(seed: int, protocol: dict[str, Any]) -> RunConfig:
@@ -61,12 +68,12 @@ def _config(seed: int, protocol: dict[str, Any]) -> RunConfig:
         config,
         preset="hierarchy-gotoseq",
         env=dataclasses.replace(
-            config.env, tasks=(_TASK,), max_episode_steps=protocol["max_episode_steps"], layouts="split"
+            config.env, tasks=(_TASK, _PART), max_episode_steps=protocol["max_episode_steps"], layouts="split"
         ),
         rollout=dataclasses.replace(
             config.rollout,
             num_workers=2,
-            episodes_per_task=protocol["demonstrations"],
+            episodes_per_task=protocol["demonstrations_of_each"],
             noise_scales=tuple(protocol["noise"]),
             policy_episodes_per_task=0,
         ),

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from learn.settings import Settings
 from learn_parts.figures import draw_bars
@@ -29,23 +29,43 @@ _SENTENCE_DIM = 384
 _FLAT, _HIERARCHY, _LOOKING = "flat", "hierarchy", "hierarchy, planner that looks"
 _ABLATIONS = {"hierarchy, oracle subgoals": "oracle", "hierarchy, random subgoals": "random"}
 _DIFFERENCE = "hierarchy less flat"
-_CONTROLLER = "controller of the last {} steps, width 64 with a hidden layer of 128, K 16"
-_LOOKS = (
-    "planner of the last 16 steps, of the controller's widths, asked every 5 steps and where a skill is found done; "
-    "told any skill of the episode as the one before in half of the steps that are told one"
-)
-MODELS = {
-    "hierarchy": f"{_LOOKS}; {_CONTROLLER.format(16)}",
-    "flat": "one token a step, 2 layers, K 16, the width that comes nearest to the hierarchy's parameters",
-}
-READING_MODELS = {
-    "hierarchy": f"planner that reads the order of skills clause by clause and goes on where one is found done; "
-    f"{_CONTROLLER.format(4)}",
-    "planner that looks": f"{_LOOKS}; the same controller",
-    "flat": "one token a step, 2 layers, K 16, the width that comes nearest to the larger hierarchy's parameters",
-    "words": "MiniLM, each clause by itself, for all alike",
-}
-"""For the protocol; with a planner that reads a sketch, the one that looks is another line."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LevelModels:
+    """What the models of a comparison have in common, and how large they are."""
+
+    clauses: int
+    """Of the longest sentence; the hierarchy reads the order of skills from them."""
+    width: int = 64
+    """Of the controller, before its hidden layer."""
+    hidden: int = 128
+    subgoal: int = 16
+    """Width of a skill's vector."""
+    fusion: Literal["add", "film"] = "add"
+    """How what is wanted meets what is seen, in the controller and in the flat policy alike."""
+    looks: bool = False
+    """Whether a hierarchy whose planner looks, and reads no order, is compared as well."""
+
+    def protocol(self) -> dict[str, str]:
+        """For the protocol of a benchmark."""
+        film = ""
+        if self.fusion == "film":
+            film = ", no narrower than the controller; what is seen is scaled and shifted by what is wanted, in both"
+        controller = f"controller of the last 4 steps, width {self.width} with a hidden layer of {self.hidden}, K 16"
+        told = {
+            "hierarchy": "planner that reads the order of skills clause by clause and goes on where one is found done; "
+            f"{controller}"
+        }
+        if self.looks:
+            told["planner that looks"] = (
+                "planner of the last 16 steps, of the controller's widths, asked every 5 steps and where a skill is "
+                "found done; told any skill of the episode as the one before in half of the steps that are told one; "
+                "the same controller"
+            )
+        larger = "the larger hierarchy's" if self.looks else "the hierarchy's"
+        told["flat"] = f"one token a step, 2 layers, K 16, the width that comes nearest to {larger} parameters{film}"
+        return {**told, "words": "MiniLM, each clause by itself, for all alike"}
 
 
 def compare_levels(
@@ -57,7 +77,7 @@ def compare_levels(
     parts: Parts,
     say: Say,
     *,
-    reads: bool = False,
+    sizes: LevelModels,
 ) -> dict[str, Any]:
     """Successes and trials of each label and group, pairs and parameters; plain JSON.
 
@@ -66,12 +86,11 @@ def compare_levels(
         skills: that the planner chooses among.
         groups: name -> tasks of the suite.
         protocol: with ``updates`` and ``evaluation_episodes_per_task``.
-        reads: the hierarchy reads a sketch, and one that looks is compared as well.
     """
     judged = tuple(task for tasks in groups.values() for task in tasks)
     shows_all = dataclasses.replace(config, env=dataclasses.replace(config.env, tasks=judged))
     suite = suite_of(shows_all, protocol["evaluation_episodes_per_task"])
-    models = _models(config, skills, reads=reads)
+    models = _models(config, skills, sizes)
     found: dict[str, list[EpisodeOutcome]] = {}
     with open_study(config, folder, parts, say) as study:
         study.collect()
@@ -103,7 +122,7 @@ def run_levels(
     skills: Sequence[str],
     groups: Mapping[str, Sequence[str]],
     config: Callable[[int], RunConfig],
-    reads: bool = False,
+    sizes: LevelModels,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What ``compare_levels`` finds with each seed, as a benchmark answers.
@@ -114,7 +133,7 @@ def run_levels(
     """
 
     def run_seed(seed: int, folder: Path, parts: Parts, say: Say) -> dict[str, Any]:
-        return compare_levels(config(seed), skills, groups, protocol, folder, parts, say, reads=reads)
+        return compare_levels(config(seed), skills, groups, protocol, folder, parts, say, sizes=sizes)
 
     seeds = run_seeds(settings, name, protocol, config(0), run_seed)
     measures: dict[str, dict[str, Any]] = {}
@@ -133,8 +152,8 @@ def run_levels(
             target(f"oracle less learned subgoals{tail}", oracle - means[_HIERARCHY], 0.0),
             target(f"learned less random subgoals{tail}", means[_HIERARCHY] - chance, 0.0),
         ]
-    sizes = next(iter(seeds.values()))["parameters"]
-    told = ", ".join(f"{label} {size:,}" for label, size in sizes.items())
+    numbers = next(iter(seeds.values()))["parameters"]
+    told = ", ".join(f"{label} {number:,}" for label, number in numbers.items())
     return answer(
         settings,
         name=name,
@@ -160,30 +179,40 @@ def draw_levels(result: dict[str, Any], path: Path, *, what: str, title: str) ->
     draw_bars(path, groups, title=title)
 
 
-def _models(config: RunConfig, skills: Sequence[str], *, reads: bool) -> dict[str, ModelSettings]:
-    """Label -> model; the flat policy is the one whose size is nearest to the largest hierarchy's."""
-    clauses = ("goal_clauses=2", f"goal_dim={2 * _SENTENCE_DIM}") if reads else ()
+def _models(config: RunConfig, skills: Sequence[str], sizes: LevelModels) -> dict[str, ModelSettings]:
+    """Label -> model; the flat policy is no narrower than a controller, and its size is nearest to the largest
+    hierarchy's. One that reads words by FiLM has more, so that it does not go short of width for its words.
+    """
+    clauses = (f"goal_clauses={sizes.clauses}", f"goal_dim={sizes.clauses * _SENTENCE_DIM}")
     both = (
         f"skills={json.dumps(list(skills))}",
         "learned_termination=true",
         "context_steps=16",
         # What was done before a skill began is none of its business, where any may have come before.
-        f"controller_context_steps={4 if reads else 16}",
-        "hidden_dim=128",
+        "controller_context_steps=4",
+        f"low_level_dim={sizes.width}",
+        f"hidden_dim={sizes.hidden}",
+        f"subgoal_dim={sizes.subgoal}",
+        f"subgoal_fusion={'film' if sizes.fusion == 'film' else 'concat'}",
         *clauses,
     )
-    looks = ("planner_context_steps=16", "hold_steps=5")
-    changes = {_HIERARCHY: (*both, "planner=sketch") if reads else (*both, *looks)}
-    if reads:
-        changes[_LOOKING] = (*both, *looks)
+    changes = {_HIERARCHY: (*both, "planner=sketch")}
+    if sizes.looks:
+        changes[_LOOKING] = (*both, "planner_context_steps=16", "hold_steps=5")
     models = {
         label: ModelSettings(architecture="hierarchical", preset="tiny", changes=those, conditioning="none")
         for label, those in changes.items()
     }
     wanted = max(_size(config, model) for model in models.values())
     flat = [
-        ModelSettings(preset="tiny", hidden_dim=width, context_steps=16, changes=clauses, conditioning="none")
-        for width in range(32, 164, 4)
+        ModelSettings(
+            preset="tiny",
+            hidden_dim=width,
+            context_steps=16,
+            changes=(*clauses, f"goal_fusion={sizes.fusion}"),
+            conditioning="none",
+        )
+        for width in range(sizes.width, 164, 4)
     ]
     return {_FLAT: min(flat, key=lambda model: abs(_size(config, model) - wanted)), **models}
 

@@ -13,7 +13,7 @@ def act(name: str) -> np.ndarray:
     return np.eye(len(ACTIONS), dtype=np.float32)[ACTIONS.index(name)]
 
 
-@pytest.mark.parametrize("task", [*TASKS, "GoToSeq", "GoToSeqS5R2"])
+@pytest.mark.parametrize("task", [*TASKS, "GoToSeq", "GoToSeqS5R2", "GoToSeqLocal"])
 def test_bot_solves_the_task_well_within_its_limit(task: str) -> None:
     env = BabyAIEnv((task,))
     expert = BabyAIExpert(env)
@@ -52,6 +52,15 @@ def test_the_due_skill_follows_the_words_in_their_order() -> None:
     env.reset(seed=0, task="PickupLoc")
     with pytest.raises(ConfigError, match="more than to go somewhere"):
         _ = env.skill
+
+
+def test_a_sequence_in_one_room_names_what_is_in_it() -> None:
+    env = BabyAIEnv(("GoToSeqLocal",), max_episode_steps=24)
+    for seed in range(5):
+        step = env.reset(seed=seed, task="GoToSeqLocal")
+        assert "then" in step.observation.instruction or "after" in step.observation.instruction
+        assert env.level.num_rows == env.level.num_cols == 1
+        assert env.level.max_steps == 24
 
 
 def test_bot_recovers_when_other_actions_are_executed() -> None:

@@ -15,7 +15,7 @@ The action is the largest of 7 numbers: left, right, forward, pickup, drop, togg
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
 from minigrid.envs.babyai.core import roomgrid_level
 from minigrid.envs.babyai.core.verifier import AfterInstr, AndInstr, BeforeInstr, GoToInstr
+from minigrid.envs.babyai.goto import GoToSeq
 from minigrid.utils.baby_ai_bot import BabyAIBot, DisappearedBoxError
 
 from vla_dist.core.errors import ConfigError, NotFound
@@ -51,11 +52,19 @@ TASK_STEPS: Mapping[str, int] = MappingProxyType(
         "Synth": 384,
         "GoToSeq": 512,
         "GoToSeqS5R2": 128,
+        "GoToSeqLocal": 96,
         "SynthSeq": 512,
         "BossLevel": 640,
     }
 )
 """Step limit of each task: more than twice the longest of 40 episodes of the bot."""
+_OWN_LEVELS: Mapping[str, Callable[[], Any]] = MappingProxyType(
+    {
+        "GoToSeqLocal": lambda: GoToSeq(room_size=8, num_rows=1, num_cols=1, num_dists=8, instr_kinds=["seq"]),
+    }
+)
+"""Levels that BabyAI can build and has no name for: GoToSeq in GoToLocal's room, so that all its things can be seen from
+the middle and it is the order that is hard."""
 ACTIONS = ("left", "right", "forward", "pickup", "drop", "toggle", "done")
 CAMERA = "view"
 _VIEW = 7
@@ -123,7 +132,7 @@ class BabyAIEnv:
         if task not in self.tasks:
             raise NotFound(f"no task {task!r}; this environment was built for {', '.join(self.tasks)}")
         if task not in self._levels:
-            self._levels[task] = gym.make(f"BabyAI-{task}-v0", disable_env_checker=True).unwrapped
+            self._levels[task] = _build_level(task)
         self._level = self._levels[task]
         raw, _ = self._level.reset(seed=seed)
         self._level.max_steps = min(TASK_STEPS[task], self.spec.max_episode_steps)
@@ -205,6 +214,12 @@ class BabyAIEnv:
             previous_action=action,
             previous_reward=reward,
         )
+
+
+def _build_level(task: str) -> Any:
+    if task in _OWN_LEVELS:
+        return _OWN_LEVELS[task]()
+    return gym.make(f"BabyAI-{task}-v0", disable_env_checker=True).unwrapped
 
 
 def _due(instruction: Any) -> Any:

@@ -22,6 +22,7 @@ SHAPES = [
     {},
     {"num_goal_tokens": 3, "position": "timestep"},
     {"goal_fusion": "add", "use_returns": False, "use_previous_actions": False},
+    {"goal_fusion": "film", "use_returns": False},
     {"use_returns": False, "position": "timestep"},
     {"use_previous_actions": False, "goal_dim": 0},
     {"head": "gaussian"},
@@ -128,7 +129,7 @@ def test_a_window_that_hops_is_rebuilt_from_the_last_k_observations():
 
 
 def test_a_new_instruction_reaches_every_remembered_step():
-    for changes in ({}, {"goal_fusion": "add"}):
+    for changes in ({}, {"goal_fusion": "add"}, {"goal_fusion": "film"}):
         policy, _ = make_policy(**changes)
         state = policy.initial_state()
         for t in range(3):

@@ -17,6 +17,7 @@ SHAPES = [
     {},
     {"head": "discrete", "position": "timestep"},
     {"goal_fusion": "add", "use_returns": False, "use_previous_actions": False},
+    {"goal_fusion": "film", "use_returns": False},
     {"use_returns": False, "num_goal_tokens": 3},
     {"use_previous_actions": False, "goal_dim": 0},
     {"head": "gaussian"},
@@ -317,7 +318,7 @@ def test_the_constructor_of_dimensions_and_of_a_config_agree():
         ({"hidden": 5}, "hidden"),
         ({"action_dropout": 1.0}, "action_dropout"),
         ({"context_steps": 0}, "context_steps"),
-        ({"goal_fusion": "film"}, "film"),
+        ({"goal_fusion": "gate"}, "gate"),
     ],
 )
 def test_settings_that_cannot_work_are_named(changes, named):

@@ -12,7 +12,7 @@ from vla_dist.models.visual_encoder import require_visual
 
 Head = Literal["tanh", "gaussian", "bins", "discrete"]
 Position = Literal["window", "timestep"]
-GoalFusion = Literal["prefix", "add"]
+GoalFusion = Literal["prefix", "add", "film"]
 Window = Literal["slide", "hop"]
 
 
@@ -36,7 +36,8 @@ class VlaDecisionTransformerConfig(PreTrainedConfig):
             the same policy; ``timestep`` numbers the steps of the episode, as in the paper.
         goal_dim: G of the sentence embedding; 0: no language.
         goal_clauses: M clauses that are embedded one by one, side by side in G; 1: the sentence as a whole.
-        goal_fusion: ``prefix`` puts goal tokens before the first step; ``add`` adds the goal to each state token.
+        goal_fusion: ``prefix`` puts goal tokens before the first step; ``add`` adds the goal to each state token;
+            ``film`` scales and shifts each state token by it, which finds a thing by its name among several.
         num_goal_tokens: prefix tokens made from one sentence embedding.
         use_returns: whether steps have a return token.
         use_previous_actions: whether steps have an action token. Without both, one token a step is left.

@@ -19,6 +19,7 @@ from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.batch import TrainBatch
 from vla_dist.models.camera_views import CameraViews
 from vla_dist.models.decision_transformer.config import VlaDecisionTransformerConfig
+from vla_dist.models.film import FiLM
 from vla_dist.models.heads import from_bins, to_bins
 from vla_dist.models.member import masked_mean, require_batch
 from vla_dist.models.pretrained import WholePreTrainedModel
@@ -85,7 +86,11 @@ class DecisionTransformer(InputScales, CameraViews, WholePreTrainedModel):
             config.context_steps if config.position == "window" else config.max_episode_len, width
         )
         prefix = config.num_goal_tokens if config.goal_fusion == "prefix" else 1
-        self.embed_goal = nn.Linear(config.goal_dim, prefix * width) if config.goal_dim else None
+        self.embed_goal: nn.Linear | None = None
+        if config.goal_dim and config.goal_fusion == "film":
+            self.embed_goal = FiLM(config.goal_dim, width)
+        elif config.goal_dim:
+            self.embed_goal = nn.Linear(config.goal_dim, prefix * width)
         self.register_views(config.cameras or (), config.visual, width)
         self.embed_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.transformer = Transformer(
@@ -105,7 +110,9 @@ class DecisionTransformer(InputScales, CameraViews, WholePreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Unit-variance embeddings, shrunk residual branches, and a head that starts near zero."""
         # Only modules with parameters of their own come here.
-        if isinstance(module, nn.Linear):
+        if isinstance(module, FiLM):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
             gain = residual_gain(self.config.n_layers) if isinstance(module, ResidualLinear) else 1.0
             init.normal_(module.weight, std=0.02 if module is self.head else gain * module.in_features**-0.5)
             init.zeros_(module.bias)
@@ -250,11 +257,8 @@ class DecisionTransformer(InputScales, CameraViews, WholePreTrainedModel):
             valid = attention_mask.bool()
         position = self._positions(timesteps, valid)
         goal = self.goal_tokens(goals, batch)
-        state = self.state_tokens(states, image_features)
-        if self.config.goal_fusion == "add" and goal is not None:
-            state = state + goal
-            goal = None
-        tokens, is_key, first = [state + position], [valid], 0
+        state = self.told(self.state_tokens(states, image_features) + position, goals)
+        tokens, is_key, first = [state], [valid], 0
         if self.embed_return is not None:
             tokens.insert(0, self.embed_return(returns_to_go.reshape(batch, steps, 1)) + position)
             is_key.insert(0, valid & self._kept((batch, 1), self.config.return_dropout, valid.device))
@@ -310,8 +314,28 @@ class DecisionTransformer(InputScales, CameraViews, WholePreTrainedModel):
         token = self.embed_state(self.normalised(states))
         return token if image_features is None else token + image_features
 
+    def told(self, states: Tensor, goals: Tensor | None) -> Tensor:
+        """(B, T, D) state tokens with their positions and (B, G) to (B, T, D), where the goal goes into each of them;
+        unchanged where it precedes them. Raises DataError.
+        """
+        if self.config.goal_fusion == "prefix" or (words := self._words(goals, len(states))) is None:
+            return states
+        if isinstance(self.embed_goal, FiLM):
+            return self.embed_goal(states.transpose(1, 2), words).transpose(1, 2)
+        assert self.embed_goal is not None
+        return states + self.embed_goal(words)[:, None]
+
     def goal_tokens(self, goals: Tensor | None, batch: int) -> Tensor | None:
-        """(B, G) sentence embeddings to (B, tokens, D); None where the model takes none. Raises DataError."""
+        """(B, G) sentence embeddings to the (B, tokens, D) before the first step; None where there are none. Raises
+        DataError.
+        """
+        words = self._words(goals, batch)
+        if words is None or self.embed_goal is None or self.config.goal_fusion != "prefix":
+            return None
+        return self.embed_goal(words).view(batch, -1, self.config.hidden_dim)
+
+    def _words(self, goals: Tensor | None, batch: int) -> Tensor | None:
+        """(B, G) normalised; None where the model takes none. Raises DataError."""
         size = self.config.goal_dim
         if (goals is None) != (self.embed_goal is None):
             raise DataError(f"goal_dim is {size} but goals are {'absent' if goals is None else 'given'}")
@@ -319,7 +343,7 @@ class DecisionTransformer(InputScales, CameraViews, WholePreTrainedModel):
             return None
         if goals.shape != (batch, size):
             raise DataError(f"goals of shape {tuple(goals.shape)} must be ({batch}, {size})")
-        return self.embed_goal(self.normalised_goals(goals)).view(batch, -1, self.config.hidden_dim)
+        return self.normalised_goals(goals)
 
     def _kept(self, shape: tuple[int, int], dropout: float, device: torch.device) -> Tensor:
         if not (self.training and dropout):

@@ -45,7 +45,7 @@ class WindowReader:
         self._eps = config.layer_norm_eps
         self._shape = (config.hidden_dim,)
         self._activation = ACTIVATIONS[config.activation]
-        self._adds_goal = config.goal_fusion == "add" and config.goal_dim > 0
+        self._tells_states = config.goal_fusion != "prefix" and config.goal_dim > 0
         self._num_new = model.tokens_per_step
         prefix = config.num_goal_tokens if config.goal_dim and config.goal_fusion == "prefix" else 0
         self.capacity = prefix + config.context_steps * self._num_new
@@ -116,12 +116,10 @@ class WindowReader:
         shift, scale, low, high = self._scales
         numbers = ((numbers - shift) / scale).clamp(low, high)
         tokens = linear(numbers, *self._embed).view(len(numbers), self._num_new, -1) + embedding(positions, self._table)
-        if self._adds_goal:
-            goal = self._model.goal_tokens(goals, len(numbers))
-            assert goal is not None
-            tokens[:, -1] += goal[:, 0]
         if image_features is not None:
             tokens[:, -1] += image_features
+        if self._tells_states:
+            tokens[:, -1:] = self._model.told(tokens[:, -1:], goals)
         bias = self._bias[:, :, -cache.shape[3] :]
         if is_key is not None:
             bias = bias + attention_bias(is_key, bias.dtype)[:, None]

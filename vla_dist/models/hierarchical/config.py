@@ -10,6 +10,7 @@ from vla_dist.models.visual_encoder import require_visual
 
 HEADS = ("tanh", "discrete")
 PLANNERS = ("reactive", "sketch")
+SUBGOAL_FUSIONS = ("concat", "film")
 
 
 class HierarchicalVLAConfig(PreTrainedConfig):
@@ -27,6 +28,8 @@ class HierarchicalVLAConfig(PreTrainedConfig):
         learned_termination: it is also asked where the controller finds the skill done; needs skills.
         controller: None: built in. Else ``{"architecture": name, ...}``: another member of the zoo with its own
             settings, whose goal is the skill; needs skills and ``goal_dim`` or words in that member.
+        subgoal_fusion: how the built-in controller and its termination read a subgoal: ``concat``, beside what they
+            see, or ``film``, which scales and shifts it besides, to find a thing by its name among several.
         controller_context_steps: how many of the last steps the built-in controller sees; 1: the moment alone.
         planner: ``reactive``, which looks and names a skill each time it is asked, or ``sketch``, which reads the order
             of skills from the clauses of the words and goes on to the next where the termination says that one is done.
@@ -55,6 +58,7 @@ class HierarchicalVLAConfig(PreTrainedConfig):
     hold_steps: int = 5
     learned_termination: bool = False
     controller: dict[str, Any] | None = None
+    subgoal_fusion: str = "concat"
     controller_context_steps: int = 1
     planner: str = "reactive"
     planner_context_steps: int = 1
@@ -91,12 +95,19 @@ class HierarchicalVLAConfig(PreTrainedConfig):
         require_clauses(self.goal_dim, self.goal_clauses)
         if not self.skills:
             self._require_latent()
+        if self.subgoal_fusion not in SUBGOAL_FUSIONS:
+            raise ConfigError(
+                f"hierarchical subgoal_fusion {self.subgoal_fusion!r} must be one of {', '.join(SUBGOAL_FUSIONS)}"
+            )
         if self.planner not in PLANNERS:
             raise ConfigError(f"hierarchical planner {self.planner!r} must be one of {', '.join(PLANNERS)}")
         if self.planner == "sketch":
             self._require_sketch()
-        if self.controller is not None and self.controller_context_steps != 1:
-            raise ConfigError("controller_context_steps is of the built-in controller; another one has its own context")
+        if self.controller is not None and (self.controller_context_steps != 1 or self.subgoal_fusion != "concat"):
+            raise ConfigError(
+                "controller_context_steps and subgoal_fusion are of the built-in controller; another one has its own "
+                "context and fusion"
+            )
         if self.controller is None and (self.horizon != 1 or self.head not in HEADS):
             raise ConfigError(
                 f"the built-in controller has horizon 1 and a head of {', '.join(HEADS)}, got {self.horizon} and "

@@ -14,6 +14,7 @@ from transformers import initialization as init
 
 from vla_dist.core.errors import ConfigError
 from vla_dist.models.batch import TrainBatch
+from vla_dist.models.film import FiLM
 from vla_dist.models.hierarchical.alignment import Sketches, log_likelihood, posterior
 from vla_dist.models.hierarchical.config import HierarchicalVLAConfig
 from vla_dist.models.hierarchical.levels import Controller, Planner, Termination
@@ -72,7 +73,9 @@ class HierarchicalVLA(WholePreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
+        if isinstance(module, FiLM):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
             # At first a skill goes on for some ten steps.
             stops = self.terminate is not None and module is self.terminate.head

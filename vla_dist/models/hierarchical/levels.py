@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from vla_dist.core.errors import DataError
+from vla_dist.models.film import FiLM
 from vla_dist.models.hierarchical.config import HierarchicalVLAConfig
 from vla_dist.models.step_encoder import StepEncoder
 
@@ -80,6 +81,25 @@ class Planner(Level):
         return self.head(gelu(self.widen(high)))
 
 
+class Told(nn.Module):
+    """What the controller sees beside its subgoal and, with ``film``, scaled and shifted by it.
+
+    Beside each other, a hidden layer adds what is seen to what is wanted; to find a thing by its name among several is
+    a product of the two.
+    """
+
+    def __init__(self, config: HierarchicalVLAConfig) -> None:
+        super().__init__()
+        self.output_dim = config.low_level_dim + config.subgoal_dim
+        self.film = FiLM(config.subgoal_dim, config.low_level_dim) if config.subgoal_fusion == "film" else None
+
+    def forward(self, low: Tensor, subgoal: Tensor) -> Tensor:
+        """(..., D) and (..., Z) to (..., D + Z)."""
+        if self.film is not None:
+            low = self.film(low.flatten(0, -2), subgoal.flatten(0, -2)).view_as(low)
+        return torch.cat([low, subgoal], -1)
+
+
 class Controller(Level):
     """Linear(low_level_dim + subgoal_dim), through a hidden layer where there is one."""
 
@@ -87,7 +107,8 @@ class Controller(Level):
         super().__init__(config, config.low_level_dim, 0, steps=config.controller_context_steps)
         self.squash = config.head == "tanh"
         self.low_level_dim = config.low_level_dim
-        joined = config.low_level_dim + config.subgoal_dim
+        self.told = Told(config)
+        joined = self.told.output_dim
         self.widen = nn.Linear(joined, config.hidden_dim) if config.hidden_dim else None
         self.head = nn.Linear(config.hidden_dim or joined, config.action_dim)
 
@@ -98,7 +119,7 @@ class Controller(Level):
     def forward(self, low: Tensor, subgoal: Tensor) -> Tensor:
         if low.shape[-1] != self.low_level_dim:
             raise DataError(f"low_level_state of shape {tuple(low.shape)} must end in {self.low_level_dim}")
-        joined = torch.cat([low, subgoal], -1)
+        joined = self.told(low, subgoal)
         output = self.head(joined if self.widen is None else gelu(self.widen(joined)))
         return output.tanh() if self.squash else output
 
@@ -112,13 +133,13 @@ class Termination(nn.Module):
 
     def __init__(self, config: HierarchicalVLAConfig) -> None:
         super().__init__()
-        joined = config.low_level_dim + config.subgoal_dim
-        self.widen = nn.Linear(joined, config.hidden_dim or config.low_level_dim)
+        self.told = Told(config)
+        self.widen = nn.Linear(self.told.output_dim, config.hidden_dim or config.low_level_dim)
         self.head = nn.Linear(self.widen.out_features, 1)
 
     def forward(self, low: Tensor, subgoal: Tensor) -> Tensor:
         """(..., D) and (..., Z) to (...)."""
-        return self.head(gelu(self.widen(torch.cat([low, subgoal], -1)))).squeeze(-1)
+        return self.head(gelu(self.widen(self.told(low, subgoal)))).squeeze(-1)
 
 
 class Recollection(nn.Module):
