@@ -3,7 +3,9 @@
 Chen et al. 2021, "Decision Transformer", section 5.5, table 5. Data are random walks. Compared are a Decision
 Transformer asked for the best return, behaviour cloning of the successful episodes (%BC), behaviour cloning of all
 (BC), and the random walks themselves. Those that learn have the same transformer, batch and number of updates; the
-cloned ones lack the return token.
+cloned ones lack the return token. All see the last four steps and scale what they see as it spreads in successful
+walks (docs/decisions/0036-key-to-door-few-steps-and-the-scales-of-successes.md); a Decision Transformer that sees the
+whole episode, as the reference's does, is a line of its own.
 
 One walk in thirty succeeds. In evenly drawn batches of 64 windows two are of a success; a Decision Transformer then
 learns the failures by heart before it learns what the return means. So half of its batches are successes. What that
@@ -19,13 +21,15 @@ from learn_parts.results import answer, count, measure, target
 from learn_parts.seeds import for_comparison, run_seeds, suite_of, trained_for
 
 from learn.settings import Settings
+from vla_dist.envs.key_to_door import PHASES
 from vla_dist.evaluation.suite import SuiteConfig
 from vla_dist.run.config import RunConfig
 from vla_dist.run.presets import preset
 from vla_dist.run.study import best_episodes, open_study
 from vla_dist.run.study_parts import Parts, Say
 
-_LABELS = ("DT", "%BC", "BC", "random", "BC (balanced)")
+_WHOLE = "DT (whole episode)"
+_LABELS = ("DT", "%BC", "BC", "random", "BC (balanced)", _WHOLE)
 _REFERENCE = {1_000: (0.718, 0.699, 0.014, 0.031), 10_000: (0.946, 0.951, 0.016, 0.031)}
 """Of each label, by episodes."""
 _BEST_SHARE = 0.1
@@ -41,7 +45,8 @@ def run(settings: Settings, *, name: str = "key-to-door", size: int = 1_000) -> 
         "episodes": size,
         "updates": updates,
         "batch": "64 windows; of DT and BC (balanced) one half from successes",
-        "context": "25 steps, the whole episode",
+        "context": f"4 steps; of {_WHOLE} 25",
+        "scales": "of the successful episodes' proprio",
         "model": "2 layers, width 64, 4 heads, dropout 0.2",
         "percent_bc": f"episodes of the highest return, at most {_BEST_SHARE:.0%}",
         "evaluation_episodes": 24 if settings.quick else 400,
@@ -72,7 +77,8 @@ def run(settings: Settings, *, name: str = "key-to-door", size: int = 1_000) -> 
         targets=targets,
         notes=[
             "`random` is the share of the collected episodes themselves that succeeded. Half of each batch of DT and "
-            "of `BC (balanced)` is from successes; `BC` draws evenly, as in the paper."
+            "of `BC (balanced)` is from successes; `BC` draws evenly, as in the paper. `DT` and those that clone see "
+            f"the last four steps, `{_WHOLE}` all of them, as in the paper."
         ],
     )
 
@@ -93,6 +99,7 @@ def _compare(
 ) -> dict[str, Any]:
     """Label -> successes and trials."""
     told = trained_for(config, updates)
+    whole = trained_for(config, updates, context_steps=sum(PHASES))
     cloning = trained_for(config, updates, changes=(*config.model.changes, "use_returns=false"), conditioning="none")
     with open_study(config, folder, parts, say) as study:
         study.collect()
@@ -102,6 +109,7 @@ def _compare(
         found: dict[str, Any] = {"random": (sum(walks), len(walks))}
         for label, name, learner, data in (
             ("DT", "dt", told, balanced),
+            (_WHOLE, "dt-whole", whole, balanced),
             ("%BC", "percent-bc", cloning, best),
             ("BC", "bc", cloning, None),
             ("BC (balanced)", "bc-balanced", cloning, balanced),

@@ -180,8 +180,8 @@ def draw_levels(result: dict[str, Any], path: Path, *, what: str, title: str) ->
 
 
 def _models(config: RunConfig, skills: Sequence[str], sizes: LevelModels) -> dict[str, ModelSettings]:
-    """Label -> model; the flat policy is no narrower than a controller, and its size is nearest to the largest
-    hierarchy's. One that reads words by FiLM has more, so that it does not go short of width for its words.
+    """Label -> model; the flat policy is the one whose size is nearest to the largest hierarchy's. One that reads words
+    by FiLM is no narrower than the controller and has more: three quarters of it are for its words.
     """
     clauses = (f"goal_clauses={sizes.clauses}", f"goal_dim={sizes.clauses * _SENTENCE_DIM}")
     both = (
@@ -212,7 +212,7 @@ def _models(config: RunConfig, skills: Sequence[str], sizes: LevelModels) -> dic
             changes=(*clauses, f"goal_fusion={sizes.fusion}"),
             conditioning="none",
         )
-        for width in range(sizes.width, 164, 4)
+        for width in range(sizes.width if sizes.fusion == "film" else 32, 164, 4)
     ]
     return {_FLAT: min(flat, key=lambda model: abs(_size(config, model) - wanted)), **models}
 

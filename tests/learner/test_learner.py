@@ -300,6 +300,25 @@ def test_statistics_leave_out_padding_and_name_bad_episodes(make_table):
         ReplayStatistics.of([])
 
 
+def test_scales_may_be_those_of_successes(make_table):
+    episodes = list(make_table().episodes())
+    successes = [episode for episode in episodes if episode[-1].success]
+    assert 0 < len(successes) < len(episodes)
+    shifted = [
+        [replace(segment, proprio=segment.proprio * (1.0 if episode[-1].success else 7.0)) for segment in episode]
+        for episode in episodes
+    ]
+    every, some = ReplayStatistics.of(shifted), ReplayStatistics.of(shifted, scales_from="successes")
+    assert (some.proprio_mean, some.proprio_std) == (
+        ReplayStatistics.of(successes).proprio_mean,
+        ReplayStatistics.of(successes).proprio_std,
+    )
+    assert some.proprio_std != every.proprio_std
+    assert (some.num_steps, some.instructions) == (every.num_steps, every.instructions)
+    failures = [episode for episode in episodes if not episode[-1].success]
+    assert ReplayStatistics.of(failures, scales_from="successes") == ReplayStatistics.of(failures)
+
+
 def test_targets_are_the_best_quantile_of_what_each_task_reached(make_table):
     statistics = replace(
         ReplayStatistics.of(make_table().episodes()),

@@ -63,8 +63,8 @@ _OWN_LEVELS: Mapping[str, Callable[[], Any]] = MappingProxyType(
         "GoToSeqLocal": lambda: GoToSeq(room_size=8, num_rows=1, num_cols=1, num_dists=8, instr_kinds=["seq"]),
     }
 )
-"""Levels that BabyAI can build and has no name for: GoToSeq in GoToLocal's room, so that all its things can be seen from
-the middle and it is the order that is hard."""
+"""Levels that BabyAI can build and has no name for: GoToSeq in GoToLocal's room, where it is the order that is hard and
+not the search."""
 ACTIONS = ("left", "right", "forward", "pickup", "drop", "toggle", "done")
 CAMERA = "view"
 _VIEW = 7

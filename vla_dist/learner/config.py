@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from vla_dist.core.errors import ConfigError
 from vla_dist.learner.algorithms.interventions import InterventionWeights
 from vla_dist.learner.parallel import OneRank, Parallel
+from vla_dist.learner.statistics import ScalesFrom
 from vla_dist.learner.train_step import OptimiserConfig
 from vla_dist.models.conditioning import ConditioningKind
 
@@ -42,6 +43,8 @@ class LearnerConfig:
     """Complete episodes to wait for before the first update."""
     statistics_episodes: int = 1000
     """Episodes that the normaliser is computed from, at most."""
+    scales_from: ScalesFrom = "all"
+    """Whose proprio the normaliser is computed from; of successes where there is one."""
     start_timeout_s: float = 300.0
     """Longest wait for ``min_episodes``."""
     sample_timeout_s: float = 30.0

@@ -290,7 +290,9 @@ class Learner:
         text = ""
         if self._rank.index == 0:
             self._wait_for_episodes()
-            statistics = ReplayStatistics.of(self._table.episodes(limit=self.config.statistics_episodes))
+            statistics = ReplayStatistics.of(
+                self._table.episodes(limit=self.config.statistics_episodes), scales_from=self.config.scales_from
+            )
             text = json.dumps(statistics.to_json())
         return ReplayStatistics.from_json(json.loads(self._rank.share(text)))
 

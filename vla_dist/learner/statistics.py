@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from vla_dist.models.conditioning import ConditioningKind, ReturnConditioning
 
 _STD_FLOOR = 1e-3
 """A millimetre or a milliradian: what moves less is noise, what moves more tells scenes apart."""
+
+
+ScalesFrom = Literal["all", "successes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +35,17 @@ class ReplayStatistics:
     """Distinct instruction -> its task, in order of appearance."""
 
     @classmethod
-    def of(cls, episodes: Iterable[list[Segment]]) -> "ReplayStatistics":
+    def of(cls, episodes: Iterable[list[Segment]], *, scales_from: ScalesFrom = "all") -> "ReplayStatistics":
         """One pass, padding left out.
+
+        Args:
+            scales_from: whose proprio makes mean and spread; where none succeeded, that of all.
 
         Raises:
             DataError: no episode, or proprio or rewards that are not finite.
         """
         moments: RunningMoments | None = None
+        of_successes: RunningMoments | None = None
         lengths: dict[str, list[int]] = {}
         returns: dict[str, list[float]] = {}
         instructions: dict[str, str] = {}
@@ -46,6 +53,8 @@ class ReplayStatistics:
             rows = np.concatenate([segment.proprio[: segment.length] for segment in episode])
             try:
                 moments = (moments or RunningMoments.empty(rows.shape[1])).update(rows)
+                if episode[-1].success:
+                    of_successes = (of_successes or RunningMoments.empty(rows.shape[1])).update(rows)
             except DataError as error:
                 raise DataError(f"proprio of episode {episode[0].episode_id!r}: {error}") from error
             task = episode[0].task
@@ -58,10 +67,11 @@ class ReplayStatistics:
             instructions.setdefault(episode[0].instruction, task)
         if moments is None:
             raise DataError("no complete episode to take statistics from; wait for the first ones")
+        scales = of_successes if scales_from == "successes" and of_successes is not None else moments
         return cls(
             num_steps=moments.count,
-            proprio_mean=tuple(moments.mean.tolist()),
-            proprio_std=tuple(moments.std(floor=_STD_FLOOR).tolist()),
+            proprio_mean=tuple(scales.mean.tolist()),
+            proprio_std=tuple(scales.std(floor=_STD_FLOOR).tolist()),
             success_lengths={task: tuple(found) for task, found in lengths.items()},
             episode_returns={task: tuple(found) for task, found in returns.items()},
             instructions=instructions,

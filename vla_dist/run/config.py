@@ -179,6 +179,9 @@ class LearnerSettings:
     """Part of each batch's weight that steps under a person's control have together; 0: they count as any other."""
     steps_before_takeover: int = 8
     """With ``intervention_share``: steps before a person took over that are not imitated."""
+    scales_from: Literal["all", "successes"] = "all"
+    """Whose proprio makes its mean and spread alike: all episodes', or that of those which succeeded, where what
+    matters may span little of what all of them span. All, where none has succeeded when the learner begins."""
     total_updates: int = 2_000
     publish_updates: tuple[int, ...] = (0, 150, 400, 1_000, 2_000)
     """Updates after which a version is published; 0 is the untrained one."""

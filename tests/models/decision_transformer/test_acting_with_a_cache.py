@@ -12,6 +12,7 @@ from vla_dist.models.conditioning import ReturnConditioning
 from vla_dist.models.decision_transformer.decision_transformer import DecisionTransformer
 from vla_dist.models.decision_transformer.policy import DecisionTransformerPolicy
 from vla_dist.models.decision_transformer.presets import PRESETS
+from vla_dist.models.film import FiLM
 from vla_dist.models.goals import GoalTable
 from vla_dist.testing.fakes import make_spec
 
@@ -42,6 +43,8 @@ def make_policy(**changes):
     model = DecisionTransformer(PRESETS["small"](SPEC, **{**size, **changes}))
     with torch.no_grad():
         model.head.weight *= 20  # actions that differ visibly
+        if isinstance(model.embed_goal, FiLM):
+            model.embed_goal.weight.normal_()  # it begins as the identity
     return DecisionTransformerPolicy(model, SPEC, conditioning=STEPS, goals=GoalTable(fake_embed)), model
 
 

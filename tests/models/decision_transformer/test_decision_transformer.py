@@ -413,3 +413,15 @@ def test_residual_branches_and_the_head_start_small():
         assert 0.23 < block.narrow.weight.std() * 512**0.5 < 0.27
         assert 0.97 < block.widen.weight.std() * 128**0.5 < 1.03
     assert 0.015 < model.head.weight.std() < 0.025
+
+
+def test_film_begins_as_the_identity_and_then_scales_what_is_seen():
+    model = make_model(goal_fusion="film", use_returns=False)
+    inputs = make_inputs(model)
+    others = {**inputs, "goals": -inputs["goals"]}
+    assert torch.equal(model.outputs(**inputs), model.outputs(**others))
+    torch.nn.init.normal_(model.embed_goal.weight)
+    assert not torch.allclose(model.outputs(**inputs), model.outputs(**others))
+    tokens = torch.ones(B, T, 32)
+    scale, shift = (inputs["goals"] @ model.embed_goal.weight.T).chunk(2, -1)
+    torch.testing.assert_close(model.told(tokens, inputs["goals"]), (1 + scale + shift)[:, None].expand(B, T, 32))

@@ -122,6 +122,7 @@ def build_learner(
         interventions=interventions,
         conditioning=settings.conditioning,
         target_quantile=settings.target_quantile,
+        scales_from=learner.scales_from,
         min_episodes=2 * len(config.env.tasks),
         sample_timeout_s=learner.sample_timeout_s,
         seed=config.seed,
