@@ -38,7 +38,7 @@ _BALANCED = ("success=0.5", "failure=0.5")
 
 def run(settings: Settings, *, name: str = "key-to-door", size: int = 1_000) -> dict[str, Any]:
     size = 220 if settings.quick else size
-    updates = 12 if settings.quick else 250
+    updates = 12 if settings.quick else 400
     protocol = {
         "environment": "key-to-door one-door, 6 x 6, phases 10 / 5 / 10, our own grid",
         "layouts": "split",

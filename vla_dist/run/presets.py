@@ -134,7 +134,7 @@ def key_to_door() -> RunConfig:
             target_quantile=1.0,
         ),
         learner=LearnerSettings(
-            total_updates=250, publish_updates=(0, 100, 250), checkpoint_every_updates=125, scales_from="successes"
+            total_updates=400, publish_updates=(0, 100, 400), checkpoint_every_updates=100, scales_from="successes"
         ),
         fleet=FleetSettings(num_robots=1),
         evaluation=EvaluationSettings(episodes_per_task=100, final_episodes_per_task=200, num_envs=32),
