@@ -21,7 +21,7 @@ from vla_dist.run.config import RunConfig
 from vla_dist.run.presets import preset
 
 _TASK, _PART = "GoToSeqLocal", "GoToLocal"
-_MODELS = LevelModels(clauses=4, width=128, hidden=256, subgoal=32, fusion="film")
+_MODELS = LevelModels(clauses=4, width=128, hidden=256, subgoal=32, fusion="film", alignment="episode")
 _COLOURS = ("", "red", "green", "blue", "purple", "yellow", "grey")
 SKILLS = tuple(
     " ".join(filter(None, ("go to", colour, kind))) for kind in ("ball", "box", "key", "door") for colour in _COLOURS

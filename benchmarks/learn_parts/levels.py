@@ -44,6 +44,8 @@ class LevelModels:
     """Width of a skill's vector."""
     fusion: Literal["add", "film"] = "add"
     """How what is wanted meets what is seen, in the controller and in the flat policy alike."""
+    alignment: Literal["window", "episode"] = "window"
+    """How the hierarchy finds which skill ran when."""
     looks: bool = False
     """Whether a hierarchy whose planner looks, and reads no order, is compared as well."""
 
@@ -52,10 +54,11 @@ class LevelModels:
         film = ""
         if self.fusion == "film":
             film = ", no narrower than the controller; what is seen is scaled and shifted by what is wanted, in both"
+        aligned = "; windows are aligned as parts of their episodes" if self.alignment == "episode" else ""
         controller = f"controller of the last 4 steps, width {self.width} with a hidden layer of {self.hidden}, K 16"
         told = {
             "hierarchy": "planner that reads the order of skills clause by clause and goes on where one is found done; "
-            f"{controller}"
+            f"{controller}{aligned}"
         }
         if self.looks:
             told["planner that looks"] = (
@@ -193,6 +196,7 @@ def _models(config: RunConfig, skills: Sequence[str], sizes: LevelModels) -> dic
         f"low_level_dim={sizes.width}",
         f"hidden_dim={sizes.hidden}",
         f"subgoal_dim={sizes.subgoal}",
+        f"alignment={sizes.alignment}",
         f"subgoal_fusion={'film' if sizes.fusion == 'film' else 'concat'}",
         *clauses,
     )

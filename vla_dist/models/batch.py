@@ -49,6 +49,8 @@ class TrainBatch:
     """(B,) float32, how much each window counts in the loss; None: all alike."""
     step_weights: Tensor | None = None
     """(B, K) float32, how much each step counts on top of that; None: all alike."""
+    steps_left: Tensor | None = None
+    """(B,) int64, steps of the episode after the newest one; None where unknown."""
     policy_versions: Tensor | None = None
     """(B,) int64, that acted; 0 for an expert or a person."""
     episodes: Tensor | None = None
@@ -174,6 +176,7 @@ def to_train_batch(
         interventions=torch.from_numpy(interventions & mask),
         weights=None if batch.weights is None else torch.from_numpy(np.array(batch.weights, np.float32)),
         step_weights=None if step_weights is None else torch.from_numpy(step_weights[:, -num_steps:].copy()),
+        steps_left=torch.from_numpy(np.asarray(batch.episode_lengths - 1 - batch.timesteps[:, -1], np.int64)),
         policy_versions=torch.from_numpy(np.array(batch.policy_versions, np.int64)),
         episodes=None if batch.episodes is None else torch.from_numpy(np.array(batch.episodes, np.int64)),
         goals=None if goals is None else torch.from_numpy(np.array(goals, np.float32)),

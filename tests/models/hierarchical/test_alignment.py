@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from vla_dist.core.errors import DataError
-from vla_dist.models.hierarchical.alignment import Sketches, log_likelihood, posterior, sketch_of
+from vla_dist.models.hierarchical.alignment import Sketches, Surroundings, log_likelihood, posterior, sketch_of
 
 SKILLS = ("open the drawer", "press the button", "scene/close")
 
@@ -63,7 +63,7 @@ def test_the_recursion_sums_all_alignments(begins: bool, length: int):
         torch.cat([junk, stops[None]], 1),
         sketches,
         torch.tensor([[False] * 2 + [True] * 5]),
-        torch.tensor([begins]),
+        Surroundings.of_windows(sketches, torch.tensor([begins])),
     )
     total, running = by_enumeration(explained, stops, length, begins=begins)
     torch.testing.assert_close(log_likelihood(*arguments)[0], total)

@@ -75,8 +75,62 @@ class Sketches:
         return torch.arange(self.skills.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Surroundings:
+    """What is known of the skills at the ends of a window by what lies outside of it; log weights."""
+
+    first: Tensor
+    """(B, N) that the window's first step belongs to each skill."""
+    last: Tensor
+    """(B, N) of what comes after the window, where its last step belongs to each skill."""
+
+    @classmethod
+    def of_windows(cls, sketches: Sketches, begins: Tensor) -> "Surroundings":
+        """Args:
+        begins: (B,) bool, the window holds the episode's first step, so that it starts with the first skill; elsewhere
+            it may start with any, and may end with any.
+        """
+        exists = sketches.exists
+        is_first = torch.arange(exists.shape[1], device=exists.device) == 0
+        any_skill = -sketches.lengths.log()[:, None].expand(exists.shape)
+        first = torch.where(begins[:, None], torch.where(is_first, 0.0, _IMPOSSIBLE), any_skill)
+        return cls(first=torch.where(exists, first, _IMPOSSIBLE), last=torch.zeros_like(first))
+
+    @classmethod
+    def of_episodes(
+        cls, sketches: Sketches, steps_before: Tensor, steps_after: Tensor, success: Tensor
+    ) -> "Surroundings":
+        """An episode begins with the first skill and, where it succeeded, ends with the last.
+
+        Of the steps outside of the window nothing else is known, so all ways to change skills there are equally likely:
+        as many changes as a skill is away from an end, among as many steps, each a change with the same chance.
+
+        Args:
+            steps_before: (B,) int64, of the episode before the window.
+            steps_after: (B,) int64, after it.
+            success: (B,) bool; an episode that failed may end with any skill.
+        """
+        exists, index = sketches.exists, torch.arange(sketches.skills.shape[1], device=success.device)
+        within = sketches.lengths[:, None] - 1
+        length = steps_before + steps_after + 1
+        chance = (within / length[:, None].clamp(min=1)).clamp(1e-3, 1.0 - 1e-3)
+        first = _log_binomial(index.expand(exists.shape), steps_before[:, None], chance)
+        last = _log_binomial(within - index, steps_after[:, None], chance)
+        last = torch.where(success[:, None], last, 0.0)
+        return cls(first=torch.where(exists, first, _IMPOSSIBLE), last=torch.where(exists, last, _IMPOSSIBLE))
+
+
+def _log_binomial(hits: Tensor, trials: Tensor, chance: Tensor) -> Tensor:
+    """Log probability of so many hits, all broadcast; next to none where there are more hits than trials."""
+    misses = (trials - hits).clamp(min=0)
+    some, every = hits.clamp(min=0), trials.clamp(min=0).to(chance.dtype)
+    ways = torch.lgamma(every + 1) - torch.lgamma(some + 1.0) - torch.lgamma(misses + 1.0)
+    value = ways + some * chance.log() + misses * torch.log1p(-chance)
+    return torch.where((hits >= 0) & (hits <= trials), value, _IMPOSSIBLE)
+
+
 def log_likelihood(
-    explained: Tensor, stop_logits: Tensor, sketches: Sketches, padding_mask: Tensor, begins: Tensor
+    explained: Tensor, stop_logits: Tensor, sketches: Sketches, padding_mask: Tensor, around: Surroundings
 ) -> Tensor:
     """(B,) log of the sum, over all monotone alignments, of what each makes of the window.
 
@@ -84,27 +138,22 @@ def log_likelihood(
         explained: (B, K, N) log likelihood of each step's action under each skill of the sketch.
         stop_logits: (B, K, N) that the skill had ended before this step.
         padding_mask: (B, K) bool, padding on the left.
-        begins: (B,) bool, the window holds the episode's first step, so that it starts with the first skill; elsewhere
-            it may start with any.
     """
     stop, go_on = torch.nn.functional.logsigmoid(stop_logits), torch.nn.functional.logsigmoid(-stop_logits)
     exists = sketches.exists
-    first = torch.arange(exists.shape[1], device=exists.device) == 0
-    start = torch.where(begins[:, None], torch.where(first, 0.0, _IMPOSSIBLE), -sketches.lengths.log()[:, None])
-    start = torch.where(exists, start, _IMPOSSIBLE)
-    scores = start
+    scores = start = around.first
     for step in range(explained.shape[1]):
         stayed = scores + go_on[:, step]
         moved = torch.nn.functional.pad((scores + stop[:, step])[:, :-1], (1, 0), value=_IMPOSSIBLE)
-        runs_on = padding_mask[:, step - 1] if step else torch.zeros_like(begins)
+        runs_on = padding_mask[:, step - 1] if step else torch.zeros_like(padding_mask[:, 0])
         arrived = torch.where(runs_on[:, None], torch.logaddexp(stayed, moved), start)
         now = torch.where(exists, arrived + explained[:, step], _IMPOSSIBLE)
         scores = torch.where(padding_mask[:, step, None], now, scores)
-    return torch.logsumexp(scores, 1)
+    return torch.logsumexp(scores + around.last, 1)
 
 
 def posterior(
-    explained: Tensor, stop_logits: Tensor, sketches: Sketches, padding_mask: Tensor, begins: Tensor
+    explained: Tensor, stop_logits: Tensor, sketches: Sketches, padding_mask: Tensor, around: Surroundings
 ) -> Tensor:
     """(B, K, N) probability that each skill was running at each step, given the whole window; 0 where padded.
 
@@ -112,6 +161,6 @@ def posterior(
     """
     with torch.enable_grad():
         leaf = explained.detach().requires_grad_()
-        total = log_likelihood(leaf, stop_logits.detach(), sketches, padding_mask, begins).sum()
+        total = log_likelihood(leaf, stop_logits.detach(), sketches, padding_mask, around).sum()
         (running,) = torch.autograd.grad(total, leaf)
     return running * padding_mask[..., None]

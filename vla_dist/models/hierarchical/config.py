@@ -11,6 +11,7 @@ from vla_dist.models.visual_encoder import require_visual
 HEADS = ("tanh", "discrete")
 PLANNERS = ("reactive", "sketch")
 SUBGOAL_FUSIONS = ("concat", "film")
+ALIGNMENTS = ("window", "episode")
 
 
 class HierarchicalVLAConfig(PreTrainedConfig):
@@ -26,6 +27,8 @@ class HierarchicalVLAConfig(PreTrainedConfig):
         skills: S names, as tasks or instructions call them; empty: a subgoal is a state to be reached.
         hold_steps: k, a reactive planner is asked every k steps.
         learned_termination: it is also asked where the controller finds the skill done; needs skills.
+        alignment: where several skills run in a row, which ran when is found in each ``window`` by itself, or as a part
+            of its ``episode``, which begins with the first skill and, where it succeeded, ends with the last.
         controller: None: built in. Else ``{"architecture": name, ...}``: another member of the zoo with its own
             settings, whose goal is the skill; needs skills and ``goal_dim`` or words in that member.
         subgoal_fusion: how the built-in controller and its termination read a subgoal: ``concat``, beside what they
@@ -57,6 +60,7 @@ class HierarchicalVLAConfig(PreTrainedConfig):
     skills: list[str] | None = None
     hold_steps: int = 5
     learned_termination: bool = False
+    alignment: str = "window"
     controller: dict[str, Any] | None = None
     subgoal_fusion: str = "concat"
     controller_context_steps: int = 1
@@ -95,12 +99,9 @@ class HierarchicalVLAConfig(PreTrainedConfig):
         require_clauses(self.goal_dim, self.goal_clauses)
         if not self.skills:
             self._require_latent()
-        if self.subgoal_fusion not in SUBGOAL_FUSIONS:
-            raise ConfigError(
-                f"hierarchical subgoal_fusion {self.subgoal_fusion!r} must be one of {', '.join(SUBGOAL_FUSIONS)}"
-            )
-        if self.planner not in PLANNERS:
-            raise ConfigError(f"hierarchical planner {self.planner!r} must be one of {', '.join(PLANNERS)}")
+        for name, allowed in (("subgoal_fusion", SUBGOAL_FUSIONS), ("alignment", ALIGNMENTS), ("planner", PLANNERS)):
+            if (value := getattr(self, name)) not in allowed:
+                raise ConfigError(f"hierarchical {name} {value!r} must be one of {', '.join(allowed)}")
         if self.planner == "sketch":
             self._require_sketch()
         if self.controller is not None and (self.controller_context_steps != 1 or self.subgoal_fusion != "concat"):

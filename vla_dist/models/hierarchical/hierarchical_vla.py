@@ -15,7 +15,7 @@ from transformers import initialization as init
 from vla_dist.core.errors import ConfigError
 from vla_dist.models.batch import TrainBatch
 from vla_dist.models.film import FiLM
-from vla_dist.models.hierarchical.alignment import Sketches, log_likelihood, posterior
+from vla_dist.models.hierarchical.alignment import Sketches, Surroundings, log_likelihood, posterior
 from vla_dist.models.hierarchical.config import HierarchicalVLAConfig
 from vla_dist.models.hierarchical.levels import Controller, Planner, Termination
 from vla_dist.models.hierarchical.sketch_planner import SketchPlanner
@@ -208,22 +208,30 @@ class HierarchicalVLA(WholePreTrainedModel):
         stops = self.stop_logits(low, subgoal)
         # Where only the clock decides, a change is as likely at one step as at another.
         stops = torch.full_like(explained, -2.0) if stops is None else stops
-        begins = ~batch.padding_mask[:, 0] | (batch.timesteps[:, 0] == 0)
         explained = torch.where(batch.padding_mask[..., None], explained, 0.0)
-        arguments = (sketches, batch.padding_mask, begins)
+        arguments = (sketches, batch.padding_mask, self._surroundings(sketches, batch))
         surprise = -log_likelihood(explained, stops, *arguments)
         running = posterior(explained, stops, *arguments)
         weights, num_terms = batch.weights_of_steps, self.loss_count(batch)
         if weights is not None and weights.ndim == 2:
             # The likelihood of a window cannot be weighed step by step.
             weights = (weights * batch.padding_mask).sum(1) / batch.padding_mask.sum(1).clamp(min=1)
-        controller_loss = _weighted_sum(surprise, torch.ones_like(begins), weights, num_terms)
+        controller_loss = _weighted_sum(surprise, torch.ones_like(batch.success), weights, num_terms)
         if self.config.planner == "sketch":
             plan_loss, accuracy = self._reading_loss(sketches, batch, num_terms)
         else:
             plan_loss, accuracy = self._plan_loss(sketches, running, batch, num_terms)
         metrics = {name: masked_mean((value * running).sum(-1), batch.padding_mask) for name, value in measured.items()}
         return controller_loss + plan_loss, {**metrics, "planner_loss": plan_loss, "planner_accuracy": accuracy}
+
+    def _surroundings(self, sketches: Sketches, batch: TrainBatch) -> Surroundings:
+        if self.config.alignment == "window":
+            begins = ~batch.padding_mask[:, 0] | (batch.timesteps[:, 0] == 0)
+            return Surroundings.of_windows(sketches, begins)
+        if batch.steps_left is None:
+            raise DataError("alignment='episode' needs a batch's steps_left; give them, or align windows by themselves")
+        before = batch.timesteps[:, -1] + 1 - batch.padding_mask.sum(1)
+        return Surroundings.of_episodes(sketches, before, batch.steps_left, batch.success)
 
     def _reading_loss(self, sketches: Sketches, batch: TrainBatch, num_terms: Tensor) -> tuple[Tensor, Tensor]:
         """Each window's clauses count as much as its steps."""
