@@ -75,3 +75,47 @@ def test_sketches_of_different_lengths_are_padded():
     sketches = Sketches.of(("scene/close", "x"), ("", "open drawer, press button"), SKILLS, torch.device("cpu"))
     assert sketches.skills.tolist() == [[2, 2], [0, 1]]
     assert sketches.exists.tolist() == [[True, False], [True, True]]
+
+
+@pytest.mark.parametrize("success", [True, False])
+@pytest.mark.parametrize(
+    ("before", "after", "length"), [(0, 0, 1), (2, 1, 2), (1, 3, 3), (0, 2, 3), (3, 0, 2)]
+)
+def test_a_window_is_a_part_of_its_episode(before: int, after: int, length: int, success: bool):
+    """Every way through the whole episode, with one chance of a change at each step outside of the window."""
+    inside = 3
+    explained, stops = torch.randn(inside, 3), torch.randn(inside, 3)
+    sketches = Sketches(skills=torch.arange(3)[None], lengths=torch.tensor([length]))
+    total_steps = before + inside + after
+    chance = torch.tensor((length - 1) / (total_steps - 1)).clamp(1e-3, 1 - 1e-3)
+    scores = []
+    for path in itertools.product(range(length), repeat=total_steps):
+        if path[0] or any(not 0 <= later - now <= 1 for now, later in itertools.pairwise(path)):
+            continue
+        if success and path[-1] != length - 1:
+            continue
+        if not success and any(later != path[before + inside - 1] for later in path[before + inside :]):
+            continue  # nothing is said of what comes after a window of an episode that failed
+        score = explained[range(inside), path[before : before + inside]].sum()
+        for step in range(1, total_steps):
+            moved = path[step] != path[step - 1]
+            logit = stops[step - before, path[step - 1]] if before < step < before + inside else chance.logit()
+            if success or step < before + inside:
+                score = score + (logsigmoid(logit) if moved else logsigmoid(-logit))
+        scores.append(score)
+    mask = torch.ones(1, inside, dtype=torch.bool)
+    around = Surroundings.of_episodes(
+        sketches, mask, torch.tensor([before]), torch.tensor([after]), success=torch.tensor([success])
+    )
+    found = log_likelihood(explained[None], stops[None], sketches, mask, around)
+    torch.testing.assert_close(found[0], torch.logsumexp(torch.stack(scores), 0), atol=2e-3, rtol=1e-3)
+    running = posterior(explained[None], stops[None], sketches, mask, around)
+    if success and not after:
+        torch.testing.assert_close(running[0, -1, length - 1], torch.tensor(1.0))
+
+
+def test_an_episode_with_fewer_steps_than_skills_may_end_with_any():
+    sketches = Sketches(skills=torch.arange(3)[None], lengths=torch.tensor([3]))
+    mask = torch.tensor([[False, True, True]])
+    around = Surroundings.of_episodes(sketches, mask, torch.tensor([0]), torch.tensor([0]), torch.tensor([True]))
+    assert log_likelihood(torch.zeros(1, 3, 3), torch.zeros(1, 3, 3), sketches, mask, around) > -10

@@ -98,7 +98,7 @@ class Surroundings:
 
     @classmethod
     def of_episodes(
-        cls, sketches: Sketches, steps_before: Tensor, steps_after: Tensor, success: Tensor
+        cls, sketches: Sketches, padding_mask: Tensor, steps_before: Tensor, steps_after: Tensor, success: Tensor
     ) -> "Surroundings":
         """An episode begins with the first skill and, where it succeeded, ends with the last.
 
@@ -106,17 +106,19 @@ class Surroundings:
         as many changes as a skill is away from an end, among as many steps, each a change with the same chance.
 
         Args:
+            padding_mask: (B, K) bool.
             steps_before: (B,) int64, of the episode before the window.
             steps_after: (B,) int64, after it.
-            success: (B,) bool; an episode that failed may end with any skill.
+            success: (B,) bool; an episode that failed may end with any skill. So may one that has fewer steps than
+                skills, some of which were fulfilled from the beginning.
         """
         exists, index = sketches.exists, torch.arange(sketches.skills.shape[1], device=success.device)
         within = sketches.lengths[:, None] - 1
-        length = steps_before + steps_after + 1
-        chance = (within / length[:, None].clamp(min=1)).clamp(1e-3, 1.0 - 1e-3)
+        steps = steps_before + padding_mask.sum(1) + steps_after
+        chance = (within / (steps[:, None] - 1).clamp(min=1)).clamp(1e-3, 1.0 - 1e-3)
         first = _log_binomial(index.expand(exists.shape), steps_before[:, None], chance)
         last = _log_binomial(within - index, steps_after[:, None], chance)
-        last = torch.where(success[:, None], last, 0.0)
+        last = torch.where((success & (steps >= sketches.lengths))[:, None], last, 0.0)
         return cls(first=torch.where(exists, first, _IMPOSSIBLE), last=torch.where(exists, last, _IMPOSSIBLE))
 
 

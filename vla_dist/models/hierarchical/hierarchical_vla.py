@@ -231,7 +231,7 @@ class HierarchicalVLA(WholePreTrainedModel):
         if batch.steps_left is None:
             raise DataError("alignment='episode' needs a batch's steps_left; give them, or align windows by themselves")
         before = batch.timesteps[:, -1] + 1 - batch.padding_mask.sum(1)
-        return Surroundings.of_episodes(sketches, before, batch.steps_left, batch.success)
+        return Surroundings.of_episodes(sketches, batch.padding_mask, before, batch.steps_left, batch.success)
 
     def _reading_loss(self, sketches: Sketches, batch: TrainBatch, num_terms: Tensor) -> tuple[Tensor, Tensor]:
         """Each window's clauses count as much as its steps."""
