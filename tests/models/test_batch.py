@@ -61,6 +61,10 @@ def test_reward_returns_are_scaled_and_none_is_zero():
     assert not convert(batch).returns_to_go.any()
 
 
+def test_steps_left_are_those_after_the_newest():
+    assert convert(make_windows(), num_steps=2).steps_left.tolist() == [8, 13, 45]
+
+
 def test_the_last_steps_are_kept_and_short_windows_refused():
     batch = make_windows()
     kept = convert(batch, num_steps=3)

@@ -1,6 +1,7 @@
 """Sketches from words, and alignments summed by recursion against all of them enumerated."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ from torch.nn.functional import logsigmoid
 
 from vla_dist.core.errors import DataError
 from vla_dist.models.hierarchical.alignment import Sketches, Surroundings, log_likelihood, posterior, sketch_of
+from vla_dist.models.hierarchical.hierarchical_vla import HierarchicalVLA
+from vla_dist.models.zoo import architecture
+from vla_dist.testing.fakes import make_spec
+from vla_dist.testing.windows import make_train_batch
 
 SKILLS = ("open the drawer", "press the button", "scene/close")
 
@@ -78,9 +83,7 @@ def test_sketches_of_different_lengths_are_padded():
 
 
 @pytest.mark.parametrize("success", [True, False])
-@pytest.mark.parametrize(
-    ("before", "after", "length"), [(0, 0, 1), (2, 1, 2), (1, 3, 3), (0, 2, 3), (3, 0, 2)]
-)
+@pytest.mark.parametrize(("before", "after", "length"), [(0, 0, 1), (2, 1, 2), (1, 3, 3), (0, 2, 3), (3, 0, 2)])
 def test_a_window_is_a_part_of_its_episode(before: int, after: int, length: int, success: bool):
     """Every way through the whole episode, with one chance of a change at each step outside of the window."""
     inside = 3
@@ -119,3 +122,12 @@ def test_an_episode_with_fewer_steps_than_skills_may_end_with_any():
     mask = torch.tensor([[False, True, True]])
     around = Surroundings.of_episodes(sketches, mask, torch.tensor([0]), torch.tensor([0]), torch.tensor([True]))
     assert log_likelihood(torch.zeros(1, 3, 3), torch.zeros(1, 3, 3), sketches, mask, around) > -10
+
+
+def test_a_batch_that_does_not_say_how_many_steps_are_left_is_refused():
+    settings = {"goal_dim": 0, "skills": ("go", "stop"), "alignment": "episode"}
+    config = architecture("hierarchical").configure("tiny", make_spec(proprio_dim=3, action_dim=2), **settings)
+    batch = replace(make_train_batch(config), tasks=("go",) * 4)
+    with pytest.raises(DataError, match="needs a batch's steps_left"):
+        HierarchicalVLA(config).loss(batch)
+    HierarchicalVLA(config).loss(replace(batch, steps_left=torch.zeros(4, dtype=torch.int64)))

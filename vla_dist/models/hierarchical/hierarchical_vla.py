@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModel
 from transformers import initialization as init
 
-from vla_dist.core.errors import ConfigError
+from vla_dist.core.errors import ConfigError, DataError
 from vla_dist.models.batch import TrainBatch
 from vla_dist.models.film import FiLM
 from vla_dist.models.hierarchical.alignment import Sketches, Surroundings, log_likelihood, posterior
