@@ -48,8 +48,9 @@ def run(settings: Settings) -> dict[str, Any]:
         settings,
         name="hierarchy-gotoseq",
         title="Hierarchy: BabyAI's GoToSeq",
-        question="At equal parameters and demonstrations, does a planner above a controller follow sentences of "
-        "several parts further than one policy?",
+        question="Of the same demonstrations, does a planner above a controller follow sentences of several parts "
+        "further than one policy that has no fewer parameters? Within 24 steps, of which the bot takes 13 in the mean: "
+        "whoever walks about long enough needs no words.",
         protocol=protocol,
         skills=SKILLS,
         groups={"": (_TASK,)},
