@@ -184,7 +184,7 @@ def draw_levels(result: dict[str, Any], path: Path, *, what: str, title: str) ->
 
 def _models(config: RunConfig, skills: Sequence[str], sizes: LevelModels) -> dict[str, ModelSettings]:
     """Label -> model; the flat policy is the one whose size is nearest to the largest hierarchy's. One that reads words
-    by FiLM is no narrower than the controller and has more: three quarters of it are for its words.
+    by FiLM is no narrower than the controller and has more: long vectors of words take much of it.
     """
     clauses = (f"goal_clauses={sizes.clauses}", f"goal_dim={sizes.clauses * _SENTENCE_DIM}")
     both = (

@@ -140,6 +140,7 @@ def log_likelihood(
         explained: (B, K, N) log likelihood of each step's action under each skill of the sketch.
         stop_logits: (B, K, N) that the skill had ended before this step.
         padding_mask: (B, K) bool, padding on the left.
+        around: what is known of the skills at the window's ends.
     """
     stop, go_on = torch.nn.functional.logsigmoid(stop_logits), torch.nn.functional.logsigmoid(-stop_logits)
     exists = sketches.exists
